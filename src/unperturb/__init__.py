@@ -1,0 +1,60 @@
+"""unperturb: a learned purifier in front of an image classifier.
+
+The public names, each loaded when it is first asked for: importing unperturb imports neither torch nor anything heavy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Attack": "attacks",
+    "AttackResult": "attacks",
+    "Defense": "defenses",
+    "ImageSet": "data",
+    "Protected": "defenses",
+    "Splits": "data",
+    "budget": "attacks",
+    "catalog": "catalog",
+    "create_attack": "attacks",
+    "create_classifier": "classifiers",
+    "create_defense": "defenses",
+    "evaluate": "evaluation.jobs",
+    "load_classifier": "classifiers",
+    "load_dataset": "data",
+    "load_defense": "defenses",
+    "read_rows": "runs",
+    "run_evaluation": "evaluation.jobs",
+    "table": "report",
+    "train_classifier": "training.jobs",
+    "train_defense": "training.jobs",
+    "wrap": "classifiers",
+    "write_report": "report",
+}
+__all__ = ["__version__", *sorted(_WHERE)]
+
+if TYPE_CHECKING:
+    from unperturb.attacks import Attack, AttackResult, budget, create_attack
+    from unperturb.catalog import catalog
+    from unperturb.classifiers import create_classifier, load_classifier, wrap
+    from unperturb.data import ImageSet, Splits, load_dataset
+    from unperturb.defenses import Defense, Protected, create_defense, load_defense
+    from unperturb.evaluation.jobs import evaluate, run_evaluation
+    from unperturb.report import table, write_report
+    from unperturb.runs import read_rows
+    from unperturb.training.jobs import train_classifier, train_defense
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(import_module(f"unperturb.{_WHERE[name]}"), name)
+        globals()[name] = value  # `catalog` is a module and a function: the function is what is public
+        return value
+    raise AttributeError(f"module 'unperturb' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,6 @@
+"""Attacks. A new one is one file and one line here."""
+
+from unperturb.attacks import fgsm, mim, pgd
+from unperturb.attacks.base import Attack, AttackResult, attacks, budget, create_attack
+
+__all__ = ["Attack", "AttackResult", "attacks", "budget", "create_attack", "fgsm", "mim", "pgd"]

@@ -1,0 +1,216 @@
+"""Auto-PGD: projected gradient ascent that sets its own step size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unperturb.attacks.base import (
+    LOSSES,
+    BallAttack,
+    Best,
+    LossFunction,
+    Norm,
+    Problem,
+    attacks,
+    dlr,
+    l2_norm,
+    margin,
+    project_,
+)
+
+_MOMENTUM = 0.75  # alpha of algorithm 1: the weight of the new step against the last one
+_RISES = 0.75  # rho of condition 1: the share of steps that must raise the loss
+
+
+def checkpoints(steps: int) -> list[int]:
+    """The steps after which the step size may be halved: w_j = ceil(p_j steps), section 3."""
+    last, now, found = 0, 22, []  # p_j in hundredths: floats would round 22.000000000000004 up to 23
+    while now < 100:
+        found.append(-(-now * steps // 100))
+        last, now = now, now + max(now - last - 3, 6)
+    return sorted({w for w in found if w < steps})
+
+
+def rivals(problem: Problem, logits: Tensor, count: int) -> Tensor:
+    """`(N, M)` classes to aim at: the `count` strongest others of `logits`, as many as there are; targeted, the one."""
+    if problem.targeted:
+        return problem.labels[:, None]
+    others = logits.scatter(1, problem.labels[:, None], -torch.inf)
+    return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
+
+
+def lead(problem: Problem, rival: Tensor, *, scaled: bool = False) -> LossFunction:
+    """The loss of an attacker who aims at the classes `rival` `(N,)`: their logit minus the label's.
+
+    scaled: over the largest minus the mean of the third and fourth logit, the targeted DLR loss (Croce & Hein 2020,
+    equation 7); with three classes over the largest minus the third, with two not at all, since nothing is left to
+    compare with. In a targeted problem, whose labels are the rivals, it is the lead over all other classes.
+    """
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        classes = logits.shape[1]
+        if problem.targeted:
+            return dlr(logits, labels) if scaled and classes > 2 else margin(logits, labels)
+        ahead = (logits.gather(1, rival[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
+        if not scaled or classes < 3:
+            return ahead
+        top = logits.topk(min(4, classes), dim=1).values
+        return ahead / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
+
+    return loss
+
+
+def mean_gradient(problem: Problem, x: Tensor, loss: LossFunction, draws: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`problem.gradient`, averaged over `draws` passes of a random model: (value, gradient, logits)."""
+    value, gradient, logits = problem.gradient(x, loss)
+    for _ in range(draws - 1):
+        more = problem.gradient(x, loss)
+        value, gradient, logits = value + more[0], gradient + more[1], logits + more[2]
+    return value / draws, gradient / draws, logits / draws
+
+
+def mean_logits(problem: Problem, x: Tensor, draws: int) -> Tensor:
+    """`problem.logits`, averaged over `draws` passes of a random model."""
+    logits = problem.logits(x)
+    for _ in range(draws - 1):
+        logits = logits + problem.logits(x)
+    return logits / draws
+
+
+def climb(
+    problem: Problem,
+    start: Tensor,
+    loss: LossFunction,
+    *,
+    eps: float,
+    norm: Norm,
+    steps: int,
+    eot: int = 1,
+    judge: LossFunction | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 from `start`: (images with the highest value met, that value `(N,)`).
+
+    judge: the loss that the answer is chosen by (default: `loss`); the climb itself goes back to the highest `loss`.
+    Costs `steps` passes forward and backward and one forward, each `eot` times.
+    """
+    images, marks = problem.images, set(checkpoints(steps))
+    x, before = start, start
+    value, gradient, logits = mean_gradient(problem, x, loss, eot)
+    top, top_gradient = Best(x), gradient
+    top.update(x, value)
+    answer = Best(x)
+    size = torch.full_like(value, 2 * eps)[:, None, None, None]
+    rises = torch.zeros_like(value)
+    top_then, halved, last_mark = top.value, torch.zeros_like(value, dtype=torch.bool), 0
+    for step in range(1, steps + 1):
+        if judge is not None:
+            answer.update(x, problem.value(logits, judge))
+        if norm == "linf":
+            ahead = torch.addcmul(x, gradient.sign(), size)
+        else:
+            ahead = torch.addcmul(x, gradient, size / l2_norm(gradient).clamp(min=1e-30)[:, None, None, None])
+        ahead = project_(ahead, images, eps, norm)
+        if step > 1:  # z moves on, pulled along by the last move: x + a (z - x) + (1 - a) (x - x_before)
+            ahead = ahead.sub_(x).mul_(_MOMENTUM).add_(x).add_(x - before, alpha=1 - _MOMENTUM)
+            ahead = project_(ahead, images, eps, norm)
+        before, x, value_before = x, ahead, value
+        if step < steps:
+            value, gradient, logits = mean_gradient(problem, x, loss, eot)
+            top_gradient = torch.where((value > top.value)[:, None, None, None], gradient, top_gradient)
+        else:
+            logits = mean_logits(problem, x, eot)
+            value = problem.value(logits, loss)
+        top.update(x, value)
+        rises += value > value_before
+        if step in marks:
+            halve = (rises < _RISES * (step - last_mark)) | (~halved & (top.value <= top_then))
+            back = halve[:, None, None, None]
+            size = torch.where(back, size / 2, size)
+            x = torch.where(back, top.images, x)
+            gradient = torch.where(back, top_gradient, gradient)
+            value = torch.where(halve, top.value, value)
+            top_then, halved, last_mark = top.value, halve, step
+            rises = torch.zeros_like(rises)
+    if judge is None:
+        return top.images, top.value
+    answer.update(x, problem.value(logits, judge))
+    return answer.images, answer.value
+
+
+@attacks.register("apgd")
+@dataclass(frozen=True, kw_only=True)
+class APGD(BallAttack):
+    """Gradient ascent with momentum whose step starts at 2 eps and is halved, back at the best point, when the loss
+    no longer rises; the highest loss met is returned.
+
+    steps: forward+backward passes per restart. random_start: start uniformly in the ball. restarts: independent
+    starts, of which the best per image is kept (only the first may start at the image itself). eot: passes averaged
+    per step, for a random model.
+
+    Source: Croce & Hein 2020, "Reliable evaluation of adversarial robustness", algorithm 1.
+    """
+
+    steps: int = 100
+    random_start: bool = True
+    restarts: int = 1
+    eot: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1 or self.restarts < 1 or self.eot < 1:
+            raise ValueError("steps, restarts and eot must be at least 1")
+
+    def perturb(self, problem: Problem) -> Tensor:
+        best = Best(problem.images)
+        for restart in range(self.restarts):
+            best.update(*self.search(problem, LOSSES[self.loss], restart))
+        return best.images
+
+    def search(
+        self, problem: Problem, loss: LossFunction, restart: int, judge: LossFunction | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One climb: (images, the value `(N,)` of `judge`, or else of `loss`); `restart` numbers its random start."""
+        start = problem.images
+        if self.random_start or restart:
+            start = problem.random_start(self.eps, self.norm, restart)
+        return climb(problem, start, loss, eps=self.eps, norm=self.norm, steps=self.steps, eot=self.eot, judge=judge)
+
+
+@attacks.register("apgd-t")
+@dataclass(frozen=True, kw_only=True)
+class APGDT(APGD):
+    """APGD towards each of several classes in turn; the highest margin met is returned.
+
+    loss: `"dlr"` (targeted DLR) or `"margin"` (plain difference of logits; used for two classes anyway).
+    target_classes: how many, the strongest others on the clean image first, at most all of them.
+
+    Source: Croce & Hein 2020, section 4 and equation (7).
+    """
+
+    loss: str = "dlr"
+    target_classes: int = 9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in ("dlr", "margin"):
+            raise ValueError(f"loss must be 'dlr' or 'margin', not {self.loss!r}: it compares two classes")
+        if self.target_classes < 1:
+            raise ValueError("target_classes must be at least 1")
+
+    def perturb(self, problem: Problem) -> Tensor:
+        best = Best(problem.images)
+        logits = mean_logits(problem, problem.images, self.eot)
+        for number, rival in enumerate(rivals(problem, logits, self.target_classes).unbind(1)):
+            best.update(*self.aim(problem, rival, number))
+        return best.images
+
+    def aim(self, problem: Problem, rival: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """All restarts towards the classes `rival` `(N,)`, the `number`-th: (images, margin `(N,)`)."""
+        best = Best(problem.images)
+        loss = lead(problem, rival, scaled=self.loss == "dlr")
+        for restart in range(self.restarts):
+            best.update(*self.search(problem, loss, number * self.restarts + restart, margin))
+        return best.images, best.value

@@ -1,0 +1,96 @@
+"""AutoAttack: a cascade of parameter-free attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unperturb.attacks.apgd import APGD, APGDT, mean_logits, rivals
+from unperturb.attacks.base import LOSSES, BallAttack, Best, Problem, attacks, margin, project_
+from unperturb.attacks.fab import FAB
+from unperturb.attacks.square import Square
+
+# A rung of the cascade: (its member's name, the images still standing and their rivals (N, M) -> images).
+Rung = tuple[str, Callable[[Problem, Tensor], Tensor]]
+
+
+@attacks.register("autoattack")
+@dataclass(frozen=True, kw_only=True)
+class AutoAttack(BallAttack):
+    """APGD-CE, APGD-T, FAB-T and Square one after the other; each meets only the images that still stand.
+
+    version: `"standard"`, or `"rand"` for a random model: APGD-CE and APGD-DLR, with gradients, and the logits that say
+    who has fallen, averaged over `eot` passes. steps: of APGD and FAB. target_classes: of APGD-T and FAB-T, at most all
+    others. queries: of Square. With two classes DLR gives way to the margin.
+
+    An image that never falls comes back as the one with the highest margin met; `AttackResult.felled_by` names who
+    felled the others. Each member judges by the margin, so `loss` has no say. Source: Croce & Hein 2020, section 6.
+    """
+
+    loss: str = "margin"
+    version: Literal["standard", "rand"] = "standard"
+    steps: int = 100
+    target_classes: int = 9
+    queries: int = 5000
+    eot: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss != "margin":
+            raise ValueError(f"autoattack chooses its members' losses itself, loss cannot be {self.loss!r}")
+        if self.version not in ("standard", "rand"):
+            raise ValueError(f"version must be 'standard' or 'rand', not {self.version!r}")
+        self._members()  # their constructors check the rest
+
+    def perturb(self, problem: Problem) -> Tensor:
+        draws = self.eot if self.version == "rand" else 1
+        found = Best(problem.images)
+        logits = mean_logits(problem, problem.images, draws)
+        fallen = problem.clearly_fooled(logits)
+        felled_by = ["clean" if hit else "" for hit in fallen.tolist()]
+        aims = rivals(problem, logits, self.target_classes)
+        rows = (~fallen).nonzero().squeeze(1)
+        for name, attack in self._rungs(logits.shape[1], aims.shape[1]):
+            if not len(rows):
+                break
+            part = problem.take(rows)
+            x = project_(attack(part, aims[rows]), part.images, self.eps, self.norm)
+            logits = mean_logits(part, x, draws)
+            value = torch.full_like(found.value, -torch.inf).index_copy_(0, rows, part.value(logits, margin))
+            found.update(problem.images.index_copy(0, rows, x), value)
+            fallen = part.clearly_fooled(logits)
+            for row in rows[fallen].tolist():
+                felled_by[row] = name
+            rows = rows[~fallen]
+        problem.tally.felled_by = felled_by
+        return found.images
+
+    def _members(self) -> tuple[APGD, APGDT, FAB, Square]:
+        eot = self.eot if self.version == "rand" else 1
+        apgd = APGD(norm=self.norm, eps=self.eps, steps=self.steps, eot=eot)
+        apgd_t = APGDT(norm=self.norm, eps=self.eps, steps=self.steps, target_classes=self.target_classes)
+        fab = FAB(norm=self.norm, eps=self.eps, steps=self.steps, target_classes=self.target_classes)
+        return apgd, apgd_t, fab, Square(norm=self.norm, eps=self.eps, queries=self.queries)
+
+    def _rungs(self, classes: int, aims: int) -> Iterator[Rung]:
+        """One rung per member, and within a targeted member one per class: whom the first aim fells leaves then."""
+        apgd, apgd_t, fab, square = self._members()
+        yield "apgd-ce", lambda p, _: apgd.search(p, LOSSES["cross_entropy"], 0, margin)[0]
+        if self.version == "rand":
+            dlr = LOSSES["dlr" if classes > 2 else "margin"]
+            yield "apgd-dlr", lambda p, _: apgd.search(p, dlr, 1, margin)[0]
+            return
+        for number in range(aims):
+            yield "apgd-t", partial(_aim, apgd_t, number)
+        for number in range(aims):
+            yield "fab-t", partial(_aim, fab, number)
+        yield "square", lambda p, _: square.perturb(p)
+
+
+def _aim(member: APGDT | FAB, number: int, problem: Problem, aims: Tensor) -> Tensor:
+    return member.aim(problem, aims[:, number], number)[0]

@@ -1,0 +1,487 @@
+"""The contract of every attack: settings in, adversarial images out, inside the ball and inside [0, 1].
+
+A new attack is a frozen dataclass that writes `perturb` alone. It meets the model only through a `Problem`, which
+counts passes, keeps randomness per image and watches for logits that are not numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unperturb import draws
+from unperturb.registry import Registry
+
+attacks: Registry[Attack] = Registry("attack")
+
+Norm = Literal["linf", "l2"]
+Model = Callable[[Tensor], Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class NonFiniteLogitsError(ValueError):
+    """The attacked model returned NaN or infinite logits."""
+
+
+def budget(value: float | str) -> float:
+    """A budget in [0, 1] pixel units from a number or a fraction such as `"8/255"`; raises `ValueError`."""
+    try:
+        number = float(Fraction(value)) if isinstance(value, str) else float(value)
+    except (ValueError, ZeroDivisionError, TypeError):
+        raise ValueError(f"a budget is a number or a fraction such as '8/255', not {value!r}") from None
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"a budget is finite and not negative, not {value!r}")
+    return number
+
+
+def create_attack(name: str, **options: Any) -> Attack:
+    """The attack registered as `name`, with its settings; raises `UnknownNameError` for a name or an option it lacks."""
+    return attacks.create(name, **options)
+
+
+# Losses that an attacker maximizes, (N, K) logits and (N,) labels -> (N,) -------------------------------------------
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy per image."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest other logit minus the label's: positive when misclassified (Carlini & Wagner 2017, f6 untruncated)."""
+    true = logits.gather(1, labels[:, None])
+    # A masked -inf, not a large constant: with all logits negative a zero would win.
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return others.amax(1) - true.squeeze(1)
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """Difference of logits ratio: the margin over (largest - third largest logit), blind to the logits' scale.
+
+    Raises `ValueError` for fewer than three classes. Source: Croce & Hein 2020, equation (6).
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(f"the dlr loss needs at least 3 classes, the model has {logits.shape[1]}; use loss='margin'")
+    top = logits.topk(3, dim=1).values
+    return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+LOSSES: dict[str, LossFunction] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+
+
+# Balls --------------------------------------------------------------------------------------------------------------
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def l2_norm(delta: Tensor) -> Tensor:
+    """L2 norm per image, `(N,)`."""
+    return torch.linalg.vector_norm(delta.flatten(1), dim=1)
+
+
+def project_(x: Tensor, center: Tensor, eps: float, norm: Norm) -> Tensor:
+    """The point of (ball of radius `eps` around `center`) and [0, 1] that is nearest to `x`; all `(N, C, H, W)`.
+
+    In L2 that point is `clip(center + t (x - center))` for one t per image; t is found by rescaling the coordinates
+    that are still off the box until no more of them reach it.
+    """
+    if norm == "linf":
+        return torch.minimum(torch.maximum(x, (center - eps).clamp_(min=0)), (center + eps).clamp_(max=1))
+    delta = (x - center).flatten(1)
+    flat = center.flatten(1)
+    room = torch.where(delta > 0, 1 - flat, flat)  # how far each coordinate can go before it meets the box
+    size = delta.abs()
+    t = torch.ones_like(size[:, :1])
+    outside = torch.minimum(size, room).square().sum(1, keepdim=True) > eps * eps
+    for _ in range(12):
+        on_box = t * size >= room
+        left = eps * eps - torch.where(on_box, room, 0).square().sum(1, keepdim=True)
+        free = torch.where(on_box, 0, size).square().sum(1, keepdim=True)
+        step = (left.clamp(min=0) / free.clamp(min=1e-30)).sqrt()
+        t = torch.where(outside, step.clamp(max=1.0), t)
+    moved = torch.minimum(t * size, room)
+    length = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+    moved = moved * (eps / length.clamp(min=1e-30)).clamp(max=1)
+    return (flat + moved * delta.sign()).reshape_as(x).clamp_(0, 1)
+
+
+# The problem --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def frozen(model: Model) -> Iterator[None]:
+    """Inside: eval mode, no parameter asks for a gradient. After: every flag is as it was."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    training = [m.training for m in modules]
+    requires_grad = [p.requires_grad for p in parameters]
+    for m in modules:
+        m.training = False
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for m, flag in zip(modules, training):
+            m.training = flag
+        for p, flag in zip(parameters, requires_grad):
+            p.requires_grad_(flag)
+
+
+@dataclass
+class Tally:
+    """What an attack spent: batch passes, and forward passes per image."""
+
+    forwards: int = 0
+    backwards: int = 0
+    queries: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    zero_gradients: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    finite: Tensor | None = None
+    felled_by: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Problem:
+    """A batch to be attacked: the model, the images, and what the attacker wants of them.
+
+    `labels` are the classes to leave, or with `targeted` the classes to reach. `take(rows)` is the same problem for
+    some of the images; the tally is shared.
+    """
+
+    model: Model
+    images: Tensor
+    labels: Tensor
+    targeted: bool
+    index: Tensor
+    seed: int
+    tally: Tally
+    rows: Tensor
+
+    def take(self, rows: Tensor) -> Problem:
+        """The problem for the images at `rows` (positions or a mask)."""
+        return Problem(
+            self.model,
+            self.images[rows],
+            self.labels[rows],
+            self.targeted,
+            self.index[rows],
+            self.seed,
+            self.tally,
+            self.rows[rows],
+        )
+
+    def _forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        if self.tally.finite is None:
+            _check_logits(logits, self.labels)
+        finite = torch.isfinite(logits.detach()).all()
+        self.tally.finite = finite if self.tally.finite is None else self.tally.finite & finite
+        self.tally.forwards += 1
+        self.tally.queries[self.rows] += 1
+        return logits
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits `(N, K)`, no gradient: one forward pass."""
+        return self._forward(x).float()
+
+    def fooled(self, logits: Tensor) -> Tensor:
+        """`(N,)` bool: the attacker has what it wants."""
+        hit = logits.argmax(1) == self.labels
+        return hit if self.targeted else ~hit
+
+    def clearly_fooled(self, logits: Tensor) -> Tensor:
+        """`fooled` by more than float32 rounding, which another batch shape could undo; for minimal-norm attacks."""
+        return self.value(logits, margin) > 1e-5 * logits.abs().amax(1)
+
+    def value(self, logits: Tensor, loss: LossFunction) -> Tensor:
+        """What the attacker maximizes, `(N,)`: the loss, or minus the loss towards the target."""
+        value = loss(logits, self.labels)
+        return -value if self.targeted else value
+
+    @torch.enable_grad()
+    def gradient(self, x: Tensor, loss: LossFunction) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward and one backward pass: (value `(N,)`, its gradient `(N, C, H, W)`, logits `(N, K)`).
+
+        The loss is summed, so an image's gradient does not depend on the rest of the batch.
+        """
+        x = x.detach().requires_grad_()
+        logits = self._forward(x).float()
+        value = self.value(logits, loss)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+        self.tally.backwards += 1
+        self.tally.zero_gradients[self.rows] += (gradient.flatten(1).abs().amax(1) == 0).to(torch.int64)
+        return value.detach(), gradient, logits.detach()
+
+    @torch.enable_grad()
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """One forward pass kept for `backward`: (the point to differentiate at, logits `(N, K)`)."""
+        point = x.detach().requires_grad_()
+        return point, self._forward(point).float()
+
+    def backward(self, point: Tensor, logits: Tensor, weights: Tensor, *, keep: bool = False) -> Tensor:
+        """One backward pass: the gradient at `point` of each image's logits times its `weights` `(N, K)`.
+
+        keep: another backward pass through the same forward pass follows.
+        """
+        gradient = torch.zeros_like(point)
+        if logits.requires_grad:  # a constant model has no graph, and a zero gradient
+            (gradient,) = torch.autograd.grad(logits, point, weights, retain_graph=keep)
+        self.tally.backwards += 1
+        self.tally.zero_gradients[self.rows] += (gradient.flatten(1).abs().amax(1) == 0).to(torch.int64)
+        return gradient
+
+    def uniform(self, step: int, low: float = -1.0, high: float = 1.0) -> Tensor:
+        """Uniform noise shaped like the images, each image's its own."""
+        return draws.uniform(self.seed, self.index, step, self.images.shape[1:]).mul_(high - low).add_(low)
+
+    def normal(self, step: int) -> Tensor:
+        """Standard normal noise shaped like the images, each image's its own."""
+        return draws.normal(self.seed, self.index, step, self.images.shape[1:])
+
+    def random_start(self, eps: float, norm: Norm, step: int) -> Tensor:
+        """Uniform in the ball of radius `eps` around the images, projected into [0, 1]."""
+        if norm == "linf":
+            delta = self.uniform(step) * eps
+        else:
+            direction = self.normal(step)
+            radius = draws.uniform(self.seed, self.index, step + (1 << 40), (1,)).squeeze(1)
+            radius = eps * radius ** (1.0 / direction[0].numel())
+            delta = direction * _column(radius / l2_norm(direction).clamp(min=1e-30), direction)
+        return project_(self.images + delta, self.images, eps, norm)
+
+
+def _check_logits(logits: Tensor, labels: Tensor) -> None:
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the attacked model must return logits of shape ({len(labels)}, classes), it returned {got}")
+    if len(labels) and int(labels.max()) >= logits.shape[1]:
+        raise ValueError(f"label {int(labels.max())} is out of range: the model has {logits.shape[1]} classes")
+
+
+def check_images(images: Tensor) -> None:
+    """Raise `TypeError` or `ValueError` unless `images` is float `(N, C, H, W)` in [0, 1] without NaN."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a float tensor in [0, 1], not {kind}; divide 8-bit images by 255")
+    if images.dim() != 4:
+        raise ValueError(f"images must have shape (N, C, H, W), not {tuple(images.shape)}")
+    if images.numel() == 0:
+        return
+    low, high = (float(v) for v in images.aminmax())
+    if low != low or high != high:
+        raise ValueError("images hold NaN pixels")
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"images must lie in [0, 1], found [{low:.4g}, {high:.4g}]; mean/std normalization belongs in the "
+            "classifier's first layer (see unperturb.wrap)"
+        )
+
+
+def check_labels(images: Tensor, labels: Tensor) -> None:
+    """Raise unless `labels` is an integer `(N,)` tensor of classes for `images`."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype is torch.bool:
+        raise TypeError("labels must be an integer tensor of class numbers")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{len(images)} images need labels of shape ({len(images)},), not {tuple(labels.shape)}")
+    if len(labels) and int(labels.min()) < 0:
+        raise ValueError(f"label {int(labels.min())} is out of range: classes count from 0")
+
+
+# The attack ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What `Attack.run` found.
+
+    images: `(N, C, H, W)` adversarial images. success, success_8bit: `(N,)` bool, by one clean final forward, as they
+    are and rounded to 8 bits. forwards, backwards: batch passes spent by the attack. queries: `(N,)` forward passes
+    per image. zero_gradients: `(N,)` how often an image's gradient was exactly zero (a saturated or masked model).
+    felled_by: N names, of the member of a cascade that felled each image ("" where it still stands, "clean" where it
+    needed no attack); empty for an attack that is no cascade.
+    """
+
+    images: Tensor
+    success: Tensor
+    success_8bit: Tensor
+    forwards: int
+    backwards: int
+    queries: Tensor
+    zero_gradients: Tensor
+    felled_by: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """Settings of one attack. Its repr is its record.
+
+    targets: None leaves the true class; `"least_likely"` or `"random"` picks a class to reach; classes given to the
+    call win over both.
+    """
+
+    targets: Literal["least_likely", "random"] | None = None
+
+    def perturb(self, problem: Problem) -> Tensor:
+        """Adversarial images for `problem`; what a new attack writes."""
+        raise TypeError(f"{type(self).__name__} does not say how it perturbs")
+
+    def limit(self, x: Tensor, images: Tensor) -> Tensor:
+        """`x` brought back into what this attack may do; [0, 1] alone unless it has a ball."""
+        return x.clamp(0, 1)
+
+    @final
+    def __call__(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        index: Tensor | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Adversarial images.
+
+        model: any callable from images to logits `(N, K)`. images: float `(N, C, H, W)` in [0, 1]. labels: `(N,)`
+        true classes. targets: `(N,)` classes to reach. index: `(N,)` each image's number in its data set, which its
+        random draws depend on (default: its place in the batch). seed: of those draws.
+
+        Raises `TypeError` or `ValueError` for inputs that are not so, `NonFiniteLogitsError` for NaN logits.
+        """
+        return self._solve(model, images, labels, targets, index, seed)[0]
+
+    @final
+    def run(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        index: Tensor | None = None,
+        seed: int = 0,
+    ) -> AttackResult:
+        """The same images as `__call__`, re-checked by clean forward passes, with what they cost."""
+        x, problem = self._solve(model, images, labels, targets, index, seed)
+        tally = problem.tally
+        with frozen(model), torch.no_grad():
+            success = problem.fooled(model(x))
+            rounded = problem.fooled(model((x * 255).round() / 255))
+        return AttackResult(
+            x,
+            success,
+            rounded,
+            tally.forwards,
+            tally.backwards,
+            tally.queries,
+            tally.zero_gradients,
+            tally.felled_by,
+        )
+
+    def _solve(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        index: Tensor | None,
+        seed: int,
+    ) -> tuple[Tensor, Problem]:
+        check_images(images)
+        check_labels(images, labels)
+        images, labels = images.detach().float(), labels.to(torch.int64)
+        index = torch.arange(len(images), device=images.device) if index is None else index.to(images.device)
+        if index.shape != labels.shape:
+            raise ValueError(f"index must have shape {tuple(labels.shape)}, not {tuple(index.shape)}")
+        counts = torch.zeros_like(labels)
+        tally = Tally(queries=counts, zero_gradients=counts.clone())
+        rows = torch.arange(len(images), device=images.device)
+        problem = Problem(model, images, labels, False, index, seed, tally, rows)
+        if not len(images):
+            return images.clone(), problem
+        with frozen(model):
+            if targets is not None or self.targets is not None:
+                problem.labels = self._choose_targets(problem, targets)
+                problem.targeted = True
+            x = self.limit(self.perturb(problem).detach(), images)
+        if tally.finite is not None and not bool(tally.finite):
+            raise NonFiniteLogitsError("the attacked model returned NaN or infinite logits")
+        return x, problem
+
+    def _choose_targets(self, problem: Problem, given: Tensor | None) -> Tensor:
+        labels = problem.labels
+        if given is not None:
+            check_labels(problem.images, given)
+            if bool((given == labels).any()):
+                raise ValueError("a target equals the true class of its image")
+            return given.to(labels)
+        logits = problem.logits(problem.images)
+        if logits.shape[1] < 2:
+            raise ValueError("a targeted attack needs at least two classes")
+        if self.targets == "least_likely":
+            return logits.scatter(1, labels[:, None], torch.inf).argmin(1)
+        if self.targets == "random":
+            shift = 1 + draws.integers(problem.seed, problem.index, 1 << 41, logits.shape[1] - 1).squeeze(1)
+            return (labels + shift) % logits.shape[1]
+        raise ValueError(f"targets must be None, 'least_likely' or 'random', not {self.targets!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BallAttack(Attack):
+    """An attack with a fixed budget: a ball of radius `eps` in pixel units, cut with [0, 1].
+
+    norm: `"linf"` or `"l2"`. eps: radius, a number or a fraction such as `"8/255"`. loss: what is maximized,
+    `"cross_entropy"`, or `"margin"` or `"dlr"` (which still have a gradient where the softmax saturates).
+    """
+
+    norm: Norm = "linf"
+    eps: float
+    loss: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eps", budget(self.eps))
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"norm must be 'linf' or 'l2', not {self.norm!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
+
+    def limit(self, x: Tensor, images: Tensor) -> Tensor:
+        return project_(x, images, self.eps, self.norm)
+
+    def ascend(self, x: Tensor, direction: Tensor, step: float) -> Tensor:
+        """`x` moved by `step` along the steepest ascent of this norm; a zero direction moves nothing."""
+        if self.norm == "linf":
+            return torch.add(x, direction.sign(), alpha=step)
+        return x + direction * _column(step / l2_norm(direction).clamp(min=1e-12), direction)
+
+
+class Best:
+    """The highest value met per image, and where."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images.clone()
+        self.value = torch.full((len(images),), -torch.inf, device=images.device)
+
+    def update(self, x: Tensor, value: Tensor, rows: Tensor | None = None) -> None:
+        """Keep `x` `(N, C, H, W)` where `value` `(N,)` beats what was met before.
+
+        rows: the positions of `x` among all images, where some have left the batch.
+        """
+        if rows is None or len(rows) == len(self.images):
+            better = value > self.value
+            self.value = torch.where(better, value, self.value)
+            self.images = torch.where(_column(better, x), x, self.images)
+        else:
+            better = value > self.value[rows]
+            self.value[rows] = torch.where(better, value, self.value[rows])
+            self.images[rows] = torch.where(_column(better, x), x, self.images[rows])

@@ -1,0 +1,22 @@
+"""Fast gradient (sign) method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from unperturb.attacks.base import LOSSES, BallAttack, Problem, attacks
+
+
+@attacks.register("fgsm")
+@dataclass(frozen=True, kw_only=True)
+class FGSM(BallAttack):
+    """One step of the whole budget along the gradient's sign (L2: along the gradient).
+
+    Source: Goodfellow et al. 2015, section 4; equation (2) of the paper.
+    """
+
+    def perturb(self, problem: Problem) -> Tensor:
+        _, gradient, _ = problem.gradient(problem.images, LOSSES[self.loss])
+        return self.ascend(problem.images, gradient, self.eps)

@@ -1,0 +1,131 @@
+"""Adversarial patch: a small part of the image, changed at will."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unperturb import draws
+from unperturb.attacks.base import LOSSES, Attack, Best, Problem, attacks
+
+_MOMENTUM = 0.9
+
+
+@attacks.register("patch")
+@dataclass(frozen=True, kw_only=True)
+class PatchAttack(Attack):
+    """A square patch of any pixels in [0, 1], pasted over each image; all else stays as it was.
+
+    area: share of the image that the unturned, unscaled patch may cover. position: `"random"` (each image's own),
+    `"center"`, or (row, column) of its upper left pixel; a turned or scaled patch keeps that center as far as the image
+    has room. rotation: degrees; each placement draws an angle in [-rotation, rotation]. scale: each placement draws a
+    factor in this range. eot: 0 makes the patch for the one placement that the returned image shows; n averages over n
+    fresh placements per step, and the returned image shows one that was not trained on. universal: one patch for the
+    whole batch, which then decides together. steps: forward+backward passes (times eot). lr: step in pixel units, along
+    the sign of the momentum. loss: what is maximized.
+
+    Without eot the patch with the highest loss met is returned, with it the last one: a mean over few placements tells
+    more of the placements than of the patch. Source: Brown et al. 2017, "Adversarial patch", equation (1).
+    """
+
+    area: float = 0.05
+    position: str | tuple[int, int] = "random"
+    rotation: float = 0.0
+    scale: tuple[float, float] = (1.0, 1.0)
+    eot: int = 0
+    universal: bool = False
+    steps: int = 100
+    lr: float = 0.05
+    loss: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.position, str):
+            object.__setattr__(self, "position", tuple(self.position))
+        object.__setattr__(self, "scale", tuple(self.scale))
+        if not 0 < self.area <= 1:
+            raise ValueError(f"area is a share of the image in (0, 1], not {self.area}")
+        if isinstance(self.position, str) and self.position not in ("random", "center"):
+            raise ValueError(f"position must be 'random', 'center' or (row, column), not {self.position!r}")
+        if not isinstance(self.position, str) and (len(self.position) != 2 or min(self.position) < 0):
+            raise ValueError(f"position must be 'random', 'center' or (row, column), not {self.position!r}")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be (smallest, largest) factor, not {self.scale!r}")
+        if self.steps < 1 or self.eot < 0 or self.lr <= 0:
+            raise ValueError("steps must be at least 1, eot not negative and lr positive")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
+
+    def perturb(self, problem: Problem) -> Tensor:
+        count, channels, height, width = problem.images.shape
+        side = self.side(height, width)
+        patch = problem.images.new_full((1 if self.universal else count, channels, side, side), 0.5)
+        best, momentum = Best(patch), torch.zeros_like(patch)
+        shown = self._place(problem, side, 0)
+        for step in range(self.steps):
+            if self.eot:
+                gradient = torch.zeros_like(patch)
+                for draw in range(1 + step * self.eot, 1 + (step + 1) * self.eot):
+                    gradient += self._gradient(problem, patch, self._place(problem, side, draw))[1]
+            else:
+                value, gradient = self._gradient(problem, patch, shown)
+                best.update(patch, value)
+            # Clamped: a zero gradient adds nothing, where a division by zero would add NaN.
+            gradient = gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
+            momentum = momentum.mul_(_MOMENTUM).add_(gradient)
+            patch = torch.add(patch, momentum.sign(), alpha=self.lr).clamp_(0, 1)
+        if not self.eot:
+            value = problem.value(problem.logits(self._paste(problem, patch, shown)), LOSSES[self.loss])
+            best.update(patch, value.sum(0, keepdim=True) if self.universal else value)
+            patch = best.images
+        return self._paste(problem, patch, shown)
+
+    def side(self, height: int, width: int) -> int:
+        """Side of the unscaled patch in pixels: the largest square of at most `area` of the image, at least 1."""
+        return max(1, min(math.floor(math.sqrt(self.area * height * width) + 1e-9), height, width))
+
+    def _gradient(self, problem: Problem, patch: Tensor, where: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss per patch, `(P,)`, and its gradient, through the pasting."""
+        with torch.enable_grad():
+            patch = patch.detach().requires_grad_()
+            x = self._paste(problem, patch, where)
+        value, gradient, _ = problem.gradient(x, LOSSES[self.loss])
+        (gradient,) = torch.autograd.grad(x, patch, gradient)
+        return (value.sum(0, keepdim=True) if self.universal else value), gradient
+
+    def _paste(self, problem: Problem, patch: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
+        """The images with the patch on the pixels of the mask, and untouched elsewhere."""
+        mask, grid = where
+        pasted = F.grid_sample(patch.expand(len(grid), -1, -1, -1), grid, padding_mode="border", align_corners=False)
+        return torch.where(mask, pasted, problem.images)
+
+    def _place(self, problem: Problem, side: int, step: int) -> tuple[Tensor, Tensor]:
+        """One placement per image: (mask `(N, 1, H, W)`, where each of its pixels lies on the patch `(N, H, W, 2)`)."""
+        height, width = problem.images.shape[2:]
+        numbers = draws.uniform(problem.seed, problem.index, step, (4,))
+        angle = (2 * numbers[:, 2] - 1) * math.radians(self.rotation)
+        scale = self.scale[0] + (self.scale[1] - self.scale[0]) * numbers[:, 3]
+        cos, sin = angle.cos(), angle.sin()
+        reach = 0.5 * side * scale * (cos.abs() + sin.abs())  # from its center to the edge of its upright bounding box
+        centers = []
+        for axis, size in enumerate((height, width)):
+            half = reach.clamp(max=size / 2)
+            if self.position == "random":
+                # Whole pixels from the edge, so that an upright patch lies on the pixel grid.
+                free = (size - 2 * half + 1e-4).floor()
+                center = half + (numbers[:, axis] * (free + 1)).floor().clamp(max=free)
+            else:
+                start = (size - side) // 2 if isinstance(self.position, str) else self.position[axis]
+                if start + side > size:
+                    raise ValueError(f"a patch of side {side} at {self.position} leaves an image of {height} x {width}")
+                center = torch.minimum(torch.maximum(torch.full_like(half, start + side / 2), half), size - half)
+            centers.append(center)
+        down = (torch.arange(height, device=angle.device) + 0.5)[None, :, None] - centers[0][:, None, None]
+        right = (torch.arange(width, device=angle.device) + 0.5)[None, None, :] - centers[1][:, None, None]
+        # Back onto the patch, whose sides lie at -1 and 1: turn by minus the angle, divide by the scale.
+        cos, sin, unit = (v[:, None, None] for v in (cos, sin, 2 / (side * scale)))
+        grid = torch.stack([(right * cos + down * sin) * unit, (down * cos - right * sin) * unit], dim=-1)
+        return (grid.abs() <= 1).all(-1)[:, None], grid

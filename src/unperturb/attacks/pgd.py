@@ -1,0 +1,50 @@
+"""Projected gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from unperturb.attacks.base import LOSSES, BallAttack, Best, Problem, attacks, budget, project_
+
+
+@attacks.register("pgd")
+@dataclass(frozen=True, kw_only=True)
+class PGD(BallAttack):
+    """Steps of `alpha` along the gradient's sign, projected after each; the highest loss met is returned.
+
+    alpha: step in pixel units (default 2.5 eps / steps, so that the far side of the ball can be reached).
+    steps: forward+backward passes per restart. random_start: start uniformly in the ball. restarts: independent
+    starts, of which the best per image is kept (only the first may start at the image itself).
+
+    Source: Madry et al. 2018, section 2.1.
+    """
+
+    alpha: float | None = None
+    steps: int = 40
+    random_start: bool = True
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None:
+            object.__setattr__(self, "alpha", budget(self.alpha))
+        if self.steps < 1 or self.restarts < 1:
+            raise ValueError("steps and restarts must be at least 1")
+
+    def perturb(self, problem: Problem) -> Tensor:
+        loss = LOSSES[self.loss]
+        alpha = 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
+        best = Best(problem.images)
+        for restart in range(self.restarts):
+            x = problem.images
+            if self.random_start or restart:
+                x = problem.random_start(self.eps, self.norm, restart)
+            for step in range(self.steps):
+                value, gradient, _ = problem.gradient(x, loss)
+                if step or restart:  # the start itself is not an answer, unless nothing else was met
+                    best.update(x, value)
+                x = project_(self.ascend(x, gradient, alpha), problem.images, self.eps, self.norm)
+            best.update(x, problem.value(problem.logits(x), loss))
+        return best.images

@@ -1,0 +1,107 @@
+"""RayS: a black-box attack that sees decisions only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unperturb.attacks.base import Attack, Problem, attacks, budget
+
+
+@attacks.register("rays")
+@dataclass(frozen=True, kw_only=True)
+class RayS(Attack):
+    """The sign vector along which the boundary is nearest in Linf, found by turning over ever smaller blocks of it; a
+    minimal-norm attack that asks for the predicted class alone.
+
+    queries: forward passes per image, all told. eps: an image leaves once it is that near, and one that never gets
+    there has failed (default: all queries go into coming nearer). tolerance: of the binary search along a ray.
+
+    Each image is at its own point of the search, and every query of the batch serves all of them. Nothing is drawn at
+    random. Source: Chen & Gu 2020, "RayS: a ray searching method for hard-label adversarial attack", algorithms 1-3.
+    """
+
+    queries: int = 10_000
+    eps: float | None = None
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.eps is not None:
+            object.__setattr__(self, "eps", budget(self.eps))
+        if self.queries < 1:
+            raise ValueError("queries must be at least 1")
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance must lie in (0, 1), not {self.tolerance}")
+
+    def perturb(self, problem: Problem) -> Tensor:
+        answer = problem.images.clone()
+        rows = (~problem.fooled(problem.logits(answer))).nonzero().squeeze(1)
+        if not len(rows):
+            return answer
+        search = _Search(problem.take(rows), rows, self.tolerance)
+        for _ in range(self.queries - 1):
+            search.ask()
+            if self.eps is None:
+                continue
+            near = search.found & (search.radius <= self.eps)
+            if bool(near.any()):  # the one look at the device per query, and only where images may leave
+                answer[search.rows[near]] = search.point()[near]
+                search.keep((~near).nonzero().squeeze(1))
+            if not len(search.rows):
+                return answer
+        if self.eps is None:
+            answer[search.rows] = torch.where(search.found[:, None, None, None], search.point(), search.problem.images)
+        return answer
+
+
+class _Search:
+    """Where the search stands for each image: its best direction and radius, the block that is tried, the bracket."""
+
+    def __init__(self, problem: Problem, rows: Tensor, tolerance: float) -> None:
+        self.problem, self.rows, self.tolerance = problem, rows, tolerance
+        count, size = len(rows), problem.images[0].numel()
+        self.sign = problem.images.new_ones(count, size)
+        self.radius = problem.images.new_ones(count)  # at radius 1 every ray has met the corner of the box
+        self.low = torch.zeros_like(self.radius)
+        self.found = torch.zeros_like(rows, dtype=torch.bool)
+        self.bisecting = self.found.clone()
+        self.level = torch.zeros_like(rows)
+        self.block = torch.full_like(rows, -1)  # the first ray is tried as it is, nothing turned over
+        self.place = torch.arange(size, device=rows.device)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with the images at `rows` alone."""
+        self.problem = self.problem.take(rows)
+        for name in ("rows", "sign", "radius", "low", "found", "bisecting", "level", "block"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def point(self) -> Tensor:
+        """The nearest success so far, where there is one, `(N, C, H, W)`."""
+        return self._along(self.sign, self.radius)
+
+    def _along(self, sign: Tensor, radius: Tensor) -> Tensor:
+        images = self.problem.images
+        return torch.addcmul(images, sign.reshape_as(images), radius[:, None, None, None]).clamp_(0, 1)
+
+    def ask(self) -> None:
+        """One query for every image: halve its bracket, or try its next block at the best radius."""
+        size = self.place.numel()
+        length = ((size - 1) >> self.level) + 1  # ceil(size / 2^level)
+        begin = (self.block * length)[:, None]
+        turned = (self.place >= begin) & (self.place < begin + length[:, None]) & ~self.bisecting[:, None]
+        trial = torch.where(turned, -self.sign, self.sign)
+        radius = torch.where(self.bisecting, (self.low + self.radius) / 2, self.radius)
+        hit = self.problem.fooled(self.problem.logits(self._along(trial, radius)))
+        # Bisecting, a hit moves the bracket's upper end and a miss its lower; trying, a hit opens a bracket.
+        self.low = torch.where(self.bisecting, torch.where(hit, self.low, radius), 0)
+        self.sign = torch.where(hit[:, None], trial, self.sign)
+        self.radius = torch.where(hit, radius, self.radius)
+        self.found = self.found | hit
+        self.bisecting = (self.bisecting | hit) & (self.radius - self.low > self.tolerance)
+        # Whoever is not in a bracket goes on to the next block, or to blocks of half the length.
+        block = torch.where(self.bisecting, self.block, self.block + 1)
+        over = (block * length >= size) & ~self.bisecting
+        self.block = torch.where(over, 0, block)
+        self.level = torch.where(over, self.level + 1, self.level).clamp_(max=(size - 1).bit_length())

@@ -1,0 +1,164 @@
+"""Square: a score-based black-box attack by random search."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unperturb import draws
+from unperturb.attacks.base import BallAttack, Problem, attacks, l2_norm, margin
+
+# The share of pixels under the square is halved after so many of 10,000 queries (section 3.2; the authors' code
+# halves after 500 too).
+_HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+
+def _signs(numbers: Tensor) -> Tensor:
+    return torch.where(numbers < 0.5, -1.0, 1.0)
+
+
+def pyramids(side: int) -> Tensor:
+    """`(2, side, side)` of norm 1: two adjacent pyramids of opposite sign, side by side and one above the other.
+
+    A pyramid's height at Chebyshev distance d from its center is the sum of 1/k^2 over k > d.
+    """
+    halves = []
+    for rows in (side // 2, side - side // 2):
+        center = (rows // 2, side // 2)
+        distance = torch.maximum(
+            (torch.arange(rows) - center[0]).abs()[:, None], (torch.arange(side) - center[1]).abs()[None, :]
+        )
+        layers = torch.arange(1, max(rows, side) // 2 + 2, dtype=torch.float32)
+        height = ((distance[..., None] < layers) / layers.square()).sum(-1)
+        halves.append(height / height.norm().clamp(min=1e-12))
+    both = torch.cat([halves[0], -halves[1]])
+    both = both / both.norm().clamp(min=1e-12)
+    return torch.stack([both, both.T])
+
+
+@attacks.register("square")
+@dataclass(frozen=True, kw_only=True)
+class Square(BallAttack):
+    """Random squares at the ball's surface, kept where they raise the margin; asks for logits, never for gradients.
+
+    queries: forward passes per image at most; an image leaves with its first success. p_init: share of the pixels under
+    the first squares. The margin is what is maximized, targeted too, so `loss` has no say.
+
+    Source: Andriushchenko et al. 2020, algorithms 1, 2 (Linf) and 3 (L2).
+    """
+
+    loss: str = "margin"
+    queries: int = 5000
+    p_init: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss != "margin":
+            raise ValueError(f"square maximizes the margin, loss cannot be {self.loss!r}")
+        if self.queries < 1:
+            raise ValueError("queries must be at least 1")
+        if not 0 < self.p_init <= 1:
+            raise ValueError(f"p_init must lie in (0, 1], not {self.p_init}")
+
+    def perturb(self, problem: Problem) -> Tensor:
+        found = problem.images.clone()
+        start, paint = (self._stripes, self._paint_linf) if self.norm == "linf" else (self._tiles, self._paint_l2)
+        x = start(problem)
+        logits = problem.logits(x)
+        value, fooled = problem.value(logits, margin), problem.clearly_fooled(logits)
+        rows = torch.arange(len(x), device=x.device)
+        for query in range(1, self.queries):
+            # The one look at the device per query: exact counts are the point of a query-limited attack.
+            if bool(fooled.any()):
+                found[rows[fooled]] = x[fooled]
+                keep = (~fooled).nonzero().squeeze(1)
+                problem, x, value, rows = problem.take(keep), x[keep], value[keep], rows[keep]
+            if not len(rows):
+                return found
+            new = paint(problem, x, query, self._share(query))
+            logits = problem.logits(new)
+            new_value, fooled = problem.value(logits, margin), problem.clearly_fooled(logits)
+            better = (new_value > value) | fooled
+            x = torch.where(better[:, None, None, None], new, x)
+            value = torch.where(better, new_value, value)
+        found[rows] = x
+        return found
+
+    def _share(self, query: int) -> float:
+        passed = query * 10_000 // self.queries
+        return self.p_init / 2 ** sum(passed > limit for limit in _HALVED_AFTER)
+
+    def _stripes(self, problem: Problem) -> Tensor:
+        _, channels, _, width = problem.images.shape
+        signs = _signs(draws.uniform(problem.seed, problem.index, 0, (channels, 1, width)))
+        return (problem.images + self.eps * signs).clamp_(0, 1)
+
+    def _paint_linf(self, problem: Problem, x: Tensor, query: int, share: float) -> Tensor:
+        _, channels, height, width = x.shape
+        side = max(1, min(round(math.sqrt(share * height * width)), height, width))
+        numbers = draws.uniform(problem.seed, problem.index, query, (2 + channels,))
+        top, left = _corners(numbers[:, :2], side, height, width)
+        rows, columns = (torch.arange(n, device=x.device) for n in (height, width))
+        inside = ((rows >= top) & (rows < top + side))[:, None, :, None]
+        inside = inside & ((columns >= left) & (columns < left + side))[:, None, None, :]
+        signs = _signs(numbers[:, 2:])[:, :, None, None]
+        return torch.where(inside, (problem.images + self.eps * signs).clamp_(0, 1), x)
+
+    def _tiles(self, problem: Problem) -> Tensor:
+        # 5 tiles along a side; what is left over is margin.
+        n, channels, height, width = problem.images.shape
+        side = max(1, min(height, width) // 5)
+        down, across = height // side, width // side
+        numbers = draws.uniform(problem.seed, problem.index, 0, (1 + channels * down * across,))
+        tile = self._pyramid(numbers[:, 0], side)[:, None, None, :, None, :]
+        signs = _signs(numbers[:, 1:]).reshape(n, channels, down, 1, across, 1)
+        delta = torch.zeros_like(problem.images)
+        top, left = (height - down * side) // 2, (width - across * side) // 2
+        delta[:, :, top : top + down * side, left : left + across * side] = (signs * tile).reshape(
+            n, channels, down * side, across * side
+        )
+        return self._onto_sphere(problem, delta)
+
+    def _paint_l2(self, problem: Problem, x: Tensor, query: int, share: float) -> Tensor:
+        n, channels, height, width = x.shape
+        # Odd, and at least 3: smaller pyramids have no shape.
+        side = min(max(round(math.sqrt(share * height * width)), 3) | 1, height, width)
+        numbers = draws.uniform(problem.seed, problem.index, query, (5 + channels,))
+        delta = (x - problem.images).flatten(2)
+        here = self._window(numbers[:, :2], side, height, width).expand(n, channels, -1)
+        there = self._window(numbers[:, 2:4], side, height, width).expand(n, channels, -1)
+        old = delta.gather(2, here)
+        rest = delta.scatter(2, here, 0).scatter(2, there, 0)
+        # The first window spends what both held, channel by channel, and what the ball has left, in equal parts.
+        freed = delta.square().sum(2) - rest.square().sum(2)
+        unspent = (self.eps**2 - delta.square().sum((1, 2))).clamp(min=0)
+        fresh = self._pyramid(numbers[:, 4], side).flatten(1)[:, None] * _signs(numbers[:, 5:])[:, :, None]
+        fresh = fresh + old / torch.linalg.vector_norm(old, dim=2, keepdim=True).clamp(min=1e-12)
+        fresh = fresh / torch.linalg.vector_norm(fresh, dim=2, keepdim=True).clamp(min=1e-12)
+        size = (unspent[:, None] / channels + freed).clamp(min=0).sqrt()[:, :, None]
+        return self._onto_sphere(problem, rest.scatter(2, here, fresh * size).reshape_as(x))
+
+    def _window(self, numbers: Tensor, side: int, height: int, width: int) -> Tensor:
+        """`(N, 1, side * side)` positions in the flattened image of a window drawn by `numbers` `(N, 2)`."""
+        top, left = _corners(numbers, side, height, width)
+        steps = torch.arange(side, device=numbers.device)
+        return ((top + steps)[:, :, None] * width + (left + steps)[:, None, :]).flatten(1)[:, None]
+
+    def _pyramid(self, numbers: Tensor, side: int) -> Tensor:
+        """`(N, side, side)`: one of the two orientations each, by `numbers` `(N,)`."""
+        return pyramids(side).to(numbers.device)[(numbers < 0.5).long()]
+
+    def _onto_sphere(self, problem: Problem, delta: Tensor) -> Tensor:
+        unit = delta / l2_norm(delta).clamp(min=1e-12)[:, None, None, None]
+        return (problem.images + self.eps * unit).clamp_(0, 1)
+
+
+def _corners(numbers: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Two `(N, 1)` integers: top and left of a square within the image, drawn by `numbers` `(N, 2)` in [0, 1)."""
+    # The clamp: a number just below 1 times a large side rounds up in float32.
+    top = (numbers[:, :1] * (height - side + 1)).long().clamp_(max=height - side)
+    left = (numbers[:, 1:] * (width - side + 1)).long().clamp_(max=width - side)
+    return top, left

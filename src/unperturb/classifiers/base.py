@@ -1,0 +1,215 @@
+"""What a classifier is here: a module from [0, 1] images to logits that normalizes its own input."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unperturb.registry import Registry, UnknownNameError
+from unperturb.runs import RunError, load_tensors, read_json, save_tensors, write_json
+
+# A builder is `(*, channels, size, classes, **options) -> nn.Module`: normalized images (N, C, size, size) -> logits.
+classifiers: Registry[nn.Module] = Registry("classifier")
+
+
+class Normalize(nn.Module):
+    """`(images - mean) / std`, channel by channel; raises `ValueError` where the images have other channels."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        m, s = torch.tensor(list(mean), dtype=torch.float32), torch.tensor(list(std), dtype=torch.float32)
+        if m.ndim != 1 or m.shape != s.shape or not len(m):
+            raise ValueError(f"mean and std need one number per channel each; got {list(mean)} and {list(std)}")
+        if not (m.isfinite().all() and s.isfinite().all() and (s > 0).all()):
+            raise ValueError(f"mean must be finite and std above zero; got {list(mean)} and {list(std)}")
+        self.register_buffer("mean", m.view(1, -1, 1, 1))
+        self.register_buffer("std", s.view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        # One grey channel would broadcast against three means without a word.
+        if images.ndim != 4 or images.shape[1] != self.mean.shape[1]:
+            wanted = f"(N, {self.mean.shape[1]}, H, W)"
+            raise ValueError(f"this classifier takes images {wanted}; got {tuple(images.shape)}")
+        return (images - self.mean) / self.std
+
+    def extra_repr(self) -> str:
+        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+
+
+class Classifier(nn.Module):
+    """A network behind its normalization: images `(N, C, H, W)` in [0, 1] -> logits `(N, K)`.
+
+    spec: what rebuilds it (name, options, channels, size, classes, mean, std), JSON-able; None for a model that was
+    wrapped, not built here. A frozen one stays in eval mode whatever it is part of.
+    """
+
+    def __init__(self, normalize: nn.Module, net: nn.Module, spec: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.net = net
+        self.spec = None if spec is None else dict(spec)
+        self.frozen = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.spec is not None and images.shape[2:] != (self.spec["size"], self.spec["size"]):
+            size = self.spec["size"]
+            raise ValueError(f"{self.spec['name']} takes images of {size}x{size} pixels; got {tuple(images.shape)}")
+        return self.net(self.normalize(images))
+
+    def freeze(self) -> Classifier:
+        """Eval mode for good, and no gradient for any parameter; returns itself."""
+        self.frozen = True
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode and not self.frozen)
+        return self
+
+
+def create_classifier(
+    name: str, *, channels: int, size: int, classes: int, mean: Sequence[float], std: Sequence[float], **options: Any
+) -> Classifier:
+    """A fresh classifier of the family `name`, for images `(N, channels, size, size)` in [0, 1].
+
+    mean, std: of the training images, one number per channel. Raises `UnknownNameError` for a name or an option that is
+    not there, `ValueError` for a shape that the family cannot take.
+    """
+    if channels < 1 or size < 1 or classes < 2:
+        raise ValueError(f"a classifier needs channels, a size and two classes; got {channels=}, {size=}, {classes=}")
+    normalize = Normalize(mean, std)
+    if normalize.mean.shape[1] != channels:
+        raise ValueError(f"mean and std need one number per channel: {channels}; got {list(mean)} and {list(std)}")
+    net = classifiers.create(name, channels=channels, size=size, classes=classes, **options)
+    spec = {"name": name, "options": options, "channels": channels, "size": size, "classes": classes}
+    spec |= {"mean": [float(m) for m in mean], "std": [float(s) for s in std]}
+    try:
+        spec = json.loads(json.dumps(spec))
+    except TypeError as error:
+        raise ValueError(f"the options of classifier {name!r} must be plain numbers, texts or lists: {error}") from None
+    return Classifier(normalize, net, spec)
+
+
+def save_classifier(folder: Path, classifier: Classifier, extra: Mapping[str, Any] | None = None) -> None:
+    """`model.safetensors` and `classifier.json` (spec and `extra`) in `folder`: all that `load_classifier` needs."""
+    if classifier.spec is None:
+        raise RunError(
+            "only a classifier of create_classifier rebuilds from a folder; save a wrapped model where you made it"
+        )
+    save_tensors(folder / "model.safetensors", classifier.state_dict())
+    write_json(folder / "classifier.json", {**classifier.spec, "extra": dict(extra or {})})
+
+
+def load_classifier(folder: str | Path) -> Classifier:
+    """The classifier of a run folder, in eval mode, on the CPU.
+
+    Raises `RunError` where a file is missing or truncated, or the weights are not those of the classifier described.
+    """
+    path = Path(folder) / "classifier.json"
+    described = read_json(path)
+    try:
+        spec = {k: described[k] for k in ("name", "channels", "size", "classes", "mean", "std")}
+        classifier = create_classifier(**spec, **described["options"])
+    except (UnknownNameError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} does not describe a classifier that this version can build: {error}") from error
+    weights = Path(folder) / "model.safetensors"
+    tensors, own = load_tensors(weights), classifier.state_dict()
+    strangers = sorted(k for k in own.keys() | tensors.keys() if k not in own or k not in tensors)
+    strangers += [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    if strangers:
+        some = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+        raise RunError(
+            f"{weights} does not hold the weights of {path} ({len(strangers)} tensors differ: {some}); make it again"
+        )
+    classifier.load_state_dict(tensors)
+    return classifier.eval()
+
+
+def wrap(
+    module: nn.Module,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    classes: int | None = None,
+) -> Classifier:
+    """Any model of yours as a classifier: a frozen copy in eval mode, behind `Normalize(mean, std)` if these are given.
+
+    size: side of the images it takes, in pixels; with it, two random images in [0, 1] are shown to the model at once.
+    channels: theirs, if there is no mean to count (default 3). classes: K, where it should be checked.
+
+    Raises `ValueError` where the model fails on the two images or gives anything but finite logits `(2, K)`. Warns
+    where they look like probabilities: attacks and losses here apply the softmax themselves.
+    """
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together; give both, or neither if the model normalizes its own input")
+    if mean is not None and channels is not None and len(mean) != channels:
+        raise ValueError(f"mean and std need one number per channel: {channels}; got {list(mean)}")
+    normalize = Normalize(mean, std) if mean is not None and std is not None else nn.Identity()
+    classifier = Classifier(normalize, copy.deepcopy(module)).freeze()
+    at = next((t for t in module.parameters() if t.is_floating_point()), torch.zeros(()))
+    normalize.to(at.device)
+    if size is not None:
+        shape = (2, len(mean) if mean is not None else channels or 3, size, size)
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        _check_logits(classifier, images.to(at.device), classes)
+    return classifier
+
+
+@torch.no_grad()
+def _check_logits(classifier: nn.Module, images: Tensor, classes: int | None) -> None:
+    shape = tuple(images.shape)
+    try:
+        logits = classifier(images)
+    except Exception as error:
+        raise ValueError(
+            f"the model failed on two float32 images {shape} in [0, 1]; are size and channels its own? It said: {error}"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model must return one tensor of logits (N, K); it returned {type(logits).__name__}")
+    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
+        raise ValueError(f"the model must give logits (N, K), (2, K) for two images; it gave {tuple(logits.shape)}")
+    if classes is not None and logits.shape[1] != classes:
+        raise ValueError(f"the model gives {logits.shape[1]} logits an image, where {classes} classes were expected")
+    if not logits.isfinite().all():
+        raise ValueError(f"the model gives NaN or infinite logits for random images {shape} in [0, 1]")
+    if (logits >= 0).all() and torch.allclose(logits.float().sum(1), torch.ones(2, device=logits.device), atol=1e-3):
+        warnings.warn(
+            "the model's outputs are probabilities, not logits (they are >= 0 and sum to 1): remove its softmax, "
+            "or attacks will find no gradient and look weaker than they are",
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every submodule's own mode as it was after."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def macs(module: nn.Module, shape: Sequence[int]) -> int:
+    """Multiply-accumulates of convolutions and matrix products for one image of `shape` (C, H, W), forward only."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    at = next(module.parameters(), torch.zeros(()))
+    counter = FlopCounterMode(display=False)
+    with evaluating(module), torch.no_grad(), counter:
+        module(torch.zeros(1, *shape, device=at.device))
+    return counter.get_total_flops() // 2

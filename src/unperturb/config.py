@@ -1,0 +1,267 @@
+"""Recipes: a TOML file that fixes one run completely. Read, overridden by key, checked, kept beside what it made."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from unperturb.registry import UnknownNameError, unknown
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the key, what was wrong, and the nearest right one."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Thing(BaseModel):
+    """A registered thing by name, with options that its own constructor checks."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field(description="The name it is registered under.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class Training(_Settings):
+    """How the loop steps."""
+
+    epochs: float | None = Field(None, gt=0, description="Passes over the training images; or give steps.")
+    steps: int | None = Field(None, gt=0, description="Batches; or give epochs.")
+    batch: int = Field(128, gt=0, description="Images a step, over all devices together.")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="Which update.")
+    lr: float = Field(1e-3, gt=0, description="Highest learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's averaging; with sgd the first is the momentum.")
+    weight_decay: float = Field(0.0, ge=0, description="Decay of matrices and kernels; vectors are never decayed.")
+    schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="The way down after the warm-up.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
+    clip: float | None = Field(None, gt=0, description="Largest gradient norm a player may step with.")
+    ema: float = Field(0.0, ge=0, lt=1, description="Decay of the weight average that is kept; 0 keeps the last weights.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of networks in training; auto probes.")
+    memory_format: Literal["auto", "contiguous", "channels_last"] = Field("auto", description="Likewise.")
+    validate_every: float | None = Field(None, gt=0, description="Epochs between looks at the validation images.")
+    keep: Literal["last", "best"] = Field("last", description="Which weights are the result; best needs validate_every.")
+    log_every: int = Field(50, gt=0, description="Steps between log lines.")
+    checkpoint_seconds: float = Field(60.0, ge=0, description="Seconds between checkpoints.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        if self.keep == "best" and self.validate_every is None:
+            raise ValueError("keep = 'best' needs validate_every")
+        return self
+
+
+class Augmentation(_Settings):
+    """Random changes of training images that keep their class."""
+
+    pad: int = Field(0, ge=0, description="Pixels of padding before a random crop.")
+    flip: bool = Field(False, description="Mirror half of the images left to right.")
+    cutout: int = Field(0, ge=0, description="Side of a square set to grey, in pixels.")
+
+
+class Pairs(_Settings):
+    """How clean and adversarial images are paired."""
+
+    knowledge: Literal["oblivious", "white_box", "bpda"] = Field("oblivious", description="What the attacker sees.")
+    attacks: list[Thing] = Field(
+        min_length=1,
+        description="The mixture. share = part of each batch; an option given as [low, high] is drawn afresh each step.",
+    )
+    augment: Augmentation = Field(Augmentation(), description="Of the clean images, before they are attacked.")
+
+
+class ClassifierRecipe(_Settings):
+    """Train a classifier."""
+
+    kind: Literal["classifier"] = "classifier"
+    dataset: str = Field(description="A name that load_dataset knows.")
+    size: int | None = Field(None, gt=0, description="Side of the images; None keeps the source's own.")
+    classifier: Thing = Field(description="Which network.")
+    objective: Thing = Field(Thing(name="plain"), description="plain, or another way of training.")
+    augment: Augmentation = Field(Augmentation(), description="Of the training images.")
+    training: Training
+    seed: int = Field(0, ge=0, description="Of weights, order, augmentation and attacks.")
+
+
+class DefenseRecipe(_Settings):
+    """Train a defense in front of one classifier or several."""
+
+    kind: Literal["defense"] = "defense"
+    dataset: str = Field(description="A name that load_dataset knows.")
+    size: int | None = Field(None, gt=0, description="Side of the images; None keeps the source's own.")
+    classifiers: list[str] = Field(min_length=1, description="Run folders of the classifiers to protect, taken in turn.")
+    defense: Thing = Field(description="Which defense.")
+    pairs: Pairs
+    training: Training
+    seed: int = Field(0, ge=0, description="Of weights, order, augmentation and attacks.")
+
+
+Knowledge = Literal["none", "transfer", "oblivious", "bpda", "white_box", "black_box"]
+
+
+class EvaluationRecipe(_Settings):
+    """Cross classifiers, defenses, attacks and kinds of knowledge, and keep a row per image."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    dataset: str = Field(description="A name that load_dataset knows.")
+    size: int | None = Field(None, gt=0, description="Side of the images; None keeps the source's own.")
+    split: Literal["test", "val"] = Field("test", description="Which images; tune on val only.")
+    n: int | None = Field(None, gt=0, description="A fixed, named random subset of this many; None takes all.")
+    classifiers: list[str] = Field(min_length=1, description="Run folders.")
+    surrogate: str | None = Field(None, description="Run folder of the classifier that a transfer attack is made on.")
+    defenses: list[str] = Field(["none"], min_length=1, description="Run folders, or none for the bare classifier.")
+    attacks: list[Thing] = Field(
+        min_length=1, description="Each may carry a label (its name in tables) and its own list of knowledge."
+    )
+    knowledge: list[Knowledge] = Field(["oblivious", "white_box"], description="For attacks without a list of their own.")
+    seed: int = Field(0, ge=0, description="Of the attacks' draws.")
+    batch: int = Field(200, gt=0, description="Images attacked at once.")
+    shard: int = Field(1000, gt=0, description="Rows a file; a killed run goes on at the next missing one.")
+    samples: int = Field(10, ge=0, description="Images per cell that are kept for the figures.")
+
+
+class DemoRecipe(_Settings):
+    """The main job from end to end."""
+
+    kind: Literal["demo"] = "demo"
+    classifier: ClassifierRecipe
+    defense: DefenseRecipe
+    evaluation: EvaluationRecipe
+
+
+Recipe = Annotated[ClassifierRecipe | DefenseRecipe | EvaluationRecipe | DemoRecipe, Field(discriminator="kind")]
+KINDS: dict[str, type[_Settings]] = {
+    "classifier": ClassifierRecipe,
+    "defense": DefenseRecipe,
+    "evaluation": EvaluationRecipe,
+    "demo": DemoRecipe,
+}
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the program."""
+    folder = resources.files("unperturb") / "recipes"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def read_recipe(name: str, overrides: list[str] | tuple[str, ...] = (), kind: str | None = None) -> Any:
+    """The recipe called `name` (one of `recipe_names()`, or a path to a TOML file), with `key=value` overrides.
+
+    kind: what it must be ("classifier", "defense", "evaluation", "demo").
+
+    Raises `RecipeError` for a name, key, type or value that does not fit.
+    """
+    path = Path(name)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise RecipeError(f"no recipe at {path}. Recipes that come with the program: {', '.join(recipe_names())}.")
+        text = path.read_text(encoding="utf-8")
+    else:
+        if name not in recipe_names():
+            raise RecipeError(str(unknown("recipe", name, recipe_names())))
+        text = (resources.files("unperturb") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name} is not valid TOML: {error}") from None
+    for override in overrides:
+        _override(values, override)
+    if kind is not None and values.get("kind") != kind:
+        raise RecipeError(f"{name} is a {values.get('kind')!r} recipe; this needs a {kind!r} recipe")
+    return resolve(values, name)
+
+
+def resolve(values: dict[str, Any], name: str = "recipe") -> Any:
+    """The checked recipe that `values` describe; raises `RecipeError`."""
+    model = KINDS.get(values.get("kind", ""))
+    if model is None:
+        raise RecipeError(f"{name}: " + str(unknown("kind", values.get("kind"), KINDS)))
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{name}: {_explain(model, e)}" for e in error.errors())) from None
+
+
+def snapshot(recipe: BaseModel) -> dict[str, Any]:
+    """Every key of `recipe`, resolved, as JSON-able values."""
+    return recipe.model_dump(mode="json")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"an override reads key=value, such as training.lr=0.001; got {override!r}")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *path, last = key.strip().split(".")
+    for part in path:
+        if isinstance(values, list):
+            values = values[int(part)]
+            continue
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict | list):
+            raise RecipeError(f"{key!r}: {part!r} is a single value, it has no keys")
+    if isinstance(values, list):
+        try:
+            values[int(last)] = value
+        except (ValueError, IndexError):
+            raise RecipeError(f"{key!r}: {last!r} is not a place in a list of {len(values)}") from None
+    else:
+        values[last] = value
+
+
+def _fields(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys that the settings at `path` know."""
+    for part in path:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        annotation: Any = model.model_fields[part].annotation
+        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    path = error["loc"]
+    where = ".".join(str(p) for p in path)
+    if error["type"] == "extra_forbidden":
+        return str(unknown("key", where, [".".join(map(str, (*path[:-1], f))) for f in _fields(model, path[:-1])]))
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    given = f", not {error['input']!r}" if not isinstance(error["input"], dict) else ""
+    return f"{where + ': ' if where else ''}{error['msg'].removeprefix('Value error, ')}{given}"
+
+
+__all__ = [
+    "Augmentation",
+    "ClassifierRecipe",
+    "DefenseRecipe",
+    "DemoRecipe",
+    "EvaluationRecipe",
+    "Knowledge",
+    "Pairs",
+    "Recipe",
+    "RecipeError",
+    "Thing",
+    "Training",
+    "UnknownNameError",
+    "read_recipe",
+    "recipe_names",
+    "resolve",
+    "snapshot",
+]

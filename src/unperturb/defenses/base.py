@@ -1,0 +1,131 @@
+"""The contract of every defense, and the protected model that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unperturb import runs
+from unperturb.registry import Registry
+
+defenses: Registry[Defense] = Registry("defense")
+
+
+@dataclass
+class Batch:
+    """What a defense learns from in one step.
+
+    x_real, x_adv: `(N, C, H, W)` clean and adversarial images in [0, 1], pair by pair. y: `(N,)` true labels.
+    logits_fn: the frozen classifier, images -> logits, through which gradients reach the images. step: the loop's.
+    """
+
+    x_real: Tensor
+    x_adv: Tensor
+    y: Tensor
+    logits_fn: Callable[[Tensor], Tensor]
+    step: int = 0
+
+
+class Defense(nn.Module):
+    """A purifier, possibly with detectors.
+
+    differentiable: gradients flow through `purify`. random: two calls may differ. Both say what an attacker needs.
+    """
+
+    differentiable = True
+    random = False
+    spec: dict[str, Any] | None = None
+    outcome: Any = None  # what the training cost, where this object was just trained
+
+    def purify(self, images: Tensor) -> Tensor:
+        """Images `(N, C, H, W)` in [0, 1] -> purified images of the same shape and range."""
+        raise TypeError(f"{type(self).__name__} does not say how it purifies")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.purify(images)
+
+    def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """How suspicious each image is, `(N, detectors)`; a defense without detectors gives `(N, 0)`."""
+        return images.new_zeros(len(images), 0)
+
+    @property
+    def thresholds(self) -> Tensor:
+        """`(detectors,)`: an image whose score is above one of these is rejected."""
+        return torch.zeros(0)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks to be trained, by player; empty for a defense that is not trained."""
+        return {}
+
+    def losses(self, batch: Batch, networks: dict[str, nn.Module]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield `(player, weighted loss terms)`, once per update that the player is to make.
+
+        The loop sums the terms, steps that player's optimizer, and asks on: what is yielded later sees the updated
+        weights. `networks` are those of `networks()`, as the loop wrapped them.
+        """
+        raise TypeError(f"{type(self).__name__} is not trained")
+
+
+class Protected(nn.Module):
+    """A classifier behind a defense: one module from images to logits.
+
+    classifier: any module from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is never changed.
+    """
+
+    def __init__(self, classifier: nn.Module, defense: Defense) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.defense = defense
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.defense.purify(images))
+
+    @torch.no_grad()
+    def rejects(self, images: Tensor) -> Tensor:
+        """`(N,)` bool: images that a detector of the defense finds too suspicious."""
+        scores = self.defense.scores(images, self.classifier)
+        return (scores > self.defense.thresholds.to(scores)).any(1)
+
+
+def create_defense(name: str, **options: Any) -> Defense:
+    """The defense registered as `name`; it remembers its options, so that a run folder can rebuild it."""
+    make = defenses[name]
+    takes = signature(make).parameters
+    if "channels" not in takes:
+        options.pop("channels", None)
+    defense = defenses.create(name, **options)
+    defense.spec = {"name": name, "options": options}
+    return defense
+
+
+def save_defense(folder: Path, defense: Defense, about: Mapping[str, Any]) -> None:
+    """`defense.json` and `model.safetensors` in `folder`, from which `load_defense` rebuilds."""
+    if defense.spec is None:
+        raise ValueError("only a defense made by create_defense knows its options and can be saved")
+    runs.save_tensors(folder / "model.safetensors", defense.state_dict())
+    runs.write_json(folder / "defense.json", {**defense.spec, "about": dict(about)})
+
+
+def load_defense(folder: str | Path) -> Defense:
+    """The defense that a run folder holds, in eval mode, its weights frozen; `"none"` is the bare classifier's.
+
+    Raises `RunError` where the folder holds no defense or its weights are damaged or do not fit.
+    """
+    if str(folder) == "none":
+        return create_defense("none")
+    folder = Path(folder)
+    if not (folder / "defense.json").exists():
+        raise runs.RunError(f"{folder} holds no trained defense; train one with: unperturb train RECIPE --out {folder}")
+    spec = runs.read_json(folder / "defense.json")
+    defense = create_defense(spec["name"], **spec["options"])
+    try:
+        defense.load_state_dict(runs.load_tensors(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise runs.RunError(f"the weights in {folder} do not fit its defense.json: {error}") from None
+    return defense.eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Evaluation: adversarial images made once, cells to rows."""

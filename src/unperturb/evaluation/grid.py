@@ -1,0 +1,217 @@
+"""Cells to rows: every classifier, defense, attack and knowledge crossed, a row an image, shard by shard."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unperturb import metrics, runs, threats
+from unperturb.attacks.base import Attack
+from unperturb.classifiers import twin
+from unperturb.data import ImageSet
+from unperturb.defenses.base import Defense, Protected
+from unperturb.evaluation.adversarials import AdversarialStore, fingerprint
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (classifier, defense, attack, knowledge); `label` is the attack's short name in tables."""
+
+    classifier: str
+    defense: str
+    label: str
+    attack: Attack
+    knowledge: str
+
+    @property
+    def folder(self) -> str:
+        """A file name for the cell."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{self.classifier}.{self.defense}.{self.label}.{self.knowledge}")
+
+
+@dataclass
+class Grid:
+    """What is crossed with what, and on which images.
+
+    classifiers, defenses: by the name they have in tables. attacks: by label, each with the kinds of knowledge it is
+    given. surrogate: name and classifier of a transfer attack. batch: images attacked at once. shard: rows a file.
+    """
+
+    data: ImageSet
+    classifiers: Mapping[str, nn.Module]
+    defenses: Mapping[str, Defense]
+    attacks: Mapping[str, tuple[Attack, Sequence[str]]]
+    surrogate: tuple[str, nn.Module] | None = None
+    seed: int = 0
+    batch: int = 200
+    shard: int = 1000
+    samples: int = 10
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def cells(self) -> list[Cell]:
+        """Every cell; cells that share adversarial images are neighbors. With no defense, oblivious and white box are
+        one and the same, kept once as oblivious."""
+        found = []
+        for classifier in self.classifiers:
+            for label, (attack, kinds) in self.attacks.items():
+                for knowledge in kinds:
+                    for defense in self.defenses:
+                        seen = "oblivious" if defense == "none" and knowledge == "white_box" else knowledge
+                        cell = Cell(classifier, defense, label, attack, seen)
+                        if cell not in found:
+                            found.append(cell)
+        return found
+
+    def target(self, cell: Cell, classifiers: Mapping[str, nn.Module]) -> nn.Module:
+        """The function that the cell's attacker sees."""
+        surrogate = self.surrogate[1] if self.surrogate else None
+        return threats.target(classifiers[cell.classifier], self.defenses[cell.defense], cell.knowledge, surrogate)
+
+
+def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:
+    """Write the rows and samples of every cell of `grid` under `out`; what is already there is not made again."""
+    store = AdversarialStore()
+    # Unchanged in what they answer, faster to attack; what they are is judged on the originals.
+    example, _ = grid.data.batch(torch.arange(min(2, len(grid.data))), grid.device)
+    twins = {name: twin(c.to(grid.device), example) for name, c in grid.classifiers.items()}
+    for model in (*grid.classifiers.values(), *grid.defenses.values()):
+        model.to(grid.device).eval()
+    shards = torch.arange(len(grid.data)).split(grid.shard)
+    cells = grid.cells()
+    known: dict[Any, Any] = {}  # what does not depend on the attack is computed once
+    total, done = len(cells) * len(shards), 0
+    for cell in cells:
+        function = grid.target(cell, twins)
+        key = fingerprint(grid.target(cell, grid.classifiers))
+        for number, rows in enumerate(shards):
+            path = out / "rows" / cell.folder / f"{number:04d}.parquet"
+            sampled = out / "samples" / f"{cell.folder}.safetensors"
+            if not path.exists() or (number == 0 and grid.samples and not sampled.exists()):
+                x_adv, seconds = store.get(
+                    cell.attack, function, key, grid.data, rows, seed=grid.seed, batch=grid.batch, device=grid.device
+                )
+                columns, views = _judge(grid, cell, rows, x_adv, seconds, known)
+                if number == 0 and grid.samples:
+                    _keep_samples(grid, cell, sampled, views, columns)
+                runs.write_rows(path, columns)
+            done += 1
+            if progress:
+                progress(done, total, f"{cell.classifier} · {cell.defense} · {cell.label} · {cell.knowledge}")
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """(predictions, confidence in the label), `(N,)` each."""
+    logits = torch.cat([model(x) for x in images.split(batch)]).float()
+    return logits.argmax(1).cpu(), logits.softmax(1).gather(1, labels[:, None]).squeeze(1).cpu()
+
+
+@torch.no_grad()
+def _purified(defense: Defense, images: Tensor, batch: int) -> tuple[Tensor, float]:
+    start = time.perf_counter()
+    out = torch.cat([defense.purify(x) for x in images.split(batch)])
+    return out, (time.perf_counter() - start) / len(images)
+
+
+def _judge(
+    grid: Grid, cell: Cell, rows: Tensor, x_adv: Tensor, seconds: float, known: dict[Any, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The columns of one shard's rows, and its images."""
+    x, labels = grid.data.batch(rows, grid.device)
+    classifier, defense = grid.classifiers[cell.classifier], grid.defenses[cell.defense]
+
+    def once(key: Any, make: Callable[[], Any]) -> Any:
+        if key not in known:
+            known[key] = make()
+        return known[key]
+
+    first = int(rows[0])
+    clean, _ = once(("purify", cell.defense, first), lambda: _purified(defense, x, grid.batch))
+    pred_clean, conf_clean = once(
+        ("clean", cell.classifier, first), lambda: _answers(classifier, x, labels, grid.batch)
+    )
+    pred_pure_clean, conf_pure_clean = once(
+        ("pure", cell.classifier, cell.defense, first), lambda: _answers(classifier, clean, labels, grid.batch)
+    )
+    quality_clean = once(
+        ("quality", cell.defense, first), lambda: (metrics.psnr(clean, x).cpu(), metrics.ssim(clean, x).cpu())
+    )
+    restored, seconds_purify = _purified(defense, x_adv, grid.batch)
+    pred_adv, conf_adv = _answers(classifier, x_adv, labels, grid.batch)
+    if cell.defense == "none":
+        pred_pure, conf_pure = pred_adv, conf_adv
+    else:
+        pred_pure, conf_pure = _answers(classifier, restored, labels, grid.batch)
+    far = metrics.distances(x_adv, x)
+    with torch.no_grad():
+        scores = [
+            torch.cat([defense.scores(part, classifier) for part in images.split(grid.batch)]) for images in (x, x_adv)
+        ]
+    rejected = [(s > defense.thresholds.to(s)).any(1) if s.shape[1] else s.new_zeros(len(s)).bool() for s in scores]
+    columns = {
+        "schema": runs.SCHEMA_VERSION,
+        "dataset": grid.data.source,
+        "split": grid.data.name,
+        "classifier": cell.classifier,
+        "defense": cell.defense,
+        "attack": cell.label,
+        "attack_repr": repr(cell.attack),
+        "eps": float(getattr(cell.attack, "eps", float("nan"))),
+        "knowledge": cell.knowledge,
+        "surrogate": grid.surrogate[0] if grid.surrogate and cell.knowledge == "transfer" else "",
+        "seed": grid.seed,
+        "draw": 0,
+        "index": grid.data.index[rows].numpy(),
+        "label": labels.cpu().numpy(),
+        "pred_clean": pred_clean.numpy(),
+        "pred_adv": pred_adv.numpy(),
+        "pred_pure_clean": pred_pure_clean.numpy(),
+        "pred_pure_adv": pred_pure.numpy(),
+        "conf_clean": conf_clean.numpy(),
+        "conf_adv": conf_adv.numpy(),
+        "conf_pure_clean": conf_pure_clean.numpy(),
+        "conf_pure_adv": conf_pure.numpy(),
+        **{k: v.cpu().numpy() for k, v in far.items()},
+        "psnr_adv": metrics.psnr(x_adv, x).cpu().numpy(),
+        "psnr_pure_adv": metrics.psnr(restored, x).cpu().numpy(),
+        "psnr_pure_clean": quality_clean[0].numpy(),
+        "ssim_adv": metrics.ssim(x_adv, x).cpu().numpy(),
+        "ssim_pure_adv": metrics.ssim(restored, x).cpu().numpy(),
+        "ssim_pure_clean": quality_clean[1].numpy(),
+        "rejected_clean": rejected[0].cpu().numpy(),
+        "rejected_adv": rejected[1].cpu().numpy(),
+        "scores_clean": scores[0].cpu().tolist(),
+        "scores_adv": scores[1].cpu().tolist(),
+        "seconds_attack": seconds,
+        "seconds_purify": seconds_purify,
+    }
+    return columns, {"clean": x, "adversarial": x_adv, "restored": restored, "restored_clean": clean}
+
+
+def _keep_samples(
+    grid: Grid, cell: Cell, path: Path, views: Mapping[str, Tensor], columns: Mapping[str, Any]
+) -> None:
+    """The first few images of the first shard, with what was thought of them."""
+    m = slice(0, grid.samples)
+    order = ("clean", "adv", "pure_clean", "pure_adv")
+    tensors = {k: (v[m] * 255).round().to(torch.uint8) for k, v in views.items()}
+    tensors["index"] = torch.as_tensor(columns["index"][m])
+    tensors["label"] = torch.as_tensor(columns["label"][m])
+    tensors["confidence"] = torch.stack([torch.as_tensor(columns[f"conf_{k}"][m]) for k in order], 1)
+    tensors["prediction"] = torch.stack([torch.as_tensor(columns[f"pred_{k}"][m]) for k in order], 1)
+    about = {k: columns[k] for k in runs.CELL_KEYS} | {"class_names": grid.data.class_names}
+    runs.write_samples(path, tensors, about)
+
+
+def protected(classifier: nn.Module, defense: Defense) -> nn.Module:
+    """The model that a user runs: the classifier itself where there is no defense."""
+    return classifier if defense.spec and defense.spec["name"] == "none" else Protected(classifier, defense)

@@ -1,0 +1,203 @@
+"""Whole evaluations: from a recipe, or from models in hand, to rows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from unperturb import runs
+from unperturb.attacks.base import Attack, attacks
+from unperturb.classifiers import load_classifier
+from unperturb.config import EvaluationRecipe, Thing, read_recipe, snapshot
+from unperturb.data import ImageSet, load_dataset
+from unperturb.defenses.base import Defense, Protected, create_defense, load_defense
+from unperturb.devices import pick_device, probe
+from unperturb.evaluation.adversarials import fingerprint
+from unperturb.evaluation.grid import Grid, Progress, run_grid
+from unperturb.threats import KNOWLEDGE, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an evaluation would take at most, nothing being kept from before."""
+
+    cells: int
+    images: int
+    pflop: float
+    minutes: float
+
+
+def label_of(attack: Attack) -> str:
+    """The attack's short name in tables: its registered name, norm where it is not Linf, and steps."""
+    name = next(n for n in attacks if attacks[n] is type(attack))
+    norm = getattr(attack, "norm", "linf")
+    steps = getattr(attack, "steps", None)
+    return name + (f"-{norm}" if norm != "linf" else "") + (f"-{steps}" if steps else "")
+
+
+def _attacks(recipe: EvaluationRecipe) -> dict[str, tuple[Attack, Sequence[str]]]:
+    found: dict[str, tuple[Attack, Sequence[str]]] = {}
+    for thing in recipe.attacks:
+        options = thing.options
+        kinds = options.pop("knowledge", recipe.knowledge)
+        label = options.pop("label", None)
+        attack = attacks.create(thing.name, **options)
+        label = label or label_of(attack)
+        if label in found:
+            raise ValueError(f"two attacks are called {label!r}; give one of them a label")
+        found[label] = (attack, kinds)
+    return found
+
+
+def grid_of(recipe: EvaluationRecipe, device: str = "auto") -> Grid:
+    """The grid that `recipe` describes, its classifiers and defenses rebuilt from their run folders."""
+    splits = load_dataset(recipe.dataset, size=recipe.size)
+    data = splits.test if recipe.split == "test" else splits.val
+    return Grid(
+        data=data.subset(recipe.n) if recipe.n else data,
+        classifiers={_name(c, recipe.dataset): load_classifier(c) for c in recipe.classifiers},
+        defenses={_name(d, recipe.dataset): load_defense(d) for d in recipe.defenses},
+        attacks=_attacks(recipe),
+        surrogate=(_name(recipe.surrogate, recipe.dataset), load_classifier(recipe.surrogate)) if recipe.surrogate else None,
+        seed=recipe.seed,
+        batch=recipe.batch,
+        shard=recipe.shard,
+        samples=recipe.samples,
+        device=pick_device(device),
+    )
+
+
+def _name(folder: str, dataset: str) -> str:
+    """A run folder's name in tables: without the data set, which the table names already."""
+    name = Path(folder).name
+    return name.removeprefix(f"{dataset}-").removesuffix(f"-{dataset}") or name
+
+
+def estimate(grid: Grid) -> Cost:
+    """Count the operations of each cell on two images, for all of them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    images, labels = grid.data.batch(torch.arange(min(2, len(grid.data))), grid.device)
+    total = 0.0
+    made = set()
+    for cell in grid.cells():
+        function = grid.target(cell, grid.classifiers)
+        with FlopCounterMode(display=False) as counter:
+            if (key := (id(function) if cell.knowledge == "oblivious" else cell, cell.attack)) not in made:
+                made.add(key)
+                cell.attack(function, images, labels)
+            with torch.no_grad():
+                Protected(grid.classifiers[cell.classifier], grid.defenses[cell.defense])(images)
+        total += counter.get_total_flops() / len(images)
+    pflop = total * len(grid.data) / 1e15
+    rate = max(v for k, v in probe(grid.device.type).rates.items() if k[0] == "float32")
+    return Cost(len(grid.cells()), len(grid.data), float(f"{pflop:.3g}"), round(pflop * 1e6 / (rate * 0.3) / 60, 1))
+
+
+def run_evaluation(
+    recipe: str | EvaluationRecipe,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Make the rows that `recipe` describes, in the run folder `out`, and return them.
+
+    Raises `RecipeError`, `RunError`, `UnknownNameError` or `ValueError` before anything is computed where the recipe,
+    a run folder, an attack or the folder `out` cannot be used.
+    """
+    recipe = read_recipe(recipe, overrides, "evaluation") if isinstance(recipe, str) else recipe
+    out = Path(out)
+    grid = grid_of(recipe, device)
+    return _run(grid, out, snapshot(recipe), resume, progress)
+
+
+def _run(grid: Grid, out: Path, recipe: Mapping[str, Any], resume: bool, progress: Progress | None) -> pd.DataFrame:
+    # The folder's run is fixed by the recipe and by what its names stood for: the same names retrained are another run.
+    what = {
+        "data": grid.data.fingerprint,
+        "classifiers": {k: fingerprint(v) for k, v in grid.classifiers.items()},
+        "defenses": {k: fingerprint(v) for k, v in grid.defenses.items()},
+    }
+    with runs.lock(out):
+        runs.open_run(out, {**recipe, "fingerprints": what}, resume=resume)
+        run_grid(grid, out, progress)
+    return runs.read_rows(out)
+
+
+def evaluate(
+    data: ImageSet,
+    models: Mapping[str, nn.Module],
+    attacks: Sequence[Attack] | Mapping[str, Attack],
+    knowledge: Sequence[str] = ("oblivious", "white_box"),
+    *,
+    n: int | None = None,
+    out: str | Path | None = None,
+    surrogate: nn.Module | None = None,
+    seed: int = 0,
+    batch: int = 200,
+    device: str = "auto",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Attack models and keep a row per image.
+
+    data: the images to judge on, such as `load_dataset("mnist").test`. models: by name; a `Protected` is judged behind its
+    defense, anything else as a bare classifier. attacks: a list, or by the name they are to have in tables. knowledge:
+    what the attacker sees. n: a fixed, named random subset of this many images. out: run folder (default: a temporary
+    one). Returns the rows (`unperturb.runs.ROW_COLUMNS`), of which `unperturb.table` makes a table.
+    """
+    for kind in knowledge:
+        if kind not in KNOWLEDGE:
+            raise unknown("knowledge", kind, KNOWLEDGE)
+    labeled = attacks if isinstance(attacks, Mapping) else {label_of(a): a for a in attacks}
+    pairs: dict[str, tuple[nn.Module, Defense]] = {}
+    for name, model in models.items():
+        if isinstance(model, Protected):
+            pairs[name] = (model.classifier, model.defense)
+        else:
+            pairs[name] = (model, create_defense("none"))
+    bare = {fingerprint(c): c for c, _ in pairs.values()}
+    if len(bare) > 1:
+        raise ValueError(
+            f"models stand on {len(bare)} different classifiers; evaluate them in one call each, or write a recipe with "
+            "several classifiers"
+        )
+    classifier = next(iter(bare.values()))
+    spec = getattr(classifier, "spec", None) or {}
+    grid = Grid(
+        data=data.subset(n) if n else data,
+        classifiers={spec.get("name", "classifier"): classifier},
+        defenses={("none" if d.spec == {"name": "none", "options": {}} else name): d for name, (_, d) in pairs.items()},
+        attacks={k: (a, list(knowledge)) for k, a in labeled.items()},
+        surrogate=("surrogate", surrogate) if surrogate is not None else None,
+        seed=seed,
+        batch=batch,
+        device=pick_device(device),
+    )
+    recipe = {
+        "kind": "evaluation",
+        "dataset": data.source,
+        "split": grid.data.name,
+        "attacks": {k: repr(a) for k, a in labeled.items()},
+        "knowledge": list(knowledge),
+        "seed": seed,
+    }
+    if out is not None:
+        return _run(grid, Path(out), recipe, resume, progress)
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(grid, Path(folder) / "run", recipe, resume, progress)
+
+
+__all__ = ["Cost", "Thing", "estimate", "evaluate", "grid_of", "label_of", "run_evaluation"]

@@ -1,0 +1,291 @@
+"""Run folders: a resolved recipe, its log, its weights or its rows, and what is needed to rebuild from them.
+
+Everything is written under a new name and then renamed, so a reader never sees half a file and a full disk costs
+nothing that was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import functools
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+SCHEMA_VERSION = 1
+
+# One image in one cell. Keys first, then what was seen. `clean`/`adv` are the bare classifier's view, `pure_clean` and
+# `pure_adv` the protected model's; a confidence is the probability given to the true label.
+ROW_COLUMNS: dict[str, str] = {
+    "schema": "int16",
+    "dataset": "string",
+    "split": "string",
+    "classifier": "string",
+    "defense": "string",  # "none": the bare classifier
+    "attack": "string",  # the cell's short name, such as "pgd-40"
+    "attack_repr": "string",  # the whole record
+    "eps": "float32",  # NaN: no budget
+    "knowledge": "string",
+    "surrogate": "string",  # transfer: the classifier it was made on, else ""
+    "seed": "int64",
+    "draw": "int16",  # number of the draw where the defense is random, else 0
+    "index": "int64",  # the image's number in its split
+    "label": "int32",
+    "pred_clean": "int32",
+    "pred_adv": "int32",
+    "pred_pure_clean": "int32",
+    "pred_pure_adv": "int32",
+    "conf_clean": "float32",
+    "conf_adv": "float32",
+    "conf_pure_clean": "float32",
+    "conf_pure_adv": "float32",
+    "l0": "int32",  # pixels (all channels of a place counted once) that differ between x and x_adv
+    "l2": "float32",
+    "linf": "float32",
+    "psnr_adv": "float32",  # x_adv against x, dB; inf where identical
+    "psnr_pure_adv": "float32",  # G(x_adv) against x
+    "psnr_pure_clean": "float32",  # G(x) against x
+    "ssim_adv": "float32",  # NaN for images smaller than the window
+    "ssim_pure_adv": "float32",
+    "ssim_pure_clean": "float32",
+    "rejected_clean": "bool",
+    "rejected_adv": "bool",
+    "scores_clean": "list<float32>",
+    "scores_adv": "list<float32>",
+    "seconds_attack": "float32",  # per image
+    "seconds_purify": "float32",
+}
+CELL_KEYS = ["dataset", "split", "classifier", "defense", "attack", "attack_repr", "eps", "knowledge", "surrogate", "seed"]
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used as asked; the message says what to do."""
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary path)`, flush it to disk, then rename to `path`; on failure `path` stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            kept = f"the last whole {path.name} is still there" if path.exists() else "nothing was there before"
+            raise RunError(f"the disk is full: could not write {path}; {kept}. Free some space and resume.") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` to `path`, atomically."""
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON to `path`, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`; raises `RunError` where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} is not there: {path.parent} holds no finished run") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not valid JSON ({error}); the run folder is damaged") from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors by name to a safetensors file, atomically."""
+    from safetensors.torch import save
+
+    packed = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, dict(metadata or {}))
+    write_atomically(path, lambda p: p.write_bytes(packed) and None)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises `RunError` where it is missing, truncated or not safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError:
+        raise RunError(f"no weights at {path}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{path} is truncated or not a safetensors file ({error}); make it again or fetch it again") from None
+
+
+# Folders ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for writing; raises `RunError` that says who has it where another process does."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise RunError(f"{folder} is being written by {owner}; wait for it, stop it, or choose another folder") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} since {datetime.datetime.now().isoformat(timespec='seconds')}")
+        file.flush()
+        yield
+
+
+def open_run(folder: Path, recipe: Mapping[str, Any], *, resume: bool, ignore: Iterable[str] = ()) -> None:
+    """Make `folder` the home of the run that `recipe` fixes, or check that it already is.
+
+    Raises `RunError` where the folder holds a run and `resume` is off, or holds the run of another recipe (the message
+    names the keys that differ; those in `ignore` may), or holds anything else.
+    """
+    path = folder / "recipe.json"
+    if not path.exists():
+        strangers = sorted(p.name for p in folder.iterdir() if p.name != ".lock") if folder.exists() else []
+        if strangers:
+            raise RunError(f"{folder} already holds something else ({', '.join(strangers[:3])}); choose another folder")
+        write_json(path, recipe)
+        write_json(folder / "environment.json", environment())
+        return
+    there = read_json(path)
+    differs = [k for k in _differences(there, json.loads(json.dumps(recipe))) if k not in set(ignore)]
+    if differs:
+        raise RunError(f"{folder} already holds another run (it differs in {', '.join(differs[:5])}); choose another folder")
+    if not resume:
+        raise RunError(f"{folder} already holds this run; go on with --resume, or choose another folder")
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b))
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
+    return [] if a == b else [path]
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """What a number depends on besides its recipe: versions, processor features, threads, commit, date."""
+    import importlib.metadata as metadata
+
+    import torch
+
+    versions = {}
+    for name in ("unperturb", "torch", "lightning-fabric", "datasets", "kornia", "numpy", "scikit-learn", "pandas"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    here = Path(__file__).resolve().parent
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return out.stdout.strip() if out.returncode == 0 else "unknown"
+
+
+# Rows and samples ---------------------------------------------------------------------------------------------------
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    types = {"list<float32>": pa.list_(pa.float32()), "bool": pa.bool_(), "string": pa.string()}
+    return pa.schema([(k, types.get(v) or getattr(pa, v)()) for k, v in ROW_COLUMNS.items()])
+
+
+def write_rows(path: Path, columns: Mapping[str, Any]) -> None:
+    """One shard of rows to a Parquet file, atomically. `columns` holds every name of `ROW_COLUMNS`: a list or array of
+    N values, or one value for all N rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    n = len(columns["index"])
+    full = {k: v if hasattr(v, "__len__") and not isinstance(v, str) else [v] * n for k, v in columns.items()}
+    full["schema"] = [SCHEMA_VERSION] * n
+    table = pa.table({k: full[k] for k in ROW_COLUMNS}, schema=_schema())
+    write_atomically(path, lambda p: pq.write_table(table, p, compression="zstd"))
+
+
+def read_rows(*runs: str | Path) -> pd.DataFrame:
+    """The rows of one or more run folders, in the order of their cells and images.
+
+    Raises `RunError` where a folder holds none, a file is truncated, or the rows are of a newer schema.
+    """
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    frames = []
+    for run in runs:
+        files = sorted(Path(run).glob("rows/*/*.parquet"))
+        if not files:
+            raise RunError(f"no rows under {Path(run) / 'rows'}; make them with: unperturb evaluate RECIPE --out {run}")
+        for file in files:
+            try:
+                frame = pq.read_table(file).to_pandas()
+            except (pa.ArrowInvalid, OSError) as error:
+                raise RunError(f"{file} is truncated or not Parquet ({error}); delete it and run again with --resume") from None
+            if int(frame["schema"].max()) > SCHEMA_VERSION:
+                raise RunError(f"{file} was written by a newer unperturb (row schema {frame['schema'].max()})")
+            frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+SAMPLE_TENSORS = ("clean", "adversarial", "restored", "restored_clean", "index", "label", "confidence", "prediction")
+
+
+def write_samples(path: Path, tensors: Mapping[str, Tensor], cell: Mapping[str, Any]) -> None:
+    """A few fixed images of one cell for the figures.
+
+    clean, adversarial, restored, restored_clean: `(M, C, H, W)` uint8. index, label: `(M,)`. confidence, prediction:
+    `(M, 4)`, of the true label and the winner, for f(x), f(x_adv), f(G(x)), f(G(x_adv)). cell: the values of `CELL_KEYS`
+    and "class_names".
+    """
+    save_tensors(path, {k: tensors[k] for k in SAMPLE_TENSORS}, {"cell": json.dumps(dict(cell))})
+
+
+def read_samples(run: str | Path) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """`(cell, tensors)` of every cell of a run folder that has samples (see `write_samples`)."""
+    from safetensors import safe_open
+
+    found = []
+    for file in sorted(Path(run).glob("samples/*.safetensors")):
+        tensors = load_tensors(file)
+        with safe_open(file, framework="pt") as f:
+            cell = json.loads(f.metadata()["cell"])
+        found.append((cell, tensors))
+    return found

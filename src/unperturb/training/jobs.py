@@ -1,0 +1,247 @@
+"""Whole trainings: from a recipe to a run folder that rebuilds its classifier or defense."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unperturb import runs, threats
+from unperturb.attacks.base import attacks
+from unperturb.classifiers import create_classifier, load_classifier, save_classifier, twin
+from unperturb.config import ClassifierRecipe, DefenseRecipe, Training, read_recipe, snapshot
+from unperturb.data import ImageSet, Splits, load_dataset
+from unperturb.defenses.base import Defense, create_defense, save_defense
+from unperturb.devices import InPrecision, pick_device, probe
+from unperturb.training.loop import Outcome, Validate, flop_per_image, total_steps, train
+from unperturb.training.objectives import DefenseTask, PlainClassifier, Task, objectives
+from unperturb.training.pairs import PairSource, Sampler, hardest
+
+Show = Callable[[str], None]
+Progress = Callable[[int, int], None]
+VALIDATION_IMAGES = 500
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training would take: steps, PFLOP, and minutes here if it reaches half of a plain convolution's rate."""
+
+    steps: int
+    pflop: float
+    convolution_gflops: float
+    minutes: float
+
+
+def estimate(task: Task, settings: Training, device: str = "cpu") -> Cost:
+    """The cost of `task`, from its first few steps on a small batch and a probe of this machine."""
+    steps = total_steps(settings, len(task.sampler.data))
+    pflop = flop_per_image(task) * settings.batch * steps / 1e15
+    rate = probe(pick_device(device).type).rates[settings.precision, settings.memory_format]
+    return Cost(steps, float(f"{pflop:.3g}"), round(rate, 1), round(pflop * 1e6 / (rate * 0.5) / 60, 1))
+
+
+def choose_precision(settings: Training, device: str, there: Mapping[str, Any] | None = None) -> Training:
+    """`settings` with every `auto` decided: as the run that is `there` already decided, else by the probe."""
+    precision, layout = settings.precision, settings.memory_format
+    if there:
+        precision = there["training"]["precision"] if precision == "auto" else precision
+        layout = there["training"]["memory_format"] if layout == "auto" else layout
+    if "auto" in (precision, layout):
+        rates = probe(pick_device(device).type).rates
+        open_ = {k: v for k, v in rates.items() if precision in ("auto", k[0]) and layout in ("auto", k[1])}
+        # bfloat16 must win clearly: it costs accuracy.
+        precision, layout = max(open_, key=lambda k: open_[k] * (0.8 if k[0] == "bfloat16" else 1.0))
+    return settings.model_copy(update={"precision": precision, "memory_format": layout})
+
+
+@contextlib.contextmanager
+def _run_folder(out: Path, recipe: Any, resume: bool) -> Iterator[None]:
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))):  # the first process keeps the folder
+        yield
+        return
+    with runs.lock(out):
+        runs.open_run(out, snapshot(recipe), resume=resume)
+        yield
+
+
+def decided(recipe: Any, out: Path, device: str, resume: bool) -> Any:
+    """`recipe` with precision and memory format chosen; a run that is resumed keeps its choice."""
+    there = runs.read_json(out / "recipe.json") if resume and (out / "recipe.json").exists() else None
+    return recipe.model_copy(update={"training": choose_precision(recipe.training, device, there)})
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
+    """Share of `images` that `model` gives their label."""
+    hits = [(model(x).argmax(1) == y).sum() for x, y in zip(images.split(batch), labels.split(batch))]
+    return float(torch.stack(hits).sum()) / len(images)
+
+
+# Classifiers --------------------------------------------------------------------------------------------------------
+
+
+def classifier_task(recipe: ClassifierRecipe, data: Splits, device: str = "cpu") -> PlainClassifier:
+    """The task that `recipe` describes, on `data`, with a fresh classifier."""
+    torch.manual_seed(recipe.seed)
+    channels, height, _ = data.train.shape
+    mean, std = pixel_statistics(data.train)
+    classifier = create_classifier(
+        recipe.classifier.name,
+        channels=channels,
+        size=height,
+        classes=data.train.classes,
+        mean=mean,
+        std=std,
+        **recipe.classifier.options,
+    ).to(pick_device(device))
+    sampler = Sampler(data.train, recipe.training.batch, recipe.seed, recipe.augment, pick_device(device))
+    task = objectives.create(recipe.objective.name, classifier, sampler, **recipe.objective.options)
+    assert isinstance(task, PlainClassifier)
+    return task
+
+
+def pixel_statistics(data: ImageSet, n: int = 5000) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of the first `n` images in a fixed shuffle, in [0, 1] units."""
+    images, _ = data.subset(min(n, len(data))).batch(torch.arange(min(n, len(data))))
+    std, mean = torch.std_mean(images, dim=(0, 2, 3))
+    return [round(float(v), 4) for v in mean], [round(float(v), 4) for v in std]
+
+
+def train_classifier(
+    recipe: str | ClassifierRecipe,
+    data: Splits | None = None,
+    *,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    devices: int = 1,
+    resume: bool = False,
+    show: Show | None = None,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Outcome]:
+    """Train a classifier into the run folder `out`; `unperturb.load_classifier(out)` rebuilds it.
+
+    recipe: a name, a path, or the recipe itself. data: what `load_dataset` returns (default: the recipe's). Returns
+    the classifier in eval mode and what it cost; `Outcome.validation["score"]` is its accuracy on validation images.
+    """
+    recipe = read_recipe(recipe, overrides, "classifier") if isinstance(recipe, str) else recipe
+    out = Path(out)
+    recipe = decided(recipe, out, device, resume)
+    data = data or load_dataset(recipe.dataset, size=recipe.size)
+    task = classifier_task(recipe, data, device)
+    held_out = data.val.batch(torch.arange(len(data.val)), pick_device(device))
+
+    def validate() -> dict[str, float]:
+        return {"score": accuracy(task.classifier.eval(), *held_out)}
+
+    with _run_folder(out, recipe, resume):
+        outcome = train(
+            task, recipe.training, out, seed=recipe.seed, device=device, devices=devices,
+            validate=validate, show=show, progress=progress,
+        )  # fmt: skip
+        about = {"dataset": recipe.dataset, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
+        save_classifier(out, task.classifier, about)
+    return task.classifier.eval(), outcome
+
+
+# Defenses -----------------------------------------------------------------------------------------------------------
+
+
+def defense_task(
+    recipe: DefenseRecipe, data: Splits, classifiers: Sequence[nn.Module], device: str = "cpu"
+) -> tuple[DefenseTask, list[nn.Module]]:
+    """The task that `recipe` describes, with a fresh defense, and the frozen fast copies of the classifiers."""
+    torch.manual_seed(recipe.seed)
+    where = pick_device(device)
+    channels = data.train.shape[0]
+    defense = create_defense(recipe.defense.name, channels=channels, **recipe.defense.options).to(where)
+    sampler = Sampler(data.train, recipe.training.batch, recipe.seed, recipe.pairs.augment, where)
+    example, _ = data.train.batch(torch.arange(2), where)
+    twins = [twin(c.to(where), example) for c in classifiers]
+    attacked = [threats.target(t, defense, recipe.pairs.knowledge) for t in twins]
+    logits = [InPrecision(t, recipe.training.precision) for t in twins]
+    return DefenseTask(defense, PairSource(sampler, recipe.pairs, attacked, logits)), twins
+
+
+def train_defense(
+    recipe: str | DefenseRecipe,
+    classifier: nn.Module | Sequence[nn.Module] | None = None,
+    data: Splits | None = None,
+    *,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    devices: int = 1,
+    resume: bool = False,
+    show: Show | None = None,
+    progress: Progress | None = None,
+) -> Defense:
+    """Train a defense into the run folder `out` (default `runs/RECIPE`); `unperturb.load_defense(out)` rebuilds it.
+
+    recipe: a name, a path, or the recipe itself. classifier: one or several to protect, taken in turn (default: the
+    recipe's run folders); they are not changed. data: what `load_dataset` returns (default: the recipe's). Returns the
+    defense in eval mode; what it cost is in its `outcome`.
+    """
+    if isinstance(recipe, str):
+        out = Path(out or Path("runs") / Path(recipe).stem)
+        recipe = read_recipe(recipe, overrides, "defense")
+    out = Path(out or Path("runs") / f"{recipe.defense.name}-{recipe.dataset}")
+    recipe = decided(recipe, out, device, resume)
+    data = data or load_dataset(recipe.dataset, size=recipe.size)
+    if classifier is None:
+        classifier = [load_classifier(Path(folder)) for folder in recipe.classifiers]
+    classifiers = [classifier] if isinstance(classifier, nn.Module) else list(classifier)
+    task, twins = defense_task(recipe, data, classifiers, device)
+    with _run_folder(out, recipe, resume):
+        validate = _defense_validation(recipe, data, task, twins, pick_device(device))
+        outcome = train(
+            task, recipe.training, out, seed=recipe.seed, device=device, devices=devices,
+            validate=validate, show=show, progress=progress,
+        )  # fmt: skip
+        about = {"dataset": recipe.dataset, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
+        save_defense(out, task.defense, about)
+    defense = task.defense.eval()
+    defense.outcome = outcome  # type: ignore[assignment]
+    return defense
+
+
+def _defense_validation(
+    recipe: DefenseRecipe, data: Splits, task: DefenseTask, twins: Sequence[nn.Module], device: torch.device
+) -> Validate:
+    """Accuracy behind the defense on validation images, clean and under each attack of the mixture at its hardest,
+    averaged over the classifiers; the score is their mean."""
+    held_out = data.val.subset(min(VALIDATION_IMAGES, len(data.val)), seed=recipe.seed)
+    images, labels = held_out.batch(torch.arange(len(held_out)), device)
+    mixture = [hardest(t) for t in recipe.pairs.attacks]
+    kept: dict[tuple[int, int], Tensor] = {}  # oblivious examples do not change while the defense learns
+
+    def adversarial(turn: int, number: int) -> Tensor:
+        if recipe.pairs.knowledge != "oblivious":
+            return attacked(turn, number)
+        if (turn, number) not in kept:
+            kept[turn, number] = attacked(turn, number)
+        return kept[turn, number]
+
+    def attacked(turn: int, number: int) -> Tensor:
+        name, options = mixture[number]
+        return attacks.create(name, **options)(task.pairs.attacked[turn], images, labels, index=held_out.index)
+
+    def validate() -> dict[str, float]:
+        defense = task.defense.eval()
+        figures: dict[str, list[float]] = {}
+        for turn, classifier in enumerate(twins):
+            shown = {"clean": images} | {f"{m[0]}-{i}": adversarial(turn, i) for i, m in enumerate(mixture)}
+            for name, x in shown.items():
+                with torch.no_grad():
+                    x = torch.cat([defense.purify(part) for part in x.split(250)])
+                figures.setdefault(name, []).append(accuracy(classifier, x, labels))
+        means = {k: sum(v) / len(v) for k, v in figures.items()}
+        return {**means, "score": sum(means.values()) / len(means)}
+
+    return validate

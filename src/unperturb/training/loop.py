@@ -1,0 +1,336 @@
+"""The one training loop: it alternates between players, averages weights, logs, checkpoints and resumes.
+
+It knows neither GANs nor classifiers: a task gives it networks, batches and losses. Batches and draws depend on (seed,
+step) alone, so a killed run that is resumed from its last checkpoint ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unperturb import runs
+from unperturb.config import Training
+from unperturb.devices import probe
+from unperturb.training.objectives import Task
+
+State = dict[str, dict[str, Tensor]]
+Validate = Callable[[], Mapping[str, float]]
+
+
+class DivergedError(RuntimeError):
+    """A loss was no longer a number."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training cost: steps, seconds of training (without validation), images per second, PFLOP, GFLOP/s, and the
+    share of what a plain convolution reached on the same machine in the same run."""
+
+    steps: int
+    seconds: float
+    images_per_second: float
+    pflop: float
+    gflops: float
+    convolution_gflops: float
+    share: float
+    precision: str
+    memory_format: str
+    kept_step: int
+    validation: dict[str, float]
+
+
+def total_steps(settings: Training, n: int) -> int:
+    """Steps of a whole run over `n` images."""
+    return settings.steps or max(1, math.ceil((settings.epochs or 0) * n / settings.batch))
+
+
+def learning_rate(settings: Training, step: int, steps: int) -> float:
+    """Rate at `step`: a straight way up, then the schedule's way down."""
+    warmup = settings.warmup * steps
+    if step < warmup:
+        return settings.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1.0, steps - warmup)
+    factor = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[settings.schedule]
+    return settings.lr * factor
+
+
+def flop_per_image(task: Task, steps: int = 12, batch: int = 6) -> float:
+    """Floating-point operations of one training image, attacks and all, counted over the first few steps on a small
+    batch; the networks are left as they were."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    networks = task.networks()
+    before = {k: copy.deepcopy(v.state_dict()) for k, v in networks.items()}
+    real, task.sampler.batch = task.sampler.batch, batch
+    try:
+        with FlopCounterMode(display=False) as counter:
+            for step in range(steps):
+                for _, terms in task.losses(task.batch(step, 0, 1), networks):
+                    torch.stack(list(terms.values())).sum().backward()
+        return counter.get_total_flops() / (steps * batch)
+    finally:
+        task.sampler.batch = real
+        for name, network in networks.items():
+            network.load_state_dict(before[name])
+            network.zero_grad(set_to_none=True)
+
+
+def _optimizer(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in network.parameters() if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in network.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.betas[0], nesterov=settings.betas[0] > 0)
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=settings.lr, betas=settings.betas)
+
+
+def _snapshot(networks: Mapping[str, nn.Module]) -> State:
+    return {k: {n: t.detach().clone() for n, t in net.state_dict().items()} for k, net in networks.items()}
+
+
+def _load(networks: Mapping[str, nn.Module], state: State) -> None:
+    for name, network in networks.items():
+        network.load_state_dict(state[name])
+
+
+@torch.no_grad()
+def _average(average: State, networks: Mapping[str, nn.Module], decay: float, step: int) -> None:
+    weight = 1 - min(decay, (1 + step) / (10 + step))  # a short memory at first, or the start is never forgotten
+    for name, network in networks.items():
+        for key, value in network.state_dict().items():
+            if value.is_floating_point():
+                average[name][key].lerp_(value, weight)
+            else:
+                average[name][key].copy_(value)
+
+
+class _Log:
+    """One line a record: in the file as JSON, on the console the same."""
+
+    def __init__(self, path: Path, last_step: int, show: Callable[[str], None] | None) -> None:
+        self.path, self.show = path, show
+        if path.exists():  # what was written after the checkpoint will be written again
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= last_step]
+            runs.write_text(path, "".join(line + "\n" for line in kept))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(record)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        if self.show:
+            self.show(line)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return math.inf  # half a line, from a kill
+
+
+def train(
+    task: Task,
+    settings: Training,
+    folder: Path,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    devices: int = 1,
+    validate: Validate | None = None,
+    show: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Train the networks of `task` as `settings` say (precision and memory format already chosen), in `folder`.
+
+    Goes on from the folder's checkpoint where there is one; afterwards the networks hold the weights that are kept.
+    validate: figures on validation images, by name; `"score"` is what keep = "best" looks at. show: gets each log line.
+    progress: gets (step, steps).
+
+    Raises `DivergedError` where a loss is not a number: it names the step, the terms and the last good checkpoint.
+    """
+    from lightning_fabric import Fabric
+
+    # Set-up: devices, precision, memory format, one optimizer a player.
+    accelerator = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        precision="bf16-mixed" if settings.precision == "bfloat16" else "32-true",
+    )
+    fabric.launch()
+    sampler = task.sampler
+    n, world, rank = len(sampler.data), fabric.world_size, fabric.global_rank
+    steps = total_steps(settings, n)
+    torch.manual_seed(seed)
+    flop = flop_per_image(task) * settings.batch
+    convolution = probe(accelerator).rates[settings.precision, settings.memory_format]
+    layout = torch.channels_last if settings.memory_format == "channels_last" else torch.contiguous_format
+    bare = task.networks()
+    wrapped, optimizers = {}, {}
+    for name, network in bare.items():
+        network.train().to(memory_format=layout)
+        wrapped[name], optimizers[name] = fabric.setup(network, _optimizer(network, settings))
+    average = _snapshot(bare) if settings.ema else None
+
+    # Resume.
+    checkpoint = folder / "checkpoint.pt"
+    step, seconds, kept_step, validation = 0, 0.0, 0, {}
+    best: State | None = None
+    best_score = -math.inf
+    if checkpoint.exists():
+        saved = _read_checkpoint(checkpoint)
+        _load(bare, saved["networks"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        average, best, best_score = saved["average"], saved["best"], saved["best_score"]
+        step, seconds, kept_step, validation = (saved[k] for k in ("step", "seconds", "kept_step", "validation"))
+    log = _Log(folder / "log.jsonl", step, show if rank == 0 else None) if rank == 0 else None
+
+    def keep_checkpoint() -> None:
+        if rank == 0:
+            state = {
+                "networks": _snapshot(bare),
+                "optimizers": {k: o.state_dict() for k, o in optimizers.items()},
+                "average": average,
+                "best": best,
+                "best_score": best_score,
+                "step": step,
+                "seconds": seconds,
+                "kept_step": kept_step,
+                "validation": validation,
+            }
+            runs.write_atomically(checkpoint, lambda p: torch.save(state, p))
+
+    # Steps.
+    sums: dict[str, Tensor] = {}
+    since = (step, seconds)
+    saved_at = time.monotonic()
+    every = max(1, round((settings.validate_every or 0) * n / settings.batch))
+    while step < steps:
+        started = time.perf_counter()
+        torch.manual_seed(seed * 1_000_003 + step)  # dropout and the like: fixed by the step, not by what came before
+        rate = learning_rate(settings, step, steps)
+        batch = task.batch(step, rank, world)
+        for player, terms in task.losses(batch, wrapped):
+            loss = torch.stack(list(terms.values())).sum()
+            if not bool(torch.isfinite(loss)):
+                raise DivergedError(_diverged(step, player, terms, checkpoint))
+            optimizer = optimizers[player]
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            fabric.backward(loss)
+            if settings.clip is not None:
+                fabric.clip_gradients(wrapped[player], optimizer, max_norm=settings.clip, error_if_nonfinite=False)
+            optimizer.step()
+            for term, value in terms.items():
+                sums[term] = sums.get(term, 0) + value.detach()
+        if average is not None:
+            _average(average, bare, settings.ema, step)
+        step += 1
+        seconds += time.perf_counter() - started
+
+        if log and (step % settings.log_every == 0 or step == steps):
+            spent = max(seconds - since[1], 1e-9)
+            record = {
+                "step": step,
+                "epoch": round(step * settings.batch / n, 3),
+                "lr": float(f"{rate:.4g}"),
+                **{k: float(f"{float(v) / (step - since[0]):.5g}") for k, v in sums.items()},
+                "images_per_second": round(settings.batch * (step - since[0]) / spent, 1),
+                "gflops": round(flop * (step - since[0]) / spent / 1e9, 1),
+                "pflop": float(f"{flop * step / 1e15:.4g}"),
+                "seconds": round(seconds, 2),
+            }
+            log.write(record)
+            sums, since = {}, (step, seconds)
+        if validate and settings.validate_every and (step % every == 0 or step == steps):
+            figures = _validated(validate, bare, average)
+            if log:
+                log.write({"step": step, "validation": figures})
+            if figures["score"] > best_score:
+                best_score = figures["score"]
+                if settings.keep == "best":
+                    best, kept_step, validation = copy.deepcopy(average or _snapshot(bare)), step, figures
+            if settings.keep == "last":
+                validation = figures
+        if progress:
+            progress(step, steps)
+        if time.monotonic() - saved_at >= settings.checkpoint_seconds or step == steps:
+            keep_checkpoint()
+            saved_at = time.monotonic()
+
+    # What is kept.
+    if settings.keep == "last":
+        kept_step = steps
+    kept = best or average
+    if kept is not None:
+        _load(bare, kept)
+    for network in bare.values():
+        network.eval().to(memory_format=torch.contiguous_format)
+    if validate and not validation:
+        validation = dict(validate())
+    done = settings.batch * steps
+    again = probe.__wrapped__(accelerator).rates[settings.precision, settings.memory_format]
+    convolution = (convolution + again) / 2
+    gflops = flop * steps / seconds / 1e9
+    outcome = Outcome(
+        steps=steps,
+        seconds=round(seconds, 2),
+        images_per_second=round(done / seconds, 1),
+        pflop=float(f"{flop * steps / 1e15:.4g}"),
+        gflops=round(gflops, 1),
+        convolution_gflops=round(convolution, 1),
+        share=round(gflops / convolution, 3),
+        precision=settings.precision,
+        memory_format=settings.memory_format,
+        kept_step=kept_step,
+        validation=validation,
+    )
+    if rank == 0:
+        runs.write_json(folder / "training.json", asdict(outcome))
+    return outcome
+
+
+def _validated(validate: Validate, networks: Mapping[str, nn.Module], average: State | None) -> dict[str, float]:
+    """Figures of the weights that would be kept now; the networks are left as they were."""
+    now = _snapshot(networks) if average is not None else None
+    if average is not None:
+        _load(networks, average)
+    for network in networks.values():
+        network.eval()
+    try:
+        return {k: round(float(v), 5) for k, v in validate().items()}
+    finally:
+        if now is not None:
+            _load(networks, now)
+        for network in networks.values():
+            network.train()
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise runs.RunError(f"{path} is truncated or not a checkpoint ({error}); delete it to start over") from None
+
+
+def _diverged(step: int, player: str, terms: Mapping[str, Tensor], checkpoint: Path) -> str:
+    listed = ", ".join(f"{k} = {float(v):.4g}" for k, v in terms.items())
+    last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+    return f"the loss of the {player} is not a number at step {step}: {listed}; {last}. Lower training.lr or set training.clip"
