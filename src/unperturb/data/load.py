@@ -34,11 +34,11 @@ def load_dataset(
     """The data set called `name`: digits, mnist, fashion_mnist, cifar10, cifar100, imagenette, imagenet, folder:PATH or
     hub:NAME.
 
-    size: side of the (then square) images in pixels; None keeps the source's own, 128 for imagenette and imagenet. val:
-    how many images are split off train for validation, by `seed`; None takes the source's own validation split, or 10 %
+    size: side of the (then square) images in pixels; None keeps the source's own (the most common where its
+    pictures differ; 128 for imagenette and imagenet). Others are resized to cover it and center-cropped. val: how many images are split off train for validation, by `seed`; None takes the source's own validation split, or 10 %
     of train and at most 5,000. The test split depends on neither. cache: where decoded pixels are kept; None means
     $UNPERTURB_CACHE or ~/.cache/unperturb. The first start decodes, the next ones map what it left.
-    progress: called while decoding with (pictures done, pictures in all, split); where the latter is unknown, it is the former.
+    progress: called while decoding with (pictures done, of how many as far as is known, split).
     Raises `UnknownNameError`, and `DataError` where the source is missing, broken or incomplete.
     """
     _, splits = open_dataset(name, size=size, val=val, seed=seed, cache=cache, progress=progress)
@@ -138,7 +138,7 @@ def _check_counts(name: str, found: dict[str, int], where: str) -> None:
     if name not in SOURCES:
         return
     expected = SOURCES[name].counts
-    if (found["train"], found["test"]) not in expected:
+    if (found["train"], found.get("test")) not in expected:
         wanted = " or ".join(f"{a:,} + {b:,}" for a, b in expected)
         raise DataError(
             f"{where} holds {found['train']:,} train + {found['test']:,} test images; {name} has {wanted}. "

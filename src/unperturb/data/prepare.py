@@ -14,8 +14,8 @@ from unperturb.data import store
 from unperturb.data.load import Progress, open_dataset
 from unperturb.data.sets import ImageSet, Splits
 
-# The fingerprints of (train, test), before validation is split off, of copies that somebody looked at: what they are, and
-# what a reader of a figure made on them must know ("": nothing).
+# Copies that somebody looked at, by the fingerprints of train (before validation is split off) and test: what they are,
+# and what a reader of a figure made on them must know ("": nothing).
 EXACT = "exact, in the official order"
 COPIES: dict[tuple[str, str], tuple[str, str]] = {
     ("7b46e8a134ade0dc", "7932264fcc11545a"): ("scikit-learn's digits, enlarged from 8x8", ""),
@@ -74,8 +74,8 @@ def prepare(
 ) -> Prepared:
     """Fetch or convert the data set `name` into the cache, check its counts and its fingerprint, save a contact sheet.
 
-    size, cache, progress: as for `load_dataset`. out: the folder for the contact sheet; None means the decoded set's own. Cached
-    pixels are read through and made anew where they are not what they were. Raises what `load_dataset` raises.
+    size, cache, progress: as for `load_dataset`. out: the folder for the contact sheet; None means the decoded set's
+    own. Cached pixels are read through and made anew where they are not what they were. Raises what `load_dataset` does.
     """
     start = time.perf_counter()
     folder, splits = open_dataset(name, size=size, cache=cache, progress=progress)

@@ -93,14 +93,19 @@ def stamp(files: Iterable[Path], root: Path) -> tuple[Any, ...]:
 
 
 def find_folder(path: Path) -> Found:
-    """Class folders of pictures, under `path` itself or under its train, val | validation and test."""
+    """Class folders of pictures, under `path` itself or under its train, val | validation and test.
+
+    As on the hub, validation pictures are the test split where there is no other.
+    """
     if not path.is_dir():
         raise DataError(f"folder:{path} is not a folder; expected one folder per class, with pictures inside")
     roots = {"train": path / "train", "val": path / "val", "test": path / "test"}
     if not roots["val"].is_dir():
         roots["val"] = path / "validation"
     roots = {k: v for k, v in roots.items() if v.is_dir()} if roots["train"].is_dir() else {"train": path}
-    files = {k: sorted(f for f in v.glob("*/**/*") if f.suffix.lower() in SUFFIXES) for k, v in roots.items()}
+    if "val" in roots and "test" not in roots:
+        roots["test"] = roots.pop("val")
+    files = {k: sorted(f for f in v.glob("*/**/*") if _is_picture(f)) for k, v in roots.items()}
     names = sorted({f.relative_to(roots["train"]).parts[0] for f in files["train"]})
     if len(names) < 2:
         raise DataError(
@@ -124,6 +129,10 @@ def find_folder(path: Path) -> Found:
         sample=None,
         total=sum(map(len, files.values())),
     )
+
+
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
 
 
 # Parquet and the hub ------------------------------------------------------------------------------------------------

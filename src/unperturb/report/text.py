@@ -1,0 +1,101 @@
+"""Tables as text: for a terminal, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from unperturb.report.tables import BLOCK, attack_name, attacker_name, groups, quality_table, records, wide_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+READING = """\
+oblivious   the attacker sees the bare classifier only and knows nothing of the defense: the usual
+            protocol, and the weakest attacker
+white box   the attacker differentiates through purifier and classifier: only this column says what a
+            defense is worth once it is known
+worst case  the image is classified correctly when clean and under every attack of its column
+"""
+
+
+def table(rows: pd.DataFrame, width: int = 100) -> str:
+    """Accuracy and image quality as plain text for a terminal `width` columns wide, and how to read them.
+
+    rows: as `unperturb.runs.read_rows` gives them. Defenses that do not fit side by side continue below.
+    """
+    quality = quality_table(rows)
+    parts = []
+    wide = wide_table(rows)
+    for (dataset, split, classifier), block in groups(wide, BLOCK):
+        parts.append(f"{dataset} ({split}), {classifier}: accuracy [95 % Wilson interval]\n")
+        parts += [_grid(page) for page in _pages(block.droplevel([0, 1, 2]), width)]
+        mine = quality[(quality[BLOCK] == [dataset, split, classifier]).all(axis=1)]
+        if len(mine):
+            parts.append(_quality(mine))
+    return "\n".join([*parts, READING])
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """`frame` as a Markdown table; named index levels become columns, column levels are joined by a comma."""
+    frame = frame.reset_index() if any(name is not None for name in frame.index.names) else frame
+    columns: list[Any] = list(frame.columns)
+    names = [", ".join(p for p in c if p) if isinstance(c, tuple) else str(c) for c in columns]
+    lines = [names, ["---"] * len(names)]
+    lines += [[_entry(value) for value in line] for line in frame.itertuples(index=False, name=None)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def quality_number(line: Mapping[str, Any], what: str, when: str) -> str:
+    """One entry of `quality_table` as text; images that are identical are counted, not averaged."""
+    value = line[f"{what}_{when}"]
+    if what == "ssim":
+        return f"{value:.3f}" if value == value else "-"
+    same = line[f"identical_{when}"]
+    if value != value:
+        return "identical" if same else "-"
+    return f"{value:.1f}" + (f" ({same:,} identical)" if same else "")
+
+
+def _entry(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _pages(block: pd.DataFrame, width: int) -> list[list[list[str]]]:
+    """The columns of one classifier, a defense's attackers kept together, in pages that fit `width`."""
+    labels = ["", "", *block.index]
+    columns: list[Any] = list(block.columns[(block != "").any()])
+    by_defense: dict[str, list[list[str]]] = {}
+    for defense, attacker in columns:
+        first = "" if defense in by_defense else defense
+        by_defense.setdefault(defense, []).append([first, attacker, *block[defense, attacker]])
+    pages: list[list[list[str]]] = [[labels]]
+    for together in by_defense.values():
+        if len(pages[-1]) > 1 and sum(_widths(pages[-1] + together)) - 2 > width:
+            pages.append([labels])
+        pages[-1] += together
+    return pages
+
+
+def _quality(quality: pd.DataFrame) -> str:
+    measured = [(what, when) for what in ("psnr", "ssim") for when in ("before", "after", "clean")]
+    lines = [["against the", "", "", "PSNR, dB", "", "", "SSIM", "", ""]]
+    lines.append(["clean images", "", "", *["attacked", "purified", "clean purified"] * 2])
+    last: list[str] = []
+    for _, line in records(quality):
+        this = [line["defense"], attacker_name(line["knowledge"]), attack_name(line["attack"], line["eps"])]
+        same = next((i for i, (a, b) in enumerate(zip(this, last)) if a != b), 2) if last else 0
+        lines.append([*[""] * same, *this[same:], *(quality_number(line, *m) for m in measured)])
+        last = this
+    return _grid([list(column) for column in zip(*lines)])
+
+
+def _widths(columns: Iterable[list[str]]) -> list[int]:
+    return [max(len(v) for v in column) + 2 for column in columns]
+
+
+def _grid(columns: list[list[str]]) -> str:
+    widths = _widths(columns)
+    return "".join("".join(v.ljust(w) for v, w in zip(line, widths)).rstrip() + "\n" for line in zip(*columns))
