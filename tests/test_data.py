@@ -178,7 +178,7 @@ def test_splits_are_disjoint_and_leave_nothing_out(tmp_path: Path) -> None:
         assert np.array_equal(part.images.numpy().transpose(0, 2, 3, 1), train[part.index.numpy()])
         assert torch.equal(part.labels, part.index % 2)
     assert torch.equal(load_dataset("hub:tiny", val=7, seed=2).val.index, data.val.index)
-    with pytest.raises(DataError, match="val 40 .* expected 1 to 39"):
+    with pytest.raises(DataError, match=r"val 40 .* expected 1 to 39"):
         load_dataset("hub:tiny", val=40)
 
 

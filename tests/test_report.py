@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from unperturb import runs
+from unperturb import report, runs
 from unperturb.intervals import wilson
+from unperturb.report import figures, page, tables
 
 KEPT = {"oblivious": 0.95, "white_box": 0.1}  # the share of images a defense saves, in the made-up runs
 
@@ -34,6 +36,7 @@ def make_run(
     eps: float = 0.3,
     n: int = 200,
     samples: int = 10,
+    class_names: tuple[str, ...] = (),
 ) -> Path:
     """A run folder of made-up outcomes over real digits."""
     from sklearn.datasets import load_digits
@@ -79,7 +82,9 @@ def make_run(
                         "ssim_pure_adv": rng.normal(0.93, 0.01, n),
                         "ssim_pure_clean": rng.normal(0.98, 0.01, n),
                     }
-                    seen = {f"pred_{k}": v for k, v in zip(names, views)} | {f"conf_{k}": v for k, v in zip(names, sure)}
+                    seen = {f"pred_{k}": v for k, v in zip(names, views)} | {
+                        f"conf_{k}": v for k, v in zip(names, sure)
+                    }
                     key = f"{classifier}-{defense}-{attack}-{knowledge}"
                     shard = folder / "rows" / key / "00000.parquet"
                     runs.write_rows(shard, columns(n, **cell, label=label, **seen, **similar))
@@ -93,15 +98,12 @@ def make_run(
                         "restored_clean": clean * 0.98,
                     }
                     tensors = {k: torch.from_numpy((255 * v).round().astype(np.uint8)) for k, v in tensors.items()}
-                    order = (0, 1, 2, 3)
-                    tensors |= {
-                        "index": torch.arange(samples),
-                        "label": torch.from_numpy(label[:samples].astype(np.int64)),
-                        "confidence": torch.tensor(np.stack([sure[i][:samples] for i in order], 1), dtype=torch.float32),
-                        "prediction": torch.from_numpy(np.stack([views[i][:samples] for i in order], 1).astype(np.int64)),
-                    }
-                    words = [str(i) for i in range(10)]
-                    runs.write_samples(folder / "samples" / f"{key}.safetensors", tensors, cell | {"class_names": words})
+                    tensors["index"] = torch.arange(samples)
+                    tensors["label"] = torch.from_numpy(label[:samples].astype(np.int64))
+                    tensors["confidence"] = torch.from_numpy(np.stack(sure, 1)[:samples].astype(np.float32))
+                    tensors["prediction"] = torch.from_numpy(np.stack(views, 1)[:samples].astype(np.int64))
+                    described = cell | {"class_names": list(class_names or map(str, range(10)))}
+                    runs.write_samples(folder / "samples" / f"{key}.safetensors", tensors, described)
     runs.write_json(folder / "recipe.json", {"name": "made-up"})
     runs.write_json(
         folder / "environment.json",
@@ -115,3 +117,301 @@ def make_run(
         },
     )
     return folder
+
+
+def frame(*cells: dict[str, Any]) -> pd.DataFrame:
+    """Rows from cells; `right_clean` and `right_adv` say which images the protected model gets right."""
+    parts = []
+    for cell in cells:
+        cell = {"attack": "fgsm", "attack_repr": "FGSM()", "eps": 0.3, "dataset": "digits", "classifier": "a"} | cell
+        right = {k: np.array(cell.pop(f"right_{k}")) for k in ("clean", "adv")}
+        seen = {f"pred_{v}{k}": np.where(right[k], 1, 2) for v in ("", "pure_") for k in right}
+        parts.append(pd.DataFrame(columns(len(right["adv"]), label=1, surrogate="", **seen) | cell))
+    return pd.concat(parts, ignore_index=True).astype({"eps": "float32"})
+
+
+TINY = (
+    {"defense": "none", "right_clean": [1, 1, 1, 0], "right_adv": [0, 0, 1, 0]},
+    {"defense": "none", "right_clean": [1, 1, 1, 0], "right_adv": [0, 1, 0, 0], "attack": "pgd-40"},
+    {"defense": "ours", "right_clean": [1, 1, 0, 1], "right_adv": [1, 1, 1, 0]},
+    {"defense": "ours", "right_clean": [1, 1, 0, 1], "right_adv": [1, 0, 1, 1], "attack": "pgd-40"},
+    {"defense": "ours", "right_clean": [1, 1, 0, 1], "right_adv": [0, 0, 0, 1], "knowledge": "white_box"},
+)
+
+
+def only(table: pd.DataFrame, **where: Any) -> pd.Series:
+    found = table[(table[list(where)] == list(where.values())).all(axis=1)]
+    assert len(found) == 1, found
+    return found.iloc[0]
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_counted_by_hand() -> None:
+    table = tables.accuracy_table(frame(*TINY))
+    assert len(table) == 5 + 2  # the cells, and clean for each defense
+    for where, right in (
+        ({"defense": "none", "attack": "fgsm"}, 1),
+        ({"defense": "none", "attack": "clean"}, 3),
+        ({"defense": "ours", "attack": "fgsm", "knowledge": "oblivious"}, 3),
+        ({"defense": "ours", "attack": "fgsm", "knowledge": "white_box"}, 1),
+        ({"defense": "ours", "attack": "clean"}, 3),
+    ):
+        line = only(table, **where)
+        assert (line["n"], line["accuracy"]) == (4, right / 4)
+        assert (line["low"], line["high"]) == pytest.approx(wilson(right, 4))
+
+
+def test_worst_case_is_per_image() -> None:
+    table = tables.worst_case(frame(*TINY))
+    # ours, oblivious: image 0 alone is right clean, under FGSM and under PGD; white box: image 3 alone.
+    assert only(table, defense="ours", knowledge="oblivious")["accuracy"] == 1 / 4
+    assert only(table, defense="ours", knowledge="oblivious")["covers"] == "oblivious: fgsm, pgd-40"
+    assert only(table, defense="ours", knowledge="white_box")["accuracy"] == 1 / 4
+    both = only(table, defense="ours", knowledge="all")
+    assert (both["accuracy"], both["covers"]) == (0, "oblivious: fgsm, pgd-40; white box: fgsm")
+    # Each attack on the bare classifier leaves an image, but never the same; its white box is its oblivious attacker.
+    assert only(table, defense="none", knowledge="oblivious")["accuracy"] == 0
+    assert only(table, defense="none", knowledge="white_box")["accuracy"] == 0
+
+
+def test_worst_case_joins_on_the_index() -> None:
+    few = {"defense": "ours", "index": np.array([3, 0]), "right_clean": [1, 1], "right_adv": [1, 0], "attack": "mim"}
+    table = tables.worst_case(frame(TINY[2], few))
+    line = only(table, knowledge="oblivious")  # in both: image 0 (lost to MIM) and image 3 (lost to FGSM)
+    assert (line["n"], line["accuracy"]) == (2, 0)
+    apart = {"defense": "ours", "index": np.array([8, 9]), "right_clean": [1, 1], "right_adv": [1, 1], "attack": "mim"}
+    assert only(tables.worst_case(frame(TINY[2], apart)), knowledge="oblivious")["n"] == 0
+
+
+def test_worst_cases_of_two_budgets_are_apart() -> None:
+    small = {"defense": "ours", "right_clean": [1] * 4, "right_adv": [1, 1, 1, 0], "eps": 0.1}
+    large = {"defense": "ours", "right_clean": [1] * 4, "right_adv": [1, 0, 0, 0], "eps": 8 / 255}
+    free = {"defense": "ours", "right_clean": [1] * 4, "right_adv": [0] * 4, "eps": np.nan, "attack": "cw"}
+    wide = tables.wide_table(frame(small, large, free))["ours", "oblivious"].droplevel([0, 1, 2])
+    assert wide["worst case, eps 0.1"].startswith("75.0 %")
+    assert wide["worst case, eps 8/255"].startswith("25.0 %")
+    assert wide["cw"].startswith("0.0 %")
+
+
+def test_a_random_defense_counts_images_not_draws() -> None:
+    draws = [
+        {"defense": "ours", "right_clean": [1, 1, 1, 1], "right_adv": a, "draw": i}
+        for i, a in enumerate(([1, 1, 0, 0], [1, 0, 1, 0]))
+    ]
+    rows = frame(*draws)
+    line = only(tables.accuracy_table(rows), attack="fgsm")
+    assert (line["n"], line["accuracy"]) == (4, 0.5)  # of the images: 1, 1/2, 1/2, 0
+    assert only(tables.worst_case(rows), knowledge="oblivious")["accuracy"] == 0.25  # right in every draw
+
+
+def test_classifiers_and_records_are_never_pooled() -> None:
+    other = TINY[2] | {"classifier": "b", "right_adv": [0, 0, 0, 0]}
+    again = TINY[2] | {"attack_repr": "FGSM(loss='margin')", "right_adv": [0, 0, 0, 1]}
+    table = tables.accuracy_table(frame(TINY[2], other, again))
+    assert only(table, classifier="a", attack="fgsm")["accuracy"] == 0.75
+    assert only(table, classifier="b", attack="fgsm")["accuracy"] == 0
+    assert only(table, classifier="a", attack="fgsm #2")["attack_repr"] == "FGSM(loss='margin')"
+    wide = tables.wide_table(frame(TINY[2], again)).droplevel([0, 1, 2])
+    assert list(wide.index) == ["images", "clean", "fgsm, eps 0.3", "fgsm, eps 0.3 #2", "worst case"]
+
+
+def test_wide_table_puts_the_two_attackers_side_by_side() -> None:
+    wide = tables.wide_table(frame(*TINY))
+    assert list(wide.columns) == [("undefended", ""), ("ours", "oblivious"), ("ours", "white box")]
+    block = wide.loc["digits", "test", "a"]
+    assert list(block.index) == ["images", "clean", "fgsm, eps 0.3", "pgd-40, eps 0.3", "worst case"]
+    low, high = wilson(3, 4)
+    assert block["ours", "oblivious"]["fgsm, eps 0.3"] == f"75.0 % [{100 * low:.1f}, {100 * high:.1f}]"
+    assert block["ours", "white box"]["pgd-40, eps 0.3"] == ""
+
+
+def test_quality_averages_decibels_and_counts_identical_images_apart() -> None:
+    psnr = {"psnr_adv": [10.0, 14.0, 12.0, 12.0], "psnr_pure_adv": [20, 30, np.inf, 25], "psnr_pure_clean": np.inf}
+    ssim = {"ssim_adv": [0.1, 0.2, 0.3, 0.4], "ssim_pure_adv": 0.5, "ssim_pure_clean": np.nan}
+    rows = frame(TINY[0], TINY[2] | psnr | ssim)
+    line = only(tables.quality_table(rows), defense="ours")  # and no line for "none": nothing was restored
+    assert (line["psnr_before"], line["psnr_after"]) == (12, 25)
+    assert (line["identical_before"], line["identical_after"], line["identical_clean"]) == (0, 1, 4)
+    assert line["ssim_before"] == pytest.approx(0.25)
+    text = report.table(rows)
+    assert "25.0 (1 identical)" in text
+    assert re.search(r"identical +0\.250 +0\.500 +-\n", text)
+
+
+def test_conditions_hold_the_record_the_seed_and_the_commit() -> None:
+    made = TINY[2] | {"knowledge": "transfer", "surrogate": "vgg"}
+    table = tables.conditions(
+        frame(*TINY, made), {"commit": "0123abc", "versions": {"torch": "2.13.0"}}, {"commit": "9"}
+    )
+    values = dict(zip(table["what"], table["value"]))
+    assert values["digits test: fgsm, eps 0.3"] == "FGSM(); seed 0; oblivious n 4; transfer from vgg n 4; white box n 4"
+    assert values["versions"] == "torch 2.13.0"
+    assert sorted(table[table["what"] == "commit"]["value"]) == ["0123abc", "9"]
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"), [(0.3, "0.3"), (np.float32(0.3), "0.3"), (8 / 255, "8/255"), (2.0, "2"), (float("nan"), "")]
+)
+def test_budgets_read_as_people_write_them(eps: float, text: str) -> None:
+    assert tables.budget_name(eps) == text
+
+
+def test_no_rows_is_said() -> None:
+    with pytest.raises(ValueError, match="no rows"):
+        tables.accuracy_table(frame(*TINY).iloc[:0])
+
+
+# Text ---------------------------------------------------------------------------------------------------------------
+
+
+def test_text_fits_a_terminal_with_three_of_everything(tmp_path: Path) -> None:
+    defenses = ("none", "paper-mnist", "protect-mnist", "apegan")
+    rows = runs.read_rows(make_run(tmp_path, dataset="fashion_mnist", defenses=defenses, eps=8 / 255, n=20, samples=1))
+    text = report.table(rows)
+    assert max(map(len, text.splitlines())) <= 100
+    for name in ("lenet5", "conv", "resnet8", "undefended", *defenses[1:], "oblivious", "white box", "worst case"):
+        assert name in text
+    assert text.count("pgd-40, eps 8/255") == 3 * 3 + 3 * 3 * 2  # three pages of accuracy and six cells a classifier
+
+
+def test_markdown_keeps_its_columns() -> None:
+    lines = report.to_markdown(tables.wide_table(frame(*TINY))).splitlines()
+    assert lines[0] == "| dataset | split | classifier | attack | undefended | ours, oblivious | ours, white box |"
+    assert len({line.count("|") for line in lines}) == 1
+    assert report.to_markdown(pd.DataFrame({"a": ["x|y"], "b": [0.25]})).splitlines()[2] == "| x\\|y | 0.25 |"
+
+
+# Figures ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "run"
+    return make_run(folder, classifiers=("lenet5", "conv"), attacks=("mim-10", "fgsm"), n=30, samples=3)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "small"
+    return make_run(folder, classifiers=("conv",), attacks=("mim-10", "fgsm"), n=30, samples=1)
+
+
+def test_restored_figure_says_what_was_predicted(run: Path) -> None:
+    for cell, tensors in runs.read_samples(run):
+        axes = figures.restored_figure(cell, tensors).axes
+        assert [a.get_ylabel() for a in axes if a.get_ylabel()] == ["Normal", "Adv", "Ours"]
+        said = [a.get_xlabel() for a in axes]
+        label, predicted = tensors["label"].tolist(), tensors["prediction"].tolist()
+        expected = [f"{p[v]} {'✓' if p[v] == t else '✗'}" for v in (0, 1, 3) for p, t in zip(predicted, label)]
+        assert said == expected
+        assert np.array_equal(axes[-1].images[0].get_array(), tensors["restored"][2, 0].numpy())
+
+
+def test_confidence_figure_shows_images_that_the_attack_turned(run: Path) -> None:
+    for cell, tensors in runs.read_samples(run):
+        label, predicted = tensors["label"], tensors["prediction"]
+        attacked = 3 if cell["knowledge"] == "white_box" else 1
+        turned = ((predicted[:, 0] == label) & (predicted[:, attacked] != label)).nonzero().flatten().tolist()
+        chosen = turned or [0, 1, 2]
+        said = [a.get_xlabel() for a in figures.confidence_figure(cell, tensors).axes]
+        expected = [100 * float(tensors["confidence"][i, v]) for i in chosen for v in (0, 1, 3)]
+        found = [float(re.search(r": ([\d.]+) %", s).group(1)) for s in said]  # type: ignore[union-attr]
+        assert found == pytest.approx(expected, abs=0.051)
+
+
+def test_accuracy_figure_draws_the_table(run: Path) -> None:
+    rows = runs.read_rows(run)
+    table = tables.accuracy_table(rows)
+    axes = figures.accuracy_figure(rows).axes
+    assert len(axes) == 2  # a panel per classifier
+    names = [t.get_text() for t in axes[0].get_xticklabels()]
+    assert names == ["clean", "fgsm\neps 0.3", "mim-10\neps 0.3", "worst case\neps 0.3"]
+    bare, oblivious, white_box = axes[0].containers[0], axes[0].containers[2], axes[0].containers[4]
+    for bars, defense, knowledge in (
+        (bare, "none", "oblivious"),
+        (oblivious, "ours", "oblivious"),
+        (white_box, "ours", "white_box"),
+    ):
+        line = only(table, classifier="conv", defense=defense, knowledge=knowledge, attack="mim-10")
+        assert bars[2].get_height() == pytest.approx(100 * line["accuracy"])
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_last_one(tmp_path: Path) -> None:
+    class Broken:
+        def savefig(self, path: Path, **_: Any) -> None:
+            path.write_bytes(b"half")
+            raise OSError("no space")
+
+    path = tmp_path / "a.png"
+    path.write_bytes(b"whole")
+    with pytest.raises(OSError, match="no space"):
+        figures.save(Broken(), path)  # type: ignore[arg-type]
+    assert path.read_bytes() == b"whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+# Page ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_whole_self_contained_and_remade_byte_for_byte(small_run: Path, tmp_path: Path) -> None:
+    written = report.write_report(small_run, tmp_path / "one")
+    again = report.write_report([small_run], tmp_path / "two")
+    assert written.keys() == again.keys()
+    for name, path in written.items():
+        assert path == tmp_path / "one" / ("report.html" if name == "page" else name)
+        assert path.read_bytes() == again[name].read_bytes(), name
+    kinds = {name.partition("-")[0] for name in written if name.startswith("figures/")}
+    assert kinds == {"figures/accuracy", "figures/restored", "figures/confidence"}
+    text = written["page"].read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)\s*=\s*(?!["']data:)|https?://|@import|url\(|<script|<link""", text)
+    assert text.count("data:image/png;base64,") == sum(name.startswith("figures/") for name in written)
+    for said in ("white-box attacker", "0123abc", "torch 2.13.0", "MIM(targets=None", "seed 0", "n 30"):
+        assert said in text
+    line = only(tables.worst_case(runs.read_rows(small_run)), defense="ours", knowledge="white_box")
+    assert f"{100 * line['accuracy']:.1f} %" in text[: text.index("Accuracy per attack")]
+
+
+def test_a_report_of_rows_finds_its_pictures_by_their_runs(small_run: Path, tmp_path: Path) -> None:
+    rows = runs.read_rows(small_run)
+    rows.attrs.clear()
+    assert not any("restored" in name for name in report.write_report(rows, tmp_path))
+    rows.attrs["runs"] = [str(small_run)]
+    assert any("restored" in name for name in report.write_report(rows, tmp_path))
+
+
+def front(rows: pd.DataFrame) -> str:
+    """The first screen of the page."""
+    names = ("worst-case", "side-by-side", "quality", "conditions")
+    made = (tables.worst_case(rows), tables.wide_table(rows), tables.quality_table(rows), tables.conditions(rows))
+    text = page._page(dict(zip(names, made)), [])
+    return text[text.index("<h1>") : text.index("Accuracy per attack")]
+
+
+def test_the_first_screen_does_not_make_the_naive_claim() -> None:
+    assert "No white-box attacker was tried" in front(frame(*TINY[:4]))
+    text = front(frame(*TINY))
+    assert "No white-box attacker" not in text
+    assert "Doubt" not in text
+    better = TINY[4] | {"right_adv": [1, 1, 0, 1]}
+    assert "Doubt" in front(frame(*TINY[:4], better))
+
+
+def test_a_range_over_classifiers_is_a_range() -> None:
+    other = [cell | {"classifier": "b", "right_clean": [1] * 4, "right_adv": [1] * 4} for cell in TINY]
+    assert "25.0 to 100.0 %" in front(frame(*TINY, *other))
+
+
+def test_a_report_of_the_bare_classifier_alone_and_of_odd_names() -> None:
+    assert "<table" not in front(frame(*TINY[:2]))
+    text = front(frame(*TINY[:2], TINY[2] | {"defense": "<i>ours</i>"}))
+    assert "<i>ours" not in text
+    assert "&lt;i&gt;ours" in text
+
+
+def test_the_report_loads_nothing_heavy_before_it_is_used() -> None:
+    heavy = {"torch", "pandas", "matplotlib", "jinja2", "scipy"}
+    code = f"import sys, unperturb.report; print(sorted({heavy!r} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

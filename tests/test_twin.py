@@ -16,7 +16,7 @@ NORMS = {
     "convnet": 0,
     "convnext": 0,
     "lenet5": 0,
-    "mobilenet": 31,
+    "mobilenet": 34,
     "resnet8": 9,
     "resnet14": 15,
     "resnet18": 20,
@@ -43,16 +43,18 @@ def logits_and_gradient(model: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
     images = images.clone().requires_grad_(True)
     logits = model(images)
     labels = torch.arange(len(images)) % logits.shape[1]
-    (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), images)
+    (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(logits, labels, reduction="sum"), images)
     return logits.detach(), gradient
 
 
 def assert_same(model: nn.Module, frozen: nn.Module, images: Tensor) -> None:
     logits, gradient = logits_and_gradient(copy.deepcopy(model).eval(), images)
     twin_logits, twin_gradient = logits_and_gradient(frozen, images)
-    assert (logits - twin_logits).abs().max() <= 1e-4 * logits.abs().max()
-    assert (gradient - twin_gradient).norm() <= 1e-3 * gradient.norm()
-    assert gradient.norm() > 0
+    # In float64 the fold is exact for all that matters; in float32 an activation may cross a ReLU's kink by rounding.
+    exact = images.dtype == torch.float64
+    assert (logits - twin_logits).abs().max() <= (1e-9 if exact else 1e-4) * logits.abs().max()
+    off = (gradient - twin_gradient).flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
+    assert (off.max() if exact else off.median()) <= (1e-9 if exact else 1e-4)
 
 
 def net(*layers: nn.Module) -> nn.Module:
@@ -63,15 +65,15 @@ def head(width: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", sorted(NORMS))
-def test_every_classifier(name: str) -> None:
-    size = 32 if name != "convnext" else 16
-    model = create_classifier(name, channels=3, size=size, classes=4, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
-    lived_in(model)
+def test_every_classifier(name: str, dtype: torch.dtype) -> None:
+    model = create_classifier(name, channels=3, size=16, classes=4, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
+    lived_in(model).to(dtype)
     frozen = twin(model, channels_last=True)
     assert frozen.folded == NORMS[name]
     assert frozen.channels_last
-    assert_same(model, frozen, torch.rand(4, 3, size, size))
+    assert_same(model, frozen, torch.rand(4, 3, 16, 16, dtype=dtype))
 
 
 def test_the_list_of_norms_is_whole() -> None:
@@ -200,7 +202,7 @@ class Reading(nn.Module):
 
 
 def test_a_fold_that_changes_the_logits_is_taken_back() -> None:
-    # float() of a module's type is settled while tracing the children, so only the comparison can notice.
+    # The trace sees nothing wrong here: only the comparison can notice.
     model, images = lived_in(Reading()), torch.rand(4, 3, 8, 8)
     frozen = twin(model, images)
     assert frozen.folded == 0

@@ -15,7 +15,7 @@ def catalog() -> dict[str, dict[str, str]]:
     from unperturb.threats import KNOWLEDGE
 
     return {
-        "datasets": dict(NAMES) if isinstance(NAMES, dict) else dict.fromkeys(NAMES, ""),
+        "datasets": dict.fromkeys(NAMES, ""),
         "classifiers": {n: _line(classifiers[n]) for n in classifiers},
         "attacks": {n: _line(attacks[n]) for n in attacks},
         "defenses": {n: _line(defenses[n]) for n in defenses},

@@ -29,14 +29,18 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as training.lr=0.001. Repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as training.lr=0.001. Repeatable."
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run folder to write.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads (default: one per core).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved recipe and its cost, then stop.")]
-Number = Annotated[int | None, typer.Option("--n", min=1, help="Judge a fixed, named random subset of this many images.")]
+Number = Annotated[
+    int | None, typer.Option("--n", min=1, help="Judge a fixed, named random subset of this many images.")
+]
 
 
 @contextlib.contextmanager
@@ -93,10 +97,12 @@ def demo(
 
 @app.command(name="list")
 def list_things(
-    what: Annotated[str | None, typer.Argument(help="datasets, classifiers, attacks, defenses, recipes or knowledge.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="datasets, classifiers, attacks, defenses, recipes or knowledge.")
+    ] = None,
 ) -> None:
     """What there is by name: data sets, classifiers, attacks, defenses, recipes, kinds of knowledge."""
-    from unperturb import catalog
+    from unperturb.catalog import catalog
     from unperturb.registry import unknown
 
     found = catalog()
@@ -111,7 +117,9 @@ def list_things(
 
 @app.command()
 def prepare(
-    name: Annotated[str, typer.Argument(help="A data set: mnist, cifar10, folder:PATH, hub:NAME, ... (see: list datasets)")],
+    name: Annotated[
+        str, typer.Argument(help="A data set: mnist, cifar10, folder:PATH, hub:NAME, ... (see: list datasets)")
+    ],
     out: Out = None,
     size: Annotated[int | None, typer.Option(help="Side that pictures are resized to.")] = None,
 ) -> None:
@@ -141,9 +149,9 @@ def train_classifier(
     resolved = read_recipe(recipe, overrides or [], "classifier")
     out = out or Path("runs") / f"{resolved.dataset}-{resolved.classifier.name}"
     if dry_run:
-        resolved = jobs.decided(resolved, out, device, resume)
-        _show_recipe(resolved)
         task = jobs.classifier_task(resolved, load_dataset(resolved.dataset, size=resolved.size), device)
+        resolved = jobs.decided(resolved, task, out, resume)
+        _show_recipe(resolved)
         _show_cost(jobs.estimate(task, resolved.training, device))
         return
     with _bar("training") as update:
@@ -174,11 +182,11 @@ def train(
     resolved = read_recipe(recipe, overrides or [], "defense")
     out = out or Path("runs") / Path(recipe).stem
     if dry_run:
-        resolved = jobs.decided(resolved, out, device, resume)
-        _show_recipe(resolved)
         classifiers = [load_classifier(c) for c in resolved.classifiers]
         data = load_dataset(resolved.dataset, size=resolved.size)
         task, _ = jobs.defense_task(resolved, data, classifiers, device)
+        resolved = jobs.decided(resolved, task, out, resume)
+        _show_recipe(resolved)
         _show_cost(jobs.estimate(task, resolved.training, device))
         return
     with _bar("training") as update:
@@ -190,8 +198,8 @@ def train(
 
 def _show_cost(cost: Any) -> None:
     console.print(
-        f"cost: {cost.steps} steps, {cost.pflop:g} PFLOP; a plain convolution reaches {cost.convolution_gflops:g} GFLOP/s "
-        f"here, so about {cost.minutes:g} minutes at half of it"
+        f"cost: {cost.steps} steps, {cost.pflop:g} PFLOP; a plain convolution reaches {cost.convolution_gflops:g} "
+        f"GFLOP/s here, so about {cost.minutes:g} minutes at half of it"
     )
 
 
@@ -228,7 +236,10 @@ def evaluate(
     if dry_run:
         _show_recipe(resolved)
         cost = jobs.estimate(jobs.grid_of(resolved, device))
-        console.print(f"cost: {cost.cells} cells of {cost.images} images, at most {cost.pflop:g} PFLOP, about {cost.minutes:g} minutes")
+        console.print(
+            f"cost: {cost.cells} cells of {cost.images} images, at most {cost.pflop:g} PFLOP, "
+            f"about {cost.minutes:g} minutes"
+        )
         return
     with _bar("evaluating") as update:
         rows = jobs.run_evaluation(resolved, out, device=device, resume=resume, progress=update)

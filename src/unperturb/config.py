@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from unperturb.registry import UnknownNameError, unknown
+from unperturb.registry import unknown
 
 
 class RecipeError(ValueError):
@@ -45,11 +46,17 @@ class Training(_Settings):
     schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="The way down after the warm-up.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     clip: float | None = Field(None, gt=0, description="Largest gradient norm a player may step with.")
-    ema: float = Field(0.0, ge=0, lt=1, description="Decay of the weight average that is kept; 0 keeps the last weights.")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of networks in training; auto probes.")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="Decay of the weight average that is kept; 0 keeps the last weights."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of networks in training; auto probes."
+    )
     memory_format: Literal["auto", "contiguous", "channels_last"] = Field("auto", description="Likewise.")
     validate_every: float | None = Field(None, gt=0, description="Epochs between looks at the validation images.")
-    keep: Literal["last", "best"] = Field("last", description="Which weights are the result; best needs validate_every.")
+    keep: Literal["last", "best"] = Field(
+        "last", description="Which weights are the result; best needs validate_every."
+    )
     log_every: int = Field(50, gt=0, description="Steps between log lines.")
     checkpoint_seconds: float = Field(60.0, ge=0, description="Seconds between checkpoints.")
 
@@ -65,9 +72,9 @@ class Training(_Settings):
 class Augmentation(_Settings):
     """Random changes of training images that keep their class."""
 
-    pad: int = Field(0, ge=0, description="Pixels of padding before a random crop.")
-    flip: bool = Field(False, description="Mirror half of the images left to right.")
-    cutout: int = Field(0, ge=0, description="Side of a square set to grey, in pixels.")
+    pad: int = Field(default=0, ge=0, description="Pixels of padding before a random crop.")
+    flip: bool = Field(default=False, description="Mirror half of the images left to right.")
+    cutout: int = Field(default=0, ge=0, description="Side of a square set to grey, in pixels.")
 
 
 class Pairs(_Settings):
@@ -76,7 +83,7 @@ class Pairs(_Settings):
     knowledge: Literal["oblivious", "white_box", "bpda"] = Field("oblivious", description="What the attacker sees.")
     attacks: list[Thing] = Field(
         min_length=1,
-        description="The mixture. share = part of each batch; an option given as [low, high] is drawn afresh each step.",
+        description="The mixture. share = part of each batch; an option given as [low, high] is drawn each step.",
     )
     augment: Augmentation = Field(Augmentation(), description="Of the clean images, before they are attacked.")
 
@@ -100,7 +107,9 @@ class DefenseRecipe(_Settings):
     kind: Literal["defense"] = "defense"
     dataset: str = Field(description="A name that load_dataset knows.")
     size: int | None = Field(None, gt=0, description="Side of the images; None keeps the source's own.")
-    classifiers: list[str] = Field(min_length=1, description="Run folders of the classifiers to protect, taken in turn.")
+    classifiers: list[str] = Field(
+        min_length=1, description="Run folders of the classifiers to protect, taken in turn."
+    )
     defense: Thing = Field(description="Which defense.")
     pairs: Pairs
     training: Training
@@ -124,7 +133,9 @@ class EvaluationRecipe(_Settings):
     attacks: list[Thing] = Field(
         min_length=1, description="Each may carry a label (its name in tables) and its own list of knowledge."
     )
-    knowledge: list[Knowledge] = Field(["oblivious", "white_box"], description="For attacks without a list of their own.")
+    knowledge: list[Knowledge] = Field(
+        ["oblivious", "white_box"], description="For attacks without a list of their own."
+    )
     seed: int = Field(0, ge=0, description="Of the attacks' draws.")
     batch: int = Field(200, gt=0, description="Images attacked at once.")
     shard: int = Field(1000, gt=0, description="Rows a file; a killed run goes on at the next missing one.")
@@ -155,7 +166,7 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
-def read_recipe(name: str, overrides: list[str] | tuple[str, ...] = (), kind: str | None = None) -> Any:
+def read_recipe(name: str, overrides: Sequence[str] = (), kind: str | None = None) -> Any:
     """The recipe called `name` (one of `recipe_names()`, or a path to a TOML file), with `key=value` overrides.
 
     kind: what it must be ("classifier", "defense", "evaluation", "demo").
@@ -206,21 +217,17 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
+    place: Any = values  # a table, or a list of them
     *path, last = key.strip().split(".")
-    for part in path:
-        if isinstance(values, list):
-            values = values[int(part)]
-            continue
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict | list):
-            raise RecipeError(f"{key!r}: {part!r} is a single value, it has no keys")
-    if isinstance(values, list):
-        try:
-            values[int(last)] = value
-        except (ValueError, IndexError):
-            raise RecipeError(f"{key!r}: {last!r} is not a place in a list of {len(values)}") from None
-    else:
-        values[last] = value
+    try:
+        for part in path:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        if isinstance(place, list):
+            place[int(last)] = value
+        else:
+            place[last] = value
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise RecipeError(f"{key!r} is not a place in this recipe") from None
 
 
 def _fields(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
@@ -245,23 +252,3 @@ def _explain(model: type[BaseModel], error: Any) -> str:
         return f"{where} is missing"
     given = f", not {error['input']!r}" if not isinstance(error["input"], dict) else ""
     return f"{where + ': ' if where else ''}{error['msg'].removeprefix('Value error, ')}{given}"
-
-
-__all__ = [
-    "Augmentation",
-    "ClassifierRecipe",
-    "DefenseRecipe",
-    "DemoRecipe",
-    "EvaluationRecipe",
-    "Knowledge",
-    "Pairs",
-    "Recipe",
-    "RecipeError",
-    "Thing",
-    "Training",
-    "UnknownNameError",
-    "read_recipe",
-    "recipe_names",
-    "resolve",
-    "snapshot",
-]

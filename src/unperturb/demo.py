@@ -50,7 +50,7 @@ def run_demo(
     plan = read_recipe(recipe, kind="demo")
     write_json(marker, json.loads(plan.model_dump_json()))
 
-    def stage(text: str) -> Callable[[int, int], None]:
+    def stage(text: str) -> Callable[..., None]:
         def update(done: int, total: int, detail: str = "") -> None:
             if progress:
                 progress(done, total, detail or text)
@@ -58,9 +58,14 @@ def run_demo(
         return update
 
     data = load_dataset(plan.classifier.dataset)
-    show(f"data        {data.source}: {len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images")
+    show(
+        f"data        {data.source}: {len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images"
+    )
     _, cost = train_classifier(plan.classifier, data, out=out / "classifier", progress=stage("training a classifier"))
-    show(f"classifier  {plan.classifier.classifier.name}: {cost.seconds:.0f} s, {100 * cost.validation['score']:.1f} % of validation images")
+    show(
+        f"classifier  {plan.classifier.classifier.name}: {cost.seconds:.0f} s, "
+        f"{100 * cost.validation['score']:.1f} % of validation images right"
+    )
     recipe_ = plan.defense.model_copy(update={"classifiers": [str(out / "classifier")]})
     defense = train_defense(recipe_, data=data, out=out / "ours", progress=stage("training the purifier"))
     cost = defense.outcome

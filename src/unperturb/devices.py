@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
@@ -15,11 +18,6 @@ class Speed:
     """A convolution's forward+backward rate in GFLOP/s, by (precision, memory format)."""
 
     rates: dict[tuple[str, str], float]
-
-    @property
-    def best(self) -> tuple[str, str]:
-        """The fastest (precision, memory format). bfloat16 must win clearly: it costs accuracy."""
-        return max(self.rates, key=lambda k: self.rates[k] * (0.8 if k[0] == "bfloat16" else 1.0))
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -37,7 +35,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def _rate(device: torch.device, precision: str, memory_format: str, channels: int, size: int, batch: int) -> float:
     layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
-    convolution = nn.Conv2d(channels, channels, 3, padding=1, device=device).to(memory_format=layout)
+    convolution = set_layout(nn.Conv2d(channels, channels, 3, padding=1, device=device), memory_format)
     x = torch.randn(batch, channels, size, size, device=device).to(memory_format=layout).requires_grad_()
     flop = 3 * 2 * 9 * channels**2 * size**2 * batch
     best = float("inf")
@@ -72,15 +70,26 @@ def probe(device: str = "cpu", *, channels: int = 64, size: int = 16, batch: int
         )
 
 
-class InPrecision(nn.Module):
-    """A module computed under autocast: float32 images in, float32 out."""
+def set_layout(module: nn.Module, memory_format: str) -> nn.Module:
+    """`module` with its kernels in `memory_format` ("contiguous" or "channels_last"), in place."""
+    layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    return module.to(memory_format=layout)  # type: ignore[call-overload]
 
-    def __init__(self, module: nn.Module, precision: str) -> None:
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the floating-point operations of convolutions and matrix products inside, backward passes too.
+
+    Torch's own `FlopCounterMode` hooks modules, which `torch.autograd.grad` on an input does not survive; its formulas
+    are used here.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.module = module
-        self.precision = precision
+        self.total = 0
 
-    def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            out: Tensor = self.module(images)
-        return out.float()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out

@@ -65,7 +65,18 @@ ROW_COLUMNS: dict[str, str] = {
     "seconds_attack": "float32",  # per image
     "seconds_purify": "float32",
 }
-CELL_KEYS = ["dataset", "split", "classifier", "defense", "attack", "attack_repr", "eps", "knowledge", "surrogate", "seed"]
+CELL_KEYS = [
+    "dataset",
+    "split",
+    "classifier",
+    "defense",
+    "attack",
+    "attack_repr",
+    "eps",
+    "knowledge",
+    "surrogate",
+    "seed",
+]
 
 
 class RunError(RuntimeError):
@@ -75,7 +86,7 @@ class RunError(RuntimeError):
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary path)`, flush it to disk, then rename to `path`; on failure `path` stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -94,7 +105,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """`text` to `path`, atomically."""
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -117,7 +128,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     from safetensors.torch import save
 
     packed = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, dict(metadata or {}))
-    write_atomically(path, lambda p: p.write_bytes(packed) and None)
+    write_atomically(path, lambda p: p.write_bytes(packed))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -130,7 +141,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise RunError(f"no weights at {path}") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{path} is truncated or not a safetensors file ({error}); make it again or fetch it again") from None
+        raise RunError(
+            f"{path} is truncated or not a safetensors file ({error}); make it again or fetch it again"
+        ) from None
 
 
 # Folders ------------------------------------------------------------------------------------------------------------
@@ -148,7 +161,9 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             owner = file.read().strip() or "another process"
-            raise RunError(f"{folder} is being written by {owner}; wait for it, stop it, or choose another folder") from None
+            raise RunError(
+                f"{folder} is being written by {owner}; wait for it, stop it, or choose another folder"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} since {datetime.datetime.now().isoformat(timespec='seconds')}")
         file.flush()
@@ -172,7 +187,9 @@ def open_run(folder: Path, recipe: Mapping[str, Any], *, resume: bool, ignore: I
     there = read_json(path)
     differs = [k for k in _differences(there, json.loads(json.dumps(recipe))) if k not in set(ignore)]
     if differs:
-        raise RunError(f"{folder} already holds another run (it differs in {', '.join(differs[:5])}); choose another folder")
+        raise RunError(
+            f"{folder} already holds another run (it differs in {', '.join(differs[:5])}); choose another folder"
+        )
     if not resume:
         raise RunError(f"{folder} already holds this run; go on with --resume, or choose another folder")
 
@@ -195,7 +212,9 @@ def environment() -> dict[str, Any]:
     for name in ("unperturb", "torch", "lightning-fabric", "datasets", "kornia", "numpy", "scikit-learn", "pandas"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    )
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
@@ -210,7 +229,11 @@ def _commit() -> str:
     here = Path(__file__).resolve().parent
     try:
         out = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=here, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
@@ -258,11 +281,15 @@ def read_rows(*runs: str | Path) -> pd.DataFrame:
             try:
                 frame = pq.read_table(file).to_pandas()
             except (pa.ArrowInvalid, OSError) as error:
-                raise RunError(f"{file} is truncated or not Parquet ({error}); delete it and run again with --resume") from None
+                raise RunError(
+                    f"{file} is truncated or not Parquet ({error}); delete it and run again with --resume"
+                ) from None
             if int(frame["schema"].max()) > SCHEMA_VERSION:
                 raise RunError(f"{file} was written by a newer unperturb (row schema {frame['schema'].max()})")
             frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+    rows = pd.concat(frames, ignore_index=True)
+    rows.attrs["runs"] = [str(r) for r in runs]  # where the samples and the environment lie
+    return rows
 
 
 SAMPLE_TENSORS = ("clean", "adversarial", "restored", "restored_clean", "index", "label", "confidence", "prediction")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from unperturb.defenses.base import Defense, Protected
-from unperturb.registry import UnknownNameError, unknown
+from unperturb.registry import unknown
 
 KNOWLEDGE = {
     "none": "noise: nothing is known",
@@ -33,6 +33,3 @@ def target(classifier: nn.Module, defense: Defense, knowledge: str, surrogate: n
     if knowledge == "white_box":
         return Protected(classifier, defense)
     raise unknown("knowledge", knowledge, KNOWLEDGE)
-
-
-__all__ = ["KNOWLEDGE", "UnknownNameError", "target"]

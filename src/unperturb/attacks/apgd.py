@@ -46,8 +46,9 @@ def lead(problem: Problem, rival: Tensor, *, scaled: bool = False) -> LossFuncti
     """The loss of an attacker who aims at the classes `rival` `(N,)`: their logit minus the label's.
 
     scaled: over the largest minus the mean of the third and fourth logit, the targeted DLR loss (Croce & Hein 2020,
-    equation 7); with three classes over the largest minus the third, with two not at all, since nothing is left to
-    compare with. In a targeted problem, whose labels are the rivals, it is the lead over all other classes.
+    equation 7); with fewer than four classes not, since over the largest minus the third of three the loss is constant,
+    and its gradient zero, wherever label and rival are first and last. In a targeted problem, whose labels are the
+    rivals, it is the lead over all other classes.
     """
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -55,9 +56,9 @@ def lead(problem: Problem, rival: Tensor, *, scaled: bool = False) -> LossFuncti
         if problem.targeted:
             return dlr(logits, labels) if scaled and classes > 2 else margin(logits, labels)
         ahead = (logits.gather(1, rival[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
-        if not scaled or classes < 3:
+        if not scaled or classes < 4:
             return ahead
-        top = logits.topk(min(4, classes), dim=1).values
+        top = logits.topk(4, dim=1).values
         return ahead / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
     return loss
@@ -184,7 +185,7 @@ class APGD(BallAttack):
 class APGDT(APGD):
     """APGD towards each of several classes in turn; the highest margin met is returned.
 
-    loss: `"dlr"` (targeted DLR) or `"margin"` (plain difference of logits; used for two classes anyway).
+    loss: `"dlr"` (targeted DLR) or `"margin"` (plain difference of logits; used for two or three classes anyway).
     target_classes: how many, the strongest others on the clean image first, at most all of them.
 
     Source: Croce & Hein 2020, section 4 and equation (7).

@@ -42,7 +42,7 @@ def budget(value: float | str) -> float:
 
 
 def create_attack(name: str, **options: Any) -> Attack:
-    """The attack registered as `name`, with its settings; raises `UnknownNameError` for a name or an option it lacks."""
+    """The attack registered as `name` with these settings; raises `UnknownNameError` for a name or option it lacks."""
     return attacks.create(name, **options)
 
 
@@ -217,7 +217,7 @@ class Problem:
         x = x.detach().requires_grad_()
         logits = self._forward(x).float()
         value = self.value(logits, loss)
-        (gradient,) = torch.autograd.grad(value.sum(), x)
+        gradient = _input_gradient(value.sum(), x)
         self.tally.backwards += 1
         self.tally.zero_gradients[self.rows] += (gradient.flatten(1).abs().amax(1) == 0).to(torch.int64)
         return value.detach(), gradient, logits.detach()
@@ -233,9 +233,7 @@ class Problem:
 
         keep: another backward pass through the same forward pass follows.
         """
-        gradient = torch.zeros_like(point)
-        if logits.requires_grad:  # a constant model has no graph, and a zero gradient
-            (gradient,) = torch.autograd.grad(logits, point, weights, retain_graph=keep)
+        gradient = _input_gradient(logits, point, weights, keep=keep)
         self.tally.backwards += 1
         self.tally.zero_gradients[self.rows] += (gradient.flatten(1).abs().amax(1) == 0).to(torch.int64)
         return gradient
@@ -258,6 +256,15 @@ class Problem:
             radius = eps * radius ** (1.0 / direction[0].numel())
             delta = direction * _column(radius / l2_norm(direction).clamp(min=1e-30), direction)
         return project_(self.images + delta, self.images, eps, norm)
+
+
+def _input_gradient(of: Tensor, x: Tensor, weights: Tensor | None = None, *, keep: bool = False) -> Tensor:
+    """The gradient of `of` at `x`, in memory of its own."""
+    if not of.requires_grad:  # a constant model has no graph, and a zero gradient
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(of, x, weights, retain_graph=keep)
+    # A model that begins by summing pixels gives one number, expanded: it cannot be worked on in place.
+    return gradient.clone() if 0 in gradient.stride() else gradient
 
 
 def _check_logits(logits: Tensor, labels: Tensor) -> None:
@@ -375,12 +382,13 @@ class Attack:
         x, problem = self._solve(model, images, labels, targets, index, seed)
         tally = problem.tally
         with frozen(model), torch.no_grad():
-            success = problem.fooled(model(x))
-            rounded = problem.fooled(model((x * 255).round() / 255))
+            logits, rounded = model(x), model((x * 255).round() / 255)
+        if not bool(torch.isfinite(logits).all() & torch.isfinite(rounded).all()):
+            raise NonFiniteLogitsError("the attacked model returned NaN or infinite logits")
         return AttackResult(
             x,
-            success,
-            rounded,
+            problem.fooled(logits),
+            problem.fooled(rounded),
             tally.forwards,
             tally.backwards,
             tally.queries,

@@ -24,27 +24,36 @@ class CW(Attack):
     warm: str = "last"
     clampgrad: bool = False
     exact: bool = True
-    b1: float = .9
-    b2: float = .999
+    b1: float = 0.9
+    b2: float = 0.999
 
     def perturb(self, problem: Problem) -> Tensor:
         best = Best(problem.images)
         N = len(problem.images)
         images = problem.images
         w = torch.atanh((2 * images - 1) * self.smoothing)
-        w0 = w.clone(); bw=w.clone()
-        const = torch.full((N,), self.initial_const); low = torch.zeros(N); high = torch.full((N,), torch.inf)
+        w0 = w.clone()
+        bw = w.clone()
+        const = torch.full((N,), self.initial_const)
+        low = torch.zeros(N)
+        high = torch.full((N,), torch.inf)
         sc = self.smoothing if self.exact else 1.0
         allw = w
         for search in range(self.search_steps):
             if search:
-                if self.warm == "none": allw = w0.clone()
-                elif self.warm == "best": allw = torch.where((best.value > -torch.inf)[:,None,None,None], bw, allw)
-                elif self.warm == "fail": 
-                    allw = torch.where(hit[:,None,None,None], bw, allw)
+                if self.warm == "none":
+                    allw = w0.clone()
+                elif self.warm == "best":
+                    allw = torch.where((best.value > -torch.inf)[:, None, None, None], bw, allw)
+                elif self.warm == "fail":
+                    allw = torch.where(hit[:, None, None, None], bw, allw)
             w = allw.clone()
-            rows = torch.arange(N); here = problem; c = const; x0 = images
-            m = torch.zeros_like(w); v = torch.zeros_like(w)
+            rows = torch.arange(N)
+            here = problem
+            c = const
+            x0 = images
+            m = torch.zeros_like(w)
+            v = torch.zeros_like(w)
             hit = torch.zeros(N, dtype=torch.bool)
             previous = torch.full((N,), torch.inf)
             for step in range(self.steps):
@@ -60,18 +69,22 @@ class CW(Attack):
                 dist = delta.flatten(1).square().sum(1)
                 active = (lead < 0).float()
                 s = (-1.0 if here.targeted else 1.0) * active * c
-                weights = torch.zeros_like(z).scatter_(1, here.labels[:, None], s[:, None]).scatter_(1, other, -s[:, None])
+                weights = (
+                    torch.zeros_like(z).scatter_(1, here.labels[:, None], s[:, None]).scatter_(1, other, -s[:, None])
+                )
                 ok = lead > 1e-5 * z.abs().amax(1)
                 val = torch.where(ok, -dist, -torch.inf)
                 better = val > best.value[rows]
                 best.update(x, val, rows)
-                bw[rows] = torch.where(better[:,None,None,None], w, bw[rows])
+                bw[rows] = torch.where(better[:, None, None, None], w, bw[rows])
                 hit[rows] |= ok
                 g = here.backward(point, logits, weights)
                 g = g + 2 * delta
-                if self.clampgrad: g = g * ((raw >= 0) & (raw <= 1))
+                if self.clampgrad:
+                    g = g * ((raw >= 0) & (raw <= 1))
                 g = g * (1 - th * th)
-                m = m.mul(self.b1).add(g, alpha=1-self.b1); v = v.mul(self.b2).addcmul(g, g, value=1-self.b2)
+                m = m.mul(self.b1).add(g, alpha=1 - self.b1)
+                v = v.mul(self.b2).addcmul(g, g, value=1 - self.b2)
                 w = w - self.lr * (m / (1 - self.b1 ** (step + 1))) / ((v / (1 - self.b2 ** (step + 1))).sqrt() + 1e-8)
                 if self.abort_early and step % max(self.steps // 10, 1) == 0:
                     loss = dist + c * (-lead).clamp(min=0)
@@ -80,8 +93,16 @@ class CW(Attack):
                     if not stay.all():
                         allw[rows] = w
                         k = stay.nonzero().squeeze(1)
-                        if not len(k): break
-                        here = here.take(k); w = w[k]; m = m[k]; v = v[k]; c = c[k]; x0 = x0[k]; rows = rows[k]; previous = previous[k]
+                        if not len(k):
+                            break
+                        here = here.take(k)
+                        w = w[k]
+                        m = m[k]
+                        v = v[k]
+                        c = c[k]
+                        x0 = x0[k]
+                        rows = rows[k]
+                        previous = previous[k]
             else:
                 allw[rows] = w
             high = torch.where(hit, torch.minimum(high, const), high)

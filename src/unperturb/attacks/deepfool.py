@@ -80,7 +80,8 @@ class DeepFool(Attack):
         low, high = torch.where(x <= 0, 0.0, -torch.inf), torch.where(x >= 1, 0.0, torch.inf)
         least = torch.full((len(x),), torch.inf, device=x.device)
         direction, slope = torch.zeros_like(x), torch.ones_like(least)
-        for j, rival in enumerate(rivals.split(1, dim=1)):
+        for j in range(rivals.shape[1]):
+            rival = rivals[:, j : j + 1]
             sign = -1.0 if problem.targeted else 1.0
             weights = torch.zeros_like(values).scatter_(1, rival, sign).scatter_(1, labels, -sign)
             w = problem.backward(point, logits, weights, keep=j + 1 < rivals.shape[1])

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from unperturb.attacks.base import Attack, Problem, attacks, budget
 
+_CORNERS = 64
+
 
 @attacks.register("rays")
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +21,9 @@ class RayS(Attack):
     queries: forward passes per image, all told. eps: an image leaves once it is that near, and one that never gets
     there has failed (default: all queries go into coming nearer). tolerance: of the binary search along a ray.
 
-    Each image is at its own point of the search, and every query of the batch serves all of them. Nothing is drawn at
-    random. Source: Chen & Gu 2020, "RayS: a ray searching method for hard-label adversarial attack", algorithms 1-3.
+    Each image is at its own point of the search, and every query of the batch serves all of them. While an image has
+    met no other class yet, every other one of its first 64 queries shows it a random corner of the box. Source: Chen &
+    Gu 2020, "RayS: a ray searching method for hard-label adversarial attack", algorithms 1-3 (but for the corners).
     """
 
     queries: int = 10_000
@@ -41,8 +44,8 @@ class RayS(Attack):
         if not len(rows):
             return answer
         search = _Search(problem.take(rows), rows, self.tolerance)
-        for _ in range(self.queries - 1):
-            search.ask()
+        for query in range(1, self.queries):
+            search.ask(query if query < _CORNERS and query % 2 == 0 else None)
             if self.eps is None:
                 continue
             near = search.found & (search.radius <= self.eps)
@@ -85,13 +88,19 @@ class _Search:
         images = self.problem.images
         return torch.addcmul(images, sign.reshape_as(images), radius[:, None, None, None]).clamp_(0, 1)
 
-    def ask(self) -> None:
-        """One query for every image: halve its bracket, or try its next block at the best radius."""
+    def ask(self, corner: int | None) -> None:
+        """One query for every image: halve its bracket, or try its next block at the best radius; with a number in
+        `corner`, images that have met no other class try the corner of that number instead."""
         size = self.place.numel()
         length = ((size - 1) >> self.level) + 1  # ceil(size / 2^level)
         begin = (self.block * length)[:, None]
         turned = (self.place >= begin) & (self.place < begin + length[:, None]) & ~self.bisecting[:, None]
         trial = torch.where(turned, -self.sign, self.sign)
+        cornered = torch.zeros_like(self.found)
+        if corner is not None:
+            cornered = ~self.found
+            signs = torch.where(self.problem.uniform(corner).flatten(1) < 0, -1.0, 1.0)
+            trial = torch.where(cornered[:, None], signs, trial)
         radius = torch.where(self.bisecting, (self.low + self.radius) / 2, self.radius)
         hit = self.problem.fooled(self.problem.logits(self._along(trial, radius)))
         # Bisecting, a hit moves the bracket's upper end and a miss its lower; trying, a hit opens a bracket.
@@ -100,8 +109,8 @@ class _Search:
         self.radius = torch.where(hit, radius, self.radius)
         self.found = self.found | hit
         self.bisecting = (self.bisecting | hit) & (self.radius - self.low > self.tolerance)
-        # Whoever is not in a bracket goes on to the next block, or to blocks of half the length.
-        block = torch.where(self.bisecting, self.block, self.block + 1)
-        over = (block * length >= size) & ~self.bisecting
+        # Whoever is done with a block goes on to the next one, or to blocks of half the length.
+        block = torch.where(cornered | self.bisecting, self.block, self.block + 1)
+        over = block * length >= size
         self.block = torch.where(over, 0, block)
         self.level = torch.where(over, self.level + 1, self.level).clamp_(max=(size - 1).bit_length())

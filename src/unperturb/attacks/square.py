@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ def _signs(numbers: Tensor) -> Tensor:
     return torch.where(numbers < 0.5, -1.0, 1.0)
 
 
-def pyramids(side: int) -> Tensor:
+@functools.lru_cache(maxsize=64)  # a schedule knows ten sides, and thousands of queries
+def pyramids(side: int, device: torch.device) -> Tensor:
     """`(2, side, side)` of norm 1: two adjacent pyramids of opposite sign, side by side and one above the other.
 
     A pyramid's height at Chebyshev distance d from its center is the sum of 1/k^2 over k > d.
@@ -36,7 +38,7 @@ def pyramids(side: int) -> Tensor:
         halves.append(height / height.norm().clamp(min=1e-12))
     both = torch.cat([halves[0], -halves[1]])
     both = both / both.norm().clamp(min=1e-12)
-    return torch.stack([both, both.T])
+    return torch.stack([both, both.T]).to(device)
 
 
 @attacks.register("square")
@@ -149,7 +151,7 @@ class Square(BallAttack):
 
     def _pyramid(self, numbers: Tensor, side: int) -> Tensor:
         """`(N, side, side)`: one of the two orientations each, by `numbers` `(N,)`."""
-        return pyramids(side).to(numbers.device)[(numbers < 0.5).long()]
+        return pyramids(side, numbers.device)[(numbers < 0.5).long()]
 
     def _onto_sphere(self, problem: Problem, delta: Tensor) -> Tensor:
         unit = delta / l2_norm(delta).clamp(min=1e-12)[:, None, None, None]

@@ -63,14 +63,12 @@ def _trial_images(model: nn.Module, example: Tensor | None) -> Tensor | None:
         shape, like = tuple(example.shape[1:]), example
         count = min(len(example), _PROBE_IMAGES)
     elif isinstance(model, Classifier) and model.spec is not None:
-        shape, device = (
-            (model.spec["channels"], model.spec["size"], model.spec["size"]),
-            next(model.parameters()).device,
-        )
+        size = model.spec["size"]
+        shape, like = (model.spec["channels"], size, size), next(model.parameters())
         count = _PROBE_IMAGES
     else:
         return None
-    return torch.rand(count, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.rand(count, *shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 # Folding ------------------------------------------------------------------------------------------------------------
@@ -210,10 +208,12 @@ def _faster(one: nn.Module, other: nn.Module, images: Tensor) -> bool:
 
 
 def _seconds(model: nn.Module, images: Tensor) -> float:
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
+    if not images.is_cuda:
+        start = time.thread_time()  # the clock of the wall would time the neighbors on a busy machine
+        _pass(model, images)
+        return time.thread_time() - start
+    torch.cuda.synchronize(images.device)
     start = time.perf_counter()
     _pass(model, images)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
+    torch.cuda.synchronize(images.device)
     return time.perf_counter() - start

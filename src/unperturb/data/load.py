@@ -34,10 +34,12 @@ def load_dataset(
     """The data set called `name`: digits, mnist, fashion_mnist, cifar10, cifar100, imagenette, imagenet, folder:PATH or
     hub:NAME.
 
-    size: side of the (then square) images in pixels; None keeps the source's own (the most common where its
-    pictures differ; 128 for imagenette and imagenet). Others are resized to cover it and center-cropped. val: how many images are split off train for validation, by `seed`; None takes the source's own validation split, or 10 %
-    of train and at most 5,000. The test split depends on neither. cache: where decoded pixels are kept; None means
-    $UNPERTURB_CACHE or ~/.cache/unperturb. The first start decodes, the next ones map what it left.
+    size: side of the (then square) images in pixels; None keeps the source's own (the most common where its pictures
+    differ; 128 for imagenette and imagenet). Pictures of another size are resized to cover it and center-cropped.
+    val: how many images are split off train for validation, by `seed`; None takes the source's own validation split, or
+    10 % of train and at most 5,000. The test split depends on neither.
+    cache: where decoded pixels are kept; None means $UNPERTURB_CACHE or ~/.cache/unperturb. The first start decodes,
+    the next ones map what it left.
     progress: called while decoding with (pictures done, of how many as far as is known, split).
     Raises `UnknownNameError`, and `DataError` where the source is missing, broken or incomplete.
     """

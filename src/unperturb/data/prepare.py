@@ -75,7 +75,7 @@ def prepare(
     """Fetch or convert the data set `name` into the cache, check its counts and its fingerprint, save a contact sheet.
 
     size, cache, progress: as for `load_dataset`. out: the folder for the contact sheet; None means the decoded set's
-    own. Cached pixels are read through and made anew where they are not what they were. Raises what `load_dataset` does.
+    own. Cached pixels are read through, and made anew where they are not what they were. Raises as `load_dataset` does.
     """
     start = time.perf_counter()
     folder, splits = open_dataset(name, size=size, cache=cache, progress=progress)

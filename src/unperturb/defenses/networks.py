@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -46,7 +47,7 @@ class ApeGenerator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        out = torch.tanh(self.body(pad_to(images, 4) * 2 - 1)) / 2 + 0.5
+        out = torch.tanh(self.body(pad_to(images, 4) * 2 - 1).float()) / 2 + 0.5
         return out[..., :height, :width]
 
 
@@ -83,12 +84,13 @@ class Block(nn.Module):
 
     def __init__(self, width: int, depth: int = 2) -> None:
         super().__init__()
-        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
-        for convolution in self.convolutions:
+        convolutions = [nn.Conv2d(width, width, 3, padding=1) for _ in range(depth)]
+        for convolution in convolutions:
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
         # Fixup's idea (Zhang et al. 2019): a branch that starts small needs no normalization.
         with torch.no_grad():
-            self.convolutions[-1].weight.mul_(0.1)
+            convolutions[-1].weight.mul_(0.1)
+        self.convolutions = nn.ModuleList(convolutions)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -101,11 +103,11 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """A residual U-Net, `(N, C, H, W)` in [0, 1] to the same, any size (padded to its stride and cropped back).
 
-    width: channels at the first scale, doubled at each further one up to four times. scales: resolutions. blocks: residual blocks
-    per scale and direction. squeeze: pixels folded into channels before the first convolution (2 computes everything at
-    half the resolution). output: what the zero-initialized last layer d starts as:
-    `"residual"`: x + d, clipped: the identity. `"threshold"`: sigmoid(k (x - 1/2 + d)): a soft threshold, for images that are
-    nearly black and white.
+    width: channels at the first scale, doubled at each further one up to four times. scales: resolutions. blocks:
+    residual blocks per scale and direction. squeeze: pixels folded into channels before the first convolution (2
+    computes everything at half the resolution). output: what the zero-initialized last layer d starts as:
+    `"residual"`: x + d, clipped: the identity. `"threshold"`: sigmoid(k (x - 1/2 + d)), k = sharpness: a soft
+    threshold, for images that are nearly black and white.
     """
 
     def __init__(
@@ -127,12 +129,12 @@ class UNet(nn.Module):
         inside = channels * squeeze**2
         self.stem = nn.Conv2d(inside, width, 3, padding=1)
         self.down = nn.ModuleList(nn.Sequential(*(Block(w) for _ in range(blocks))) for w in widths)
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:]))
-        self.grow = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in zip(widths, widths[1:]))
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.grow = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in pairwise(widths))
         self.up = nn.ModuleList(nn.Sequential(*(Block(w) for _ in range(blocks))) for w in widths[:-1])
         self.head = nn.Conv2d(width, inside, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]

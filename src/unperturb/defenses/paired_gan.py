@@ -1,4 +1,4 @@
-"""The paper's defense: a GAN denoiser trained with repair, recovery and isomorphic losses on clean and adversarial images."""
+"""The paper's defense: a GAN denoiser with repair, recovery and isomorphic losses on clean and adversarial images."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class PairedGAN(Defense):
             out = networks["generator"](both)
             fake = out if self.discriminator_sees_clean else out[: len(batch.x_adv)]
             real = batch.x_real
-            d = networks["discriminator"](torch.cat([real, fake.detach()]))
+            d = networks["discriminator"](torch.cat([real, fake.detach()])).float()
             yield "discriminator", {"discrimination": discrimination(d[: len(real)], d[len(real) :])}
             yield "generator", self._generator_terms(batch, out, clean)
             for _ in range(self.generator_updates - 1):
@@ -147,7 +147,7 @@ class PairedGAN(Defense):
         by_classifier = w["label"] and self.label_reading != "discriminator"
         if by_classifier or w["isomorphic_label"] or w["recovery_label"]:
             with_clean = w["isomorphic_label"] or w["recovery_label"]
-            logits = batch.logits_fn(out if with_clean else x_fake)
+            logits = batch.logits_fn(out if with_clean else x_fake).float()
             logits_fake, logits_dec = logits[: len(x_fake)], logits[len(x_fake) :]
             if by_classifier:
                 terms["label"] = w["label"] * label(logits_fake, batch.y)
@@ -158,7 +158,9 @@ class PairedGAN(Defense):
         if self.discriminator is not None:
             by_discriminator = w["label"] if self.label_reading != "classifier" else 0.0
             if w["adversarial"] + by_discriminator:
-                d_fake = _without_gradients(self.discriminator)(out if self.discriminator_sees_clean else x_fake)
+                d_fake = _without_gradients(self.discriminator)(
+                    out if self.discriminator_sees_clean else x_fake
+                ).float()
                 terms["adversarial"] = (w["adversarial"] + by_discriminator) * adversarial(d_fake)
         return terms
 

@@ -85,27 +85,36 @@ def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:
     twins = {name: twin(c.to(grid.device), example) for name, c in grid.classifiers.items()}
     for model in (*grid.classifiers.values(), *grid.defenses.values()):
         model.to(grid.device).eval()
-    shards = torch.arange(len(grid.data)).split(grid.shard)
     cells = grid.cells()
-    known: dict[Any, Any] = {}  # what does not depend on the attack is computed once
-    total, done = len(cells) * len(shards), 0
-    for cell in cells:
-        function = grid.target(cell, twins)
-        key = fingerprint(grid.target(cell, grid.classifiers))
-        for number, rows in enumerate(shards):
+    functions = {cell: grid.target(cell, twins) for cell in cells}
+    keys = {cell: fingerprint(grid.target(cell, grid.classifiers)) for cell in cells}
+    shards = torch.arange(len(grid.data)).split(grid.shard)
+    done = 0
+    for number, rows in enumerate(shards):
+        known: dict[Any, Any] = {}  # what several cells of a shard share is computed once
+        for cell in cells:
             path = out / "rows" / cell.folder / f"{number:04d}.parquet"
             sampled = out / "samples" / f"{cell.folder}.safetensors"
             if not path.exists() or (number == 0 and grid.samples and not sampled.exists()):
+                made = (keys[cell], cell.attack)
                 x_adv, seconds = store.get(
-                    cell.attack, function, key, grid.data, rows, seed=grid.seed, batch=grid.batch, device=grid.device
+                    cell.attack,
+                    functions[cell],
+                    keys[cell],
+                    grid.data,
+                    rows,
+                    seed=grid.seed,
+                    batch=grid.batch,
+                    device=grid.device,
                 )
-                columns, views = _judge(grid, cell, rows, x_adv, seconds, known)
+                columns, views = _judge(grid, cell, rows, x_adv, seconds, made, known)
                 if number == 0 and grid.samples:
                     _keep_samples(grid, cell, sampled, views, columns)
                 runs.write_rows(path, columns)
             done += 1
             if progress:
-                progress(done, total, f"{cell.classifier} · {cell.defense} · {cell.label} · {cell.knowledge}")
+                what = f"{cell.classifier} · {cell.defense} · {cell.label} · {cell.knowledge}"
+                progress(done, len(cells) * len(shards), what)
 
 
 @torch.no_grad()
@@ -123,9 +132,15 @@ def _purified(defense: Defense, images: Tensor, batch: int) -> tuple[Tensor, flo
 
 
 def _judge(
-    grid: Grid, cell: Cell, rows: Tensor, x_adv: Tensor, seconds: float, known: dict[Any, Any]
+    grid: Grid,
+    cell: Cell,
+    rows: Tensor,
+    x_adv: Tensor,
+    seconds: float,
+    made: tuple[str, Attack],
+    known: dict[Any, Any],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The columns of one shard's rows, and its images."""
+    """The columns of one shard's rows, and its images. `made` names the adversarial images, `known` the shard's memory."""
     x, labels = grid.data.batch(rows, grid.device)
     classifier, defense = grid.classifiers[cell.classifier], grid.defenses[cell.defense]
 
@@ -134,24 +149,24 @@ def _judge(
             known[key] = make()
         return known[key]
 
-    first = int(rows[0])
-    clean, _ = once(("purify", cell.defense, first), lambda: _purified(defense, x, grid.batch))
-    pred_clean, conf_clean = once(
-        ("clean", cell.classifier, first), lambda: _answers(classifier, x, labels, grid.batch)
-    )
-    pred_pure_clean, conf_pure_clean = once(
-        ("pure", cell.classifier, cell.defense, first), lambda: _answers(classifier, clean, labels, grid.batch)
-    )
-    quality_clean = once(
-        ("quality", cell.defense, first), lambda: (metrics.psnr(clean, x).cpu(), metrics.ssim(clean, x).cpu())
-    )
+    def quality(images: Tensor) -> tuple[Tensor, Tensor]:
+        return metrics.psnr(images, x).cpu(), metrics.ssim(images, x).cpu()
+
+    def answers(images: Tensor) -> tuple[Tensor, Tensor]:
+        return _answers(classifier, images, labels, grid.batch)
+
+    at, by = cell.classifier, cell.defense
+    clean, _ = once(("purified", by), lambda: _purified(defense, x, grid.batch))
+    pred_clean, conf_clean = once(("clean", at), lambda: answers(x))
+    pred_pure_clean, conf_pure_clean = once(("clean", at, by), lambda: answers(clean))
+    quality_clean = once(("clean quality", by), lambda: quality(clean))
+    pred_adv, conf_adv = once(("adv", at, made), lambda: answers(x_adv))
+    quality_adv = once(("adv quality", made), lambda: quality(x_adv))
+    far = once(("distances", made), lambda: metrics.distances(x_adv, x))
     restored, seconds_purify = _purified(defense, x_adv, grid.batch)
-    pred_adv, conf_adv = _answers(classifier, x_adv, labels, grid.batch)
-    if cell.defense == "none":
-        pred_pure, conf_pure = pred_adv, conf_adv
-    else:
-        pred_pure, conf_pure = _answers(classifier, restored, labels, grid.batch)
-    far = metrics.distances(x_adv, x)
+    bare = by == "none"
+    pred_pure, conf_pure = (pred_adv, conf_adv) if bare else answers(restored)
+    quality_pure = quality_adv if bare else quality(restored)
     with torch.no_grad():
         scores = [
             torch.cat([defense.scores(part, classifier) for part in images.split(grid.batch)]) for images in (x, x_adv)
@@ -181,11 +196,11 @@ def _judge(
         "conf_pure_clean": conf_pure_clean.numpy(),
         "conf_pure_adv": conf_pure.numpy(),
         **{k: v.cpu().numpy() for k, v in far.items()},
-        "psnr_adv": metrics.psnr(x_adv, x).cpu().numpy(),
-        "psnr_pure_adv": metrics.psnr(restored, x).cpu().numpy(),
+        "psnr_adv": quality_adv[0].numpy(),
+        "psnr_pure_adv": quality_pure[0].numpy(),
         "psnr_pure_clean": quality_clean[0].numpy(),
-        "ssim_adv": metrics.ssim(x_adv, x).cpu().numpy(),
-        "ssim_pure_adv": metrics.ssim(restored, x).cpu().numpy(),
+        "ssim_adv": quality_adv[1].numpy(),
+        "ssim_pure_adv": quality_pure[1].numpy(),
         "ssim_pure_clean": quality_clean[1].numpy(),
         "rejected_clean": rejected[0].cpu().numpy(),
         "rejected_adv": rejected[1].cpu().numpy(),
@@ -197,9 +212,7 @@ def _judge(
     return columns, {"clean": x, "adversarial": x_adv, "restored": restored, "restored_clean": clean}
 
 
-def _keep_samples(
-    grid: Grid, cell: Cell, path: Path, views: Mapping[str, Tensor], columns: Mapping[str, Any]
-) -> None:
+def _keep_samples(grid: Grid, cell: Cell, path: Path, views: Mapping[str, Tensor], columns: Mapping[str, Any]) -> None:
     """The first few images of the first shard, with what was thought of them."""
     m = slice(0, grid.samples)
     order = ("clean", "adv", "pure_clean", "pure_adv")

@@ -17,10 +17,11 @@ from unperturb.classifiers import load_classifier
 from unperturb.config import EvaluationRecipe, Thing, read_recipe, snapshot
 from unperturb.data import ImageSet, load_dataset
 from unperturb.defenses.base import Defense, Protected, create_defense, load_defense
-from unperturb.devices import pick_device, probe
+from unperturb.devices import FlopCounter, pick_device, probe
 from unperturb.evaluation.adversarials import fingerprint
 from unperturb.evaluation.grid import Grid, Progress, run_grid
-from unperturb.threats import KNOWLEDGE, unknown
+from unperturb.registry import unknown
+from unperturb.threats import KNOWLEDGE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +68,9 @@ def grid_of(recipe: EvaluationRecipe, device: str = "auto") -> Grid:
         classifiers={_name(c, recipe.dataset): load_classifier(c) for c in recipe.classifiers},
         defenses={_name(d, recipe.dataset): load_defense(d) for d in recipe.defenses},
         attacks=_attacks(recipe),
-        surrogate=(_name(recipe.surrogate, recipe.dataset), load_classifier(recipe.surrogate)) if recipe.surrogate else None,
+        surrogate=(_name(recipe.surrogate, recipe.dataset), load_classifier(recipe.surrogate))
+        if recipe.surrogate
+        else None,
         seed=recipe.seed,
         batch=recipe.batch,
         shard=recipe.shard,
@@ -84,20 +87,18 @@ def _name(folder: str, dataset: str) -> str:
 
 def estimate(grid: Grid) -> Cost:
     """Count the operations of each cell on two images, for all of them."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     images, labels = grid.data.batch(torch.arange(min(2, len(grid.data))), grid.device)
     total = 0.0
     made = set()
     for cell in grid.cells():
         function = grid.target(cell, grid.classifiers)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             if (key := (id(function) if cell.knowledge == "oblivious" else cell, cell.attack)) not in made:
                 made.add(key)
                 cell.attack(function, images, labels)
             with torch.no_grad():
                 Protected(grid.classifiers[cell.classifier], grid.defenses[cell.defense])(images)
-        total += counter.get_total_flops() / len(images)
+        total += counter.total / len(images)
     pflop = total * len(grid.data) / 1e15
     rate = max(v for k, v in probe(grid.device.type).rates.items() if k[0] == "float32")
     return Cost(len(grid.cells()), len(grid.data), float(f"{pflop:.3g}"), round(pflop * 1e6 / (rate * 0.3) / 60, 1))
@@ -153,9 +154,9 @@ def evaluate(
 ) -> pd.DataFrame:
     """Attack models and keep a row per image.
 
-    data: the images to judge on, such as `load_dataset("mnist").test`. models: by name; a `Protected` is judged behind its
-    defense, anything else as a bare classifier. attacks: a list, or by the name they are to have in tables. knowledge:
-    what the attacker sees. n: a fixed, named random subset of this many images. out: run folder (default: a temporary
+    data: the images to judge on, such as `load_dataset("mnist").test`. models: by name; a `Protected` is judged behind
+    its defense, anything else as a bare classifier. attacks: a list, or by the name they are to have in tables.
+    knowledge: what the attacker sees. n: a fixed, named random subset of this many images. out: run folder (default: a temporary
     one). Returns the rows (`unperturb.runs.ROW_COLUMNS`), of which `unperturb.table` makes a table.
     """
     for kind in knowledge:
@@ -171,8 +172,8 @@ def evaluate(
     bare = {fingerprint(c): c for c, _ in pairs.values()}
     if len(bare) > 1:
         raise ValueError(
-            f"models stand on {len(bare)} different classifiers; evaluate them in one call each, or write a recipe with "
-            "several classifiers"
+            f"models stand on {len(bare)} different classifiers; evaluate them in one call each, or write a recipe "
+            "with several classifiers"
         )
     classifier = next(iter(bare.values()))
     spec = getattr(classifier, "spec", None) or {}

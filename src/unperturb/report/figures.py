@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unperturb.report.tables import BLOCK, accuracy_table, attack_name, attacker_name, groups, records, worst_case
+from unperturb.report.tables import BLOCK, accuracy_table, attack_name, attacker_name, groups, worst_case
 from unperturb.runs import write_atomically
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ def restored_figure(cell: Mapping[str, Any], tensors: Mapping[str, Tensor], name
 
     count = min(len(tensors["label"]), 10)
     width = max(0.95 * count, 6.2)
-    figure = Figure(figsize=(width + 0.9, 4.75), dpi=DPI)
+    figure = Figure(figsize=(width + 0.9, 4.55), dpi=DPI)
     grid = figure.subplots(3, count, squeeze=False)
-    figure.subplots_adjust(left=0.85 / (width + 0.9), right=0.995, top=0.86, bottom=0.055, wspace=0.08, hspace=0.3)
+    figure.subplots_adjust(left=0.85 / (width + 0.9), right=0.995, top=0.855, bottom=0.055, wspace=0.08, hspace=0.24)
     views = (("Normal", "clean", CLEAN), ("Adv", "adversarial", ADVERSARIAL), (name, "restored", RESTORED))
     for line, (label, key, view) in zip(grid, views):
         line[0].set_ylabel(_wrapped(label), rotation=0, ha="right", va="center", fontsize=12, labelpad=8)
@@ -50,30 +50,32 @@ def restored_figure(cell: Mapping[str, Any], tensors: Mapping[str, Tensor], name
 def confidence_figure(cell: Mapping[str, Any], tensors: Mapping[str, Tensor], examples: int = 3) -> Figure:
     """Clean -> adversarial -> restored, with the confidence in the true label under each image.
 
-    Shown are the first `examples` sampled images that the classifier gets right and the attack turns (whether or not
-    the defense then saves them), or the first of all where there are none. cell, tensors: one entry of
+    Shown are the first `examples` sampled images that are right when clean and wrong in the model that was attacked
+    (bare for an oblivious attacker, whether or not the defense then saves them; protected for one who knows of it), or
+    the first of all where there are none. cell, tensors: one entry of
     `unperturb.runs.read_samples`. Source: the paper, Fig. 1.
     """
     from matplotlib.figure import Figure
 
     label, predicted = tensors["label"].numpy(), tensors["prediction"].numpy()
-    turned = (predicted[:, CLEAN] == label) & (predicted[:, ADVERSARIAL] != label)
+    attacked = ADVERSARIAL if cell["knowledge"] in ("none", "transfer", "oblivious") else RESTORED
+    turned = (predicted[:, CLEAN] == label) & (predicted[:, attacked] != label)
     chosen = [int(i) for i in (turned.nonzero()[0] if turned.any() else range(len(label)))][:examples]
-    height = 2.45 * len(chosen) + 0.8
-    figure = Figure(figsize=(7.2, height), dpi=DPI)
+    height = 2.25 * len(chosen) + 1.0
+    figure = Figure(figsize=(6.6, height), dpi=DPI)
     grid = figure.subplots(len(chosen), 3, squeeze=False)
-    figure.subplots_adjust(left=0.03, right=0.97, top=1 - 1.0 / height, bottom=0.5 / height, wspace=0.5, hspace=0.36)
+    figure.subplots_adjust(left=0.03, right=0.97, top=1 - 1.0 / height, bottom=0.6 / height, wspace=0.5, hspace=0.45)
     views = (("clean", "clean", CLEAN), ("adversarial", "adversarial", ADVERSARIAL), ("restored", "restored", RESTORED))
+    for axes, (title, _, _) in zip(grid[0], views):
+        axes.set_title(title, fontsize=12)
     for line, i in zip(grid, chosen):
-        for axes, (title, key, view) in zip(line, views):
+        for axes, (_, key, view) in zip(line, views):
             _show(axes, tensors[key][i])
-            if line is grid[0]:
-                axes.set_title(title, fontsize=12)
             sure = float(tensors["confidence"][i, view])
             right = predicted[i, view] == label[i]
             taken = "✓" if right else f"✗ {_class(cell, int(predicted[i, view]))}"
-            text = f"{_class(cell, int(label[i]))}: {100 * sure:.1f} %  {taken}"
-            axes.set_xlabel(text, color=RIGHT if right else WRONG, fontsize=11.5, labelpad=4)
+            text = f"{_class(cell, int(label[i]))}: {100 * sure:.1f} %\n{taken}"
+            axes.set_xlabel(text, color=RIGHT if right else WRONG, fontsize=11.5, labelpad=4, linespacing=1.35)
         for axes in line[:2]:
             place = {"xycoords": "axes fraction", "arrowprops": {"arrowstyle": "-|>", "color": "#444444", "lw": 1.6}}
             axes.annotate("", xy=(1.42, 0.5), xytext=(1.08, 0.5), annotation_clip=False, **place)
@@ -82,8 +84,8 @@ def confidence_figure(cell: Mapping[str, Any], tensors: Mapping[str, Tensor], ex
 
 
 def accuracy_figure(rows: pd.DataFrame) -> Figure:
-    """Accuracy with its 95 % Wilson interval: a panel per classifier (down) and defense (across), in it a group per
-    attack and the worst case, in that a bar for undefended, oblivious and white box.
+    """Accuracy with its 95 % Wilson interval: a panel per classifier and defense, in it a group per attack and
+    the worst case, in that a bar for undefended, oblivious and white box.
 
     rows: as `unperturb.runs.read_rows` gives them; of one data set, or the panels get small.
     """
@@ -94,20 +96,25 @@ def accuracy_figure(rows: pd.DataFrame) -> Figure:
     worst = worst_case(rows).assign(attack="worst case")
     # Where there is no budget there is no one worst case to draw.
     accuracy = pd.concat([accuracy, worst[worst["eps"].notna() & (worst["knowledge"] != "all")]], ignore_index=True)
+    accuracy["name"] = [attack_name(attack, eps) for attack, eps in zip(accuracy["attack"], accuracy["eps"])]
     blocks = list(groups(accuracy, BLOCK))
     defenses = [d for d in accuracy["defense"].unique() if d != "none"] or ["none"]
-    groups_of_bars = max(len(set(zip(block["attack"], block["eps"].fillna(-1)))) for _, block in blocks)
-    width, height = max(4.6, 1.05 * groups_of_bars), 2.9
-    figure = Figure(figsize=(width * len(defenses) + 0.3, height * len(blocks) + 0.9), dpi=DPI)
-    grid = figure.subplots(len(blocks), len(defenses), squeeze=False, sharey=True)
-    for line, ((dataset, split, classifier), block) in zip(grid, blocks):
-        for axes, defense in zip(line, defenses):
-            _bars(axes, block, defense)
-            what = "" if defense == "none" else f": {defense}"
-            axes.set_title(f"{dataset} ({split}), {classifier}{what}", fontsize=11.5, loc="left")
-        line[0].set_ylabel("accuracy, %", fontsize=11)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    total = figure.get_figheight()
+    panels = [(key, block, defense) for key, block in blocks for defense in defenses]
+    across = len(defenses) if len(defenses) > 1 else min(2, len(blocks))
+    down = -(-len(panels) // across)
+    width = max(4.3, 0.88 * max(block["name"].nunique() for _, block in blocks))
+    total = 3.1 * down + 0.9
+    figure = Figure(figsize=(width * across + 0.3, total), dpi=DPI)
+    grid = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    for axes, ((dataset, split, classifier), block, defense) in zip(grid, panels):
+        _bars(axes, block, defense)
+        what = "undefended" if defense == "none" else defense
+        axes.set_title(f"{dataset} ({split}), {classifier}\n{what}", fontsize=11.5, loc="left")
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("accuracy, %", fontsize=11)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper left", ncols=3, frameon=False, fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / total), h_pad=1.2, w_pad=1.5)
     return figure
@@ -122,9 +129,12 @@ def save(figure: Figure, path: Path) -> Path:
 
 def _bars(axes: Any, block: pd.DataFrame, defense: str) -> None:
     """The bars of one panel; `block` holds the accuracies of one classifier."""
-    block = block.assign(name=[attack_name(a, e) for a, e in zip(block["attack"], block["eps"])])
     places = {name: i for i, name in enumerate(dict.fromkeys(block["name"]))}
-    shown = {"undefended": ("none", "oblivious"), "oblivious": (defense, "oblivious"), "white_box": (defense, "white_box")}
+    shown = {
+        "undefended": ("none", "oblivious"),
+        "oblivious": (defense, "oblivious"),
+        "white_box": (defense, "white_box"),
+    }
     if defense == "none":
         del shown["oblivious"], shown["white_box"]
     wide = 0.84 / len(shown)
@@ -133,7 +143,9 @@ def _bars(axes: Any, block: pd.DataFrame, defense: str) -> None:
         at = [places[name] + (i - (len(shown) - 1) / 2) * wide for name in mine["name"]]
         value, low, high = (100 * mine[k].to_numpy() for k in ("accuracy", "low", "high"))
         color, hatch = BARS[key]
-        axes.bar(at, value, wide * 0.92, label=attacker_name(key), color=color, edgecolor="white", hatch=hatch, linewidth=0)
+        axes.bar(
+            at, value, wide * 0.92, label=attacker_name(key), color=color, edgecolor="white", hatch=hatch, linewidth=0
+        )
         spread = [value - low, high - value]
         axes.errorbar(at, value, spread, fmt="none", ecolor="#222222", elinewidth=1.2, capsize=2.5)
     axes.set_xticks(list(places.values()), [name.replace(", ", "\n") for name in places], fontsize=10)
@@ -159,9 +171,12 @@ def _show(axes: Any, image: Tensor) -> None:
 
 def _title(figure: Figure, cell: Mapping[str, Any], reading: str) -> None:
     height = figure.get_figheight()
-    what = [cell["dataset"], cell["classifier"], cell["defense"], attack_name(cell["attack"], cell["eps"])]
-    text = f"{', '.join(what)}, {attacker_name(cell['knowledge'])}"
-    figure.text(0.015, 1 - 0.08 / height, text, ha="left", va="top", fontsize=12.5, fontweight="bold")
+    text = (
+        f"{cell['defense']} before {cell['classifier']} on {cell['dataset']}: "
+        f"{attack_name(cell['attack'], cell['eps'])}, {attacker_name(cell['knowledge'])}"
+    )
+    size = min(12.5, 72 * figure.get_figwidth() / (0.7 * len(text)))  # long names still fit the width
+    figure.text(0.015, 1 - 0.08 / height, text, ha="left", va="top", fontsize=size, fontweight="bold")
     figure.text(0.015, 1 - 0.34 / height, reading, ha="left", va="top", fontsize=10.5, color="#333333")
 
 

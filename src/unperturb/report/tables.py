@@ -50,6 +50,12 @@ def attack_name(attack: str, eps: float) -> str:
     return f"{attack}, eps {budget_name(eps)}" if eps == eps else attack
 
 
+def attack_rank(attack: str) -> int:
+    """Where an attack stands in a table: the paper's order, then all others."""
+    ranks = {name: i for i, name in enumerate(_ORDER)}
+    return ranks.get(attack.partition("-")[0], len(ranks))
+
+
 def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per cell, and one with attack "clean" per dataset, classifier and defense.
 
@@ -67,7 +73,9 @@ def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
         for number, cell in records(group):
             lines.append(cell | {"attack": cell["short"]} | _accuracy(images[images["cell"] == number]["adv"]))
     first = [*BLOCK, "defense", "attack", "knowledge", "eps", "n", "accuracy", "low", "high"]
-    return pd.DataFrame(lines, columns=[*first, "surrogate", "seed", "attack_repr"]).astype({"eps": "float32", "seed": "Int64"})
+    return pd.DataFrame(lines, columns=[*first, "surrogate", "seed", "attack_repr"]).astype(
+        {"eps": "float32", "seed": "Int64"}
+    )
 
 
 def worst_case(rows: pd.DataFrame) -> pd.DataFrame:
@@ -126,8 +134,8 @@ def wide_table(rows: pd.DataFrame) -> pd.DataFrame:
             for _, line in records(worst[mine & worst["eps"].notna()]):
                 column[(*key, ends[line["eps"]])] = percent(line)
     frame = pd.DataFrame(table, index=pd.MultiIndex.from_tuples(list(order), names=[*BLOCK, "attack"])).fillna("")
-    columns: list[Any] = list(frame.columns)
-    return frame[sorted(columns, key=lambda c: c[0] != UNDEFENDED)]
+    columns: list[tuple[str, str]] = sorted(table, key=lambda column: column[0] != UNDEFENDED)
+    return frame[columns]
 
 
 def quality_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -154,7 +162,9 @@ def quality_table(rows: pd.DataFrame) -> pd.DataFrame:
             line[f"identical_{name}"] = int(same.sum())
         lines.append(line)
     measured = [f"{what}_{when}" for what in ("psnr", "ssim", "identical") for when in ("before", "after", "clean")]
-    return pd.DataFrame(lines, columns=[*BLOCK, "defense", "attack", "knowledge", "eps", "n", *measured]).astype({"eps": "float32"})
+    return pd.DataFrame(lines, columns=[*BLOCK, "defense", "attack", "knowledge", "eps", "n", *measured]).astype(
+        {"eps": "float32"}
+    )
 
 
 def conditions(rows: pd.DataFrame, *environments: Mapping[str, Any]) -> pd.DataFrame:
@@ -211,8 +221,7 @@ def _cells(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     if not len(rows):
         raise ValueError("there are no rows to make tables of; make some with `unperturb evaluate`")
     cells = rows[CELL_KEYS].drop_duplicates(ignore_index=True)
-    ranks = {name: i for i, name in enumerate(_ORDER)}
-    cells["rank"] = [ranks.get(attack.partition("-")[0], len(ranks)) for attack in cells["attack"]]
+    cells["rank"] = [attack_rank(attack) for attack in cells["attack"]]
     places = {k: {v: i for i, v in enumerate(dict.fromkeys(cells[k]))} for k in [*BLOCK, "defense"]}
     places["defense"]["none"] = -1
     places["knowledge"] = {v: i for i, v in enumerate(KNOWLEDGE)}

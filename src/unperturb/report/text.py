@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 READING = """\
 oblivious   the attacker sees the bare classifier only and knows nothing of the defense: the usual
             protocol, and the weakest attacker
-white box   the attacker differentiates through purifier and classifier: only this column says what a
-            defense is worth once it is known
+white box   the attacker differentiates through purifier and classifier: only this column says what
+            a defense is worth once it is known, and a stronger attack can only lower it
 worst case  the image is classified correctly when clean and under every attack of its column
+PSNR, SSIM  of the adversarial image before and after the purifier, and of a clean image after it
 """
 
 
@@ -82,7 +83,7 @@ def _pages(block: pd.DataFrame, width: int) -> list[list[list[str]]]:
 def _quality(quality: pd.DataFrame) -> str:
     measured = [(what, when) for what in ("psnr", "ssim") for when in ("before", "after", "clean")]
     lines = [["against the", "", "", "PSNR, dB", "", "", "SSIM", "", ""]]
-    lines.append(["clean images", "", "", *["attacked", "purified", "clean purified"] * 2])
+    lines.append(["clean images", "", "", *["before", "after", "clean"] * 2])
     last: list[str] = []
     for _, line in records(quality):
         this = [line["defense"], attacker_name(line["knowledge"]), attack_name(line["attack"], line["eps"])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from unperturb import runs, threats
 from unperturb.attacks.base import attacks
-from unperturb.classifiers import create_classifier, load_classifier, save_classifier, twin
+from unperturb.classifiers import Classifier, create_classifier, load_classifier, save_classifier, twin
 from unperturb.config import ClassifierRecipe, DefenseRecipe, Training, read_recipe, snapshot
 from unperturb.data import ImageSet, Splits, load_dataset
 from unperturb.defenses.base import Defense, create_defense, save_defense
-from unperturb.devices import InPrecision, pick_device, probe
-from unperturb.training.loop import Outcome, Validate, flop_per_image, total_steps, train
+from unperturb.devices import pick_device, probe
+from unperturb.training.loop import Outcome, Validate, fastest, flop_per_image, total_steps, train
 from unperturb.training.objectives import DefenseTask, PlainClassifier, Task, objectives
 from unperturb.training.pairs import PairSource, Sampler, hardest
 
@@ -42,22 +42,9 @@ def estimate(task: Task, settings: Training, device: str = "cpu") -> Cost:
     """The cost of `task`, from its first few steps on a small batch and a probe of this machine."""
     steps = total_steps(settings, len(task.sampler.data))
     pflop = flop_per_image(task) * settings.batch * steps / 1e15
-    rate = probe(pick_device(device).type).rates[settings.precision, settings.memory_format]
+    rates = probe(pick_device(device).type).rates
+    rate = rates[settings.precision, settings.memory_format]
     return Cost(steps, float(f"{pflop:.3g}"), round(rate, 1), round(pflop * 1e6 / (rate * 0.5) / 60, 1))
-
-
-def choose_precision(settings: Training, device: str, there: Mapping[str, Any] | None = None) -> Training:
-    """`settings` with every `auto` decided: as the run that is `there` already decided, else by the probe."""
-    precision, layout = settings.precision, settings.memory_format
-    if there:
-        precision = there["training"]["precision"] if precision == "auto" else precision
-        layout = there["training"]["memory_format"] if layout == "auto" else layout
-    if "auto" in (precision, layout):
-        rates = probe(pick_device(device).type).rates
-        open_ = {k: v for k, v in rates.items() if precision in ("auto", k[0]) and layout in ("auto", k[1])}
-        # bfloat16 must win clearly: it costs accuracy.
-        precision, layout = max(open_, key=lambda k: open_[k] * (0.8 if k[0] == "bfloat16" else 1.0))
-    return settings.model_copy(update={"precision": precision, "memory_format": layout})
 
 
 @contextlib.contextmanager
@@ -70,10 +57,17 @@ def _run_folder(out: Path, recipe: Any, resume: bool) -> Iterator[None]:
         yield
 
 
-def decided(recipe: Any, out: Path, device: str, resume: bool) -> Any:
+def decided(recipe: Any, task: Task, out: Path, resume: bool) -> Any:
     """`recipe` with precision and memory format chosen; a run that is resumed keeps its choice."""
-    there = runs.read_json(out / "recipe.json") if resume and (out / "recipe.json").exists() else None
-    return recipe.model_copy(update={"training": choose_precision(recipe.training, device, there)})
+    settings = recipe.training
+    if resume and (out / "recipe.json").exists():
+        there = runs.read_json(out / "recipe.json")["training"]
+        precision, layout = there["precision"], there["memory_format"]
+    else:
+        precision, layout = fastest(task, settings.precision, settings.memory_format)
+    return recipe.model_copy(
+        update={"training": settings.model_copy(update={"precision": precision, "memory_format": layout})}
+    )
 
 
 @torch.no_grad()
@@ -124,28 +118,29 @@ def train_classifier(
     resume: bool = False,
     show: Show | None = None,
     progress: Progress | None = None,
-) -> tuple[nn.Module, Outcome]:
+) -> tuple[Classifier, Outcome]:
     """Train a classifier into the run folder `out`; `unperturb.load_classifier(out)` rebuilds it.
 
     recipe: a name, a path, or the recipe itself. data: what `load_dataset` returns (default: the recipe's). Returns
     the classifier in eval mode and what it cost; `Outcome.validation["score"]` is its accuracy on validation images.
     """
-    recipe = read_recipe(recipe, overrides, "classifier") if isinstance(recipe, str) else recipe
+    plan: ClassifierRecipe = read_recipe(recipe, overrides, "classifier") if isinstance(recipe, str) else recipe
     out = Path(out)
-    recipe = decided(recipe, out, device, resume)
-    data = data or load_dataset(recipe.dataset, size=recipe.size)
-    task = classifier_task(recipe, data, device)
+    data = data or load_dataset(plan.dataset, size=plan.size)
+    task = classifier_task(plan, data, device)
+    plan = decided(plan, task, out, resume)
     held_out = data.val.batch(torch.arange(len(data.val)), pick_device(device))
 
     def validate() -> dict[str, float]:
         return {"score": accuracy(task.classifier.eval(), *held_out)}
 
-    with _run_folder(out, recipe, resume):
+    with _run_folder(out, plan, resume):
         outcome = train(
-            task, recipe.training, out, seed=recipe.seed, device=device, devices=devices,
+            task, plan.training, out, seed=plan.seed, device=device, devices=devices,
             validate=validate, show=show, progress=progress,
         )  # fmt: skip
-        about = {"dataset": recipe.dataset, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
+        about = {"dataset": plan.dataset, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
+        assert isinstance(task.classifier, Classifier)
         save_classifier(out, task.classifier, about)
     return task.classifier.eval(), outcome
 
@@ -155,7 +150,7 @@ def train_classifier(
 
 def defense_task(
     recipe: DefenseRecipe, data: Splits, classifiers: Sequence[nn.Module], device: str = "cpu"
-) -> tuple[DefenseTask, list[nn.Module]]:
+) -> tuple[DefenseTask, Sequence[nn.Module]]:
     """The task that `recipe` describes, with a fresh defense, and the frozen fast copies of the classifiers."""
     torch.manual_seed(recipe.seed)
     where = pick_device(device)
@@ -165,8 +160,7 @@ def defense_task(
     example, _ = data.train.batch(torch.arange(2), where)
     twins = [twin(c.to(where), example) for c in classifiers]
     attacked = [threats.target(t, defense, recipe.pairs.knowledge) for t in twins]
-    logits = [InPrecision(t, recipe.training.precision) for t in twins]
-    return DefenseTask(defense, PairSource(sampler, recipe.pairs, attacked, logits)), twins
+    return DefenseTask(defense, PairSource(sampler, recipe.pairs, attacked, twins)), twins
 
 
 def train_defense(
@@ -188,26 +182,25 @@ def train_defense(
     recipe's run folders); they are not changed. data: what `load_dataset` returns (default: the recipe's). Returns the
     defense in eval mode; what it cost is in its `outcome`.
     """
-    if isinstance(recipe, str):
-        out = Path(out or Path("runs") / Path(recipe).stem)
-        recipe = read_recipe(recipe, overrides, "defense")
-    out = Path(out or Path("runs") / f"{recipe.defense.name}-{recipe.dataset}")
-    recipe = decided(recipe, out, device, resume)
-    data = data or load_dataset(recipe.dataset, size=recipe.size)
+    plan: DefenseRecipe = read_recipe(recipe, overrides, "defense") if isinstance(recipe, str) else recipe
+    name = Path(recipe).stem if isinstance(recipe, str) else f"{plan.defense.name}-{plan.dataset}"
+    out = Path(out or Path("runs") / name)
+    data = data or load_dataset(plan.dataset, size=plan.size)
     if classifier is None:
-        classifier = [load_classifier(Path(folder)) for folder in recipe.classifiers]
+        classifier = [load_classifier(Path(folder)) for folder in plan.classifiers]
     classifiers = [classifier] if isinstance(classifier, nn.Module) else list(classifier)
-    task, twins = defense_task(recipe, data, classifiers, device)
-    with _run_folder(out, recipe, resume):
-        validate = _defense_validation(recipe, data, task, twins, pick_device(device))
+    task, twins = defense_task(plan, data, classifiers, device)
+    plan = decided(plan, task, out, resume)
+    with _run_folder(out, plan, resume):
+        validate = _defense_validation(plan, data, task, twins, pick_device(device))
         outcome = train(
-            task, recipe.training, out, seed=recipe.seed, device=device, devices=devices,
+            task, plan.training, out, seed=plan.seed, device=device, devices=devices,
             validate=validate, show=show, progress=progress,
         )  # fmt: skip
-        about = {"dataset": recipe.dataset, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
+        about = {"dataset": plan.dataset, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
         save_defense(out, task.defense, about)
     defense = task.defense.eval()
-    defense.outcome = outcome  # type: ignore[assignment]
+    defense.outcome = outcome
     return defense
 
 

@@ -6,11 +6,12 @@ step) alone, so a killed run that is resumed from its last checkpoint ends with 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from unperturb import runs
 from unperturb.config import Training
-from unperturb.devices import probe
+from unperturb.devices import FlopCounter, probe, set_layout
 from unperturb.training.objectives import Task
 
 State = dict[str, dict[str, Tensor]]
@@ -64,25 +65,68 @@ def learning_rate(settings: Training, step: int, steps: int) -> float:
     return settings.lr * factor
 
 
-def flop_per_image(task: Task, steps: int = 12, batch: int = 6) -> float:
-    """Floating-point operations of one training image, attacks and all, counted over the first few steps on a small
-    batch; the networks are left as they were."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+@contextlib.contextmanager
+def _rehearsal(task: Task, batch: int | None = None) -> Iterator[dict[str, nn.Module]]:
+    """The networks of `task`, to be played with; afterwards they are as they were."""
     networks = task.networks()
     before = {k: copy.deepcopy(v.state_dict()) for k, v in networks.items()}
-    real, task.sampler.batch = task.sampler.batch, batch
+    modes = {k: v.training for k, v in networks.items()}
+    real, task.sampler.batch = task.sampler.batch, batch or task.sampler.batch
     try:
-        with FlopCounterMode(display=False) as counter:
-            for step in range(steps):
-                for _, terms in task.losses(task.batch(step, 0, 1), networks):
-                    torch.stack(list(terms.values())).sum().backward()
-        return counter.get_total_flops() / (steps * batch)
+        yield {k: v.train() for k, v in networks.items()}
     finally:
         task.sampler.batch = real
         for name, network in networks.items():
             network.load_state_dict(before[name])
-            network.zero_grad(set_to_none=True)
+            network.train(modes[name]).zero_grad(set_to_none=True)
+
+
+def _backward(task: Task, batch: Any, networks: dict[str, nn.Module], device: str, precision: str) -> None:
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
+        for _, terms in task.losses(batch, networks):
+            torch.stack(list(terms.values())).sum().backward()
+
+
+def flop_per_image(task: Task, steps: int = 12, batch: int = 6) -> float:
+    """Floating-point operations of one training image, attacks and all, counted over the first few steps on a small
+    batch."""
+    with _rehearsal(task, batch) as networks, FlopCounter() as counter:
+        for step in range(steps):
+            _backward(task, task.batch(step, 0, 1), networks, task.sampler.device.type, "float32")
+    return counter.total / (steps * batch)
+
+
+def fastest(task: Task, precision: str = "auto", memory_format: str = "auto") -> tuple[str, str]:
+    """The (precision, memory format) in which a step of `task` is quickest here; one that is not `auto` is kept.
+
+    A probe of the task itself, about ten steps: a plain convolution can favor bfloat16 where small networks do not.
+    bfloat16 must win clearly, because it costs accuracy.
+    """
+    device = task.sampler.device.type
+    choices = [
+        (p, m)
+        for p in (("float32", "bfloat16") if precision == "auto" else (precision,))
+        for m in (("contiguous", "channels_last") if memory_format == "auto" else (memory_format,))
+    ]
+    if len(choices) == 1:
+        return choices[0]
+    seconds: dict[tuple[str, str], float] = {}
+    with _rehearsal(task) as networks:
+        batch = task.batch(0, 0, 1)
+        for choice in choices:
+            for network in networks.values():
+                set_layout(network, choice[1])
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                _backward(task, batch, networks, device, choice[0])
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+                if times[-1] > 10 * min(seconds.values(), default=times[-1]):
+                    break  # an emulated precision: the answer is known
+            seconds[choice] = min(times) * (1.25 if choice[0] == "bfloat16" else 1.0)
+    return min(seconds, key=lambda k: seconds[k])
 
 
 def _optimizer(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
@@ -170,7 +214,7 @@ def train(
         accelerator=accelerator,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
-        precision="bf16-mixed" if settings.precision == "bfloat16" else "32-true",
+        precision="32-true",  # autocast is the loop's own, so that it also covers the frozen classifier in a loss
     )
     fabric.launch()
     sampler = task.sampler
@@ -179,13 +223,18 @@ def train(
     torch.manual_seed(seed)
     flop = flop_per_image(task) * settings.batch
     convolution = probe(accelerator).rates[settings.precision, settings.memory_format]
-    layout = torch.channels_last if settings.memory_format == "channels_last" else torch.contiguous_format
     bare = task.networks()
     wrapped, optimizers = {}, {}
     for name, network in bare.items():
-        network.train().to(memory_format=layout)
+        set_layout(network.train(), settings.memory_format)
         wrapped[name], optimizers[name] = fabric.setup(network, _optimizer(network, settings))
     average = _snapshot(bare) if settings.ema else None
+
+    def autocast() -> torch.autocast:
+        # Without the cache of cast weights, which would outlive a player's update.
+        return torch.autocast(
+            accelerator, torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False
+        )
 
     # Resume.
     checkpoint = folder / "checkpoint.pt"
@@ -226,20 +275,21 @@ def train(
         torch.manual_seed(seed * 1_000_003 + step)  # dropout and the like: fixed by the step, not by what came before
         rate = learning_rate(settings, step, steps)
         batch = task.batch(step, rank, world)
-        for player, terms in task.losses(batch, wrapped):
-            loss = torch.stack(list(terms.values())).sum()
-            if not bool(torch.isfinite(loss)):
-                raise DivergedError(_diverged(step, player, terms, checkpoint))
-            optimizer = optimizers[player]
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad()
-            fabric.backward(loss)
-            if settings.clip is not None:
-                fabric.clip_gradients(wrapped[player], optimizer, max_norm=settings.clip, error_if_nonfinite=False)
-            optimizer.step()
-            for term, value in terms.items():
-                sums[term] = sums.get(term, 0) + value.detach()
+        with autocast():
+            for player, terms in task.losses(batch, wrapped):
+                loss = torch.stack(list(terms.values())).sum()
+                if not bool(torch.isfinite(loss)):
+                    raise DivergedError(_diverged(step, player, terms, checkpoint))
+                optimizer = optimizers[player]
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.zero_grad()
+                fabric.backward(loss)
+                if settings.clip is not None:
+                    fabric.clip_gradients(wrapped[player], optimizer, max_norm=settings.clip, error_if_nonfinite=False)
+                optimizer.step()
+                for term, value in terms.items():
+                    sums[term] = sums.get(term, 0) + value.detach()
         if average is not None:
             _average(average, bare, settings.ema, step)
         step += 1
@@ -282,7 +332,7 @@ def train(
     if kept is not None:
         _load(bare, kept)
     for network in bare.values():
-        network.eval().to(memory_format=torch.contiguous_format)
+        set_layout(network.eval(), "contiguous")
     if validate and not validation:
         validation = dict(validate())
     done = settings.batch * steps
@@ -333,4 +383,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 def _diverged(step: int, player: str, terms: Mapping[str, Tensor], checkpoint: Path) -> str:
     listed = ", ".join(f"{k} = {float(v):.4g}" for k, v in terms.items())
     last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-    return f"the loss of the {player} is not a number at step {step}: {listed}; {last}. Lower training.lr or set training.clip"
+    return (
+        f"the loss of the {player} is not a number at step {step}: {listed}; {last}. "
+        "Lower training.lr or set training.clip"
+    )

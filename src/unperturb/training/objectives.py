@@ -68,7 +68,7 @@ class PlainClassifier:
         self, batch: tuple[Tensor, Tensor], networks: dict[str, nn.Module]
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         images, labels = batch
-        logits = networks["classifier"](images)
+        logits = networks["classifier"](images).float()
         yield "classifier", {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from unperturb.defenses.base import Batch
 
 
 class Sampler:
-    """Rows of a training split in an order fixed by (seed, step): every image once an epoch, whatever was resumed."""
+    """Rows of a training split in an order fixed by (seed, step): every image once an epoch."""
 
     def __init__(self, data: ImageSet, batch: int, seed: int, augmentation: Augmentation, device: torch.device) -> None:
         if data.split != "train":
             raise ValueError(
-                f"training on the {data.split!r} split is refused: what is trained or tuned on it could not be judged on "
-                "it. Pass .train"
+                f"training on the {data.split!r} split is refused: what is trained or tuned on it could not be judged "
+                "on it. Pass .train"
             )
         self.data, self.batch, self.seed, self.augmentation, self.device = data, batch, seed, augmentation, device
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
@@ -87,7 +88,7 @@ class Mixture:
         for share in self.shares:
             total += share
             edges.append(round(total * n))
-        return [slice(a, b) for a, b in zip(edges, edges[1:])]
+        return [slice(a, b) for a, b in pairwise(edges)]
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, index: Tensor, step: int) -> Tensor:
         """Adversarial images for one batch."""
@@ -103,8 +104,8 @@ class Mixture:
 class PairSource:
     """Pairs for a defense: step by step a batch, attacked on one of the functions it is handed, taken in turn.
 
-    attacked: for each classifier the function that is attacked; logits: for each the frozen classifier that a loss may go
-    through.
+    attacked: for each classifier the function that is attacked; logits: for each the frozen classifier that a loss may
+    go through.
     """
 
     def __init__(

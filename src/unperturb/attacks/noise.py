@@ -1,0 +1,50 @@
+"""Random noise: the attack that every table needs as its zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unperturb.attacks.base import LOSSES, BallAttack, Best, Problem, attacks, l2_norm
+
+
+@attacks.register("noise")
+@dataclass(frozen=True, kw_only=True)
+class Noise(BallAttack):
+    """Noise whose norm is the budget: what an attacker without any knowledge does.
+
+    kind: `"uniform"` or `"gaussian"`; either is scaled to norm `eps`, so the two spend the same. In L2 the length is
+    `eps` after the cut with [0, 1] too, as far as the box has room. draws: independent tries, of which the one with
+    the highest loss is kept per image, at one forward pass each; a single draw does not meet the model.
+    """
+
+    kind: Literal["uniform", "gaussian"] = "uniform"
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind not in ("uniform", "gaussian"):
+            raise ValueError(f"kind must be 'uniform' or 'gaussian', not {self.kind!r}")
+        if self.draws < 1:
+            raise ValueError("draws must be at least 1")
+
+    def perturb(self, problem: Problem) -> Tensor:
+        if self.draws == 1:
+            return self._draw(problem, 0)
+        best = Best(problem.images)
+        for draw in range(self.draws):
+            x = self._draw(problem, draw)
+            best.update(x, problem.value(problem.logits(x), LOSSES[self.loss]))
+        return best.images
+
+    def _draw(self, problem: Problem, draw: int) -> Tensor:
+        noise = problem.uniform(draw) if self.kind == "uniform" else problem.normal(draw)
+        if self.norm == "linf":
+            length = self.eps / noise.flatten(1).abs().amax(1).clamp(min=1e-30)
+        else:
+            # Far outside the ball: the projection then scales down to `eps`, counting only what the box leaves.
+            length = 1e3 * self.eps / l2_norm(noise).clamp(min=1e-30)
+        return self.limit(torch.addcmul(problem.images, noise, length[:, None, None, None]), problem.images)

@@ -1,0 +1,208 @@
+"""The report: tables and figures as files, and one page that holds them all and asks nothing of the network."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unperturb.report import figures, tables
+from unperturb.report.tables import BLOCK, attack_name, attacker_name, groups, records
+from unperturb.report.text import quality_number, to_markdown
+from unperturb.runs import read_json, read_rows, read_samples, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def write_report(source: str | Path | Iterable[str | Path] | pd.DataFrame, out: str | Path) -> dict[str, Path]:
+    """Make `out/tables/*.csv` and `*.md`, `out/figures/*.png` and the self-contained `out/report.html`.
+
+    source: a run folder with rows, several of them, or rows that are already read (then pictures and conditions come
+    from the folders that `rows.attrs["runs"]` names, if any). Returns the paths: "page", and every other file by its
+    name, such as "tables/accuracy.csv". The same files in give the same files out, byte for byte.
+
+    Raises `unperturb.runs.RunError` where a folder holds no rows or damaged ones.
+    """
+    rows, folders = _read(source)
+    out = Path(out)
+    environments = [read_json(f / "environment.json") for f in folders if (f / "environment.json").exists()]
+    frames = {
+        "accuracy": tables.accuracy_table(rows),
+        "worst-case": tables.worst_case(rows),
+        "side-by-side": tables.wide_table(rows),
+        "quality": tables.quality_table(rows),
+        "conditions": tables.conditions(rows, *environments),
+    }
+    written: dict[str, Path] = {}
+    for name, frame in frames.items():
+        written[f"tables/{name}.csv"] = path = out / "tables" / f"{name}.csv"
+        write_text(path, frame.to_csv(index=name == "side-by-side"))
+        written[f"tables/{name}.md"] = path = out / "tables" / f"{name}.md"
+        write_text(path, to_markdown(frame))
+    pictures = _pictures(rows, folders, out / "figures")
+    written |= {f"figures/{picture['path'].name}": picture["path"] for picture in pictures}
+    written["page"] = out / "report.html"
+    write_text(written["page"], _page(frames, pictures))
+    return written
+
+
+def _read(source: str | Path | Iterable[str | Path] | pd.DataFrame) -> tuple[pd.DataFrame, list[Path]]:
+    import pandas as pd
+
+    if isinstance(source, pd.DataFrame):
+        return source, [Path(run) for run in source.attrs.get("runs", [])]
+    folders = [Path(source)] if isinstance(source, str | Path) else [Path(run) for run in source]
+    if not folders:
+        raise ValueError("a report needs at least one run folder")
+    return read_rows(*folders), folders
+
+
+# Pictures -----------------------------------------------------------------------------------------------------------
+
+
+def _pictures(rows: pd.DataFrame, folders: list[Path], out: Path) -> list[dict[str, Any]]:
+    """Draw and save them; of each: its path, kind, caption, and whether it is among the first to be shown."""
+    made: list[dict[str, Any]] = []
+    for dataset, part in groups(rows, "dataset"):
+        path = figures.save(figures.accuracy_figure(part), out / f"{_slug('accuracy', dataset)}.png")
+        made.append({"path": path, "kind": "accuracy", "caption": f"Accuracy on {dataset}.", "first": True})
+    # Pictures of one classifier say what there is to see; those of the others would look the same.
+    samples = [s for folder in folders for s in read_samples(folder) if s[0]["defense"] != "none"]
+    samples.sort(key=lambda s: tables.attack_rank(s[0]["attack"]))
+    classifiers: dict[str, str] = {}
+    for cell, _ in samples:
+        classifiers.setdefault(cell["dataset"], cell["classifier"])
+    defenses = {cell["defense"] for cell, _ in samples}
+    opened: set[tuple[str, ...]] = set()
+    for cell, tensors in samples:
+        if cell["classifier"] != classifiers[cell["dataset"]]:
+            continue
+        group = (cell["dataset"], cell["defense"], cell["knowledge"])
+        name = "Ours" if len(defenses) == 1 else cell["defense"]
+        what = (
+            f"{attack_name(cell['attack'], cell['eps'])}, {attacker_name(cell['knowledge']).replace(' ', '-')} attacker"
+        )
+        for kind, figure in (
+            ("restored", figures.restored_figure(cell, tensors, name)),
+            ("confidence", figures.confidence_figure(cell, tensors)),
+        ):
+            stem = _slug(kind, *(cell[k] for k in ("dataset", "classifier", "defense", "attack", "eps", "knowledge")))
+            path = _free(out / f"{stem}.png", [m["path"] for m in made])
+            caption = f"{cell['defense']} before {cell['classifier']} on {cell['dataset']}: {what}."
+            first = group not in opened
+            made.append({"path": figures.save(figure, path), "kind": kind, "caption": caption, "first": first})
+        opened.add(group)
+    return made
+
+
+def _slug(*parts: object) -> str:
+    words = (tables.budget_name(p) if isinstance(p, float) else str(p) for p in parts)
+    return "-".join(re.sub(r"[^a-z0-9.]+", "-", w.lower()).strip("-") for w in words if w)
+
+
+def _free(path: Path, taken: list[Path]) -> Path:
+    """`path`, or with a number behind its name: cells that differ in seed or record alone share a name."""
+    free, number = path, 2
+    while free in taken:
+        free, number = path.with_name(f"{path.stem}-{number}.png"), number + 1
+    return free
+
+
+# Page ---------------------------------------------------------------------------------------------------------------
+
+
+def _page(frames: Mapping[str, pd.DataFrame], pictures: list[dict[str, Any]]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    for picture in pictures:
+        data = base64.b64encode(picture["path"].read_bytes()).decode("ascii")
+        picture["data"] = f"data:image/png;base64,{data}"
+    quality = frames["quality"]
+    return environment.get_template("page.html.jinja").render(
+        headlines=_headlines(frames["worst-case"]),
+        blocks=_blocks(frames["side-by-side"]),
+        quality=[
+            {"title": key, "lines": [_quality(line) for _, line in records(part)]}
+            for key, part in groups(quality, BLOCK)
+        ],
+        conditions=[line for _, line in records(frames["conditions"])],
+        pictures=pictures,
+    )
+
+
+def _headlines(worst: pd.DataFrame) -> list[dict[str, Any]]:
+    """Per data set and budget: a line per classifier and defense with its worst cases, and a sentence per defense."""
+    found = []
+    for (dataset, split, eps), part in groups(worst, ["dataset", "split", "eps"]):
+        lines = []
+        for (classifier, defense), mine in groups(part, ["classifier", "defense"]):
+            if defense == "none":
+                continue
+            bare = part[(part["classifier"] == classifier) & (part["defense"] == "none")]
+            of = {line["knowledge"]: line for _, line in records(mine)}
+            bare_line = next((line for _, line in records(bare) if line["knowledge"] == "oblivious"), None)
+            shown = {"undefended": bare_line, "oblivious": of.get("oblivious"), "white_box": of.get("white_box")}
+            lines.append({"classifier": classifier, "defense": defense, "worst": shown, "all": of["all"]})
+        if lines:
+            found.append(
+                {
+                    "dataset": dataset,
+                    "split": split,
+                    "budget": tables.budget_name(eps),
+                    "lines": lines,
+                    "sentences": _sentences(lines),
+                    "covers": sorted({line["all"]["covers"] for line in lines}),
+                }
+            )
+    # Attacks without a budget have no one worst case to lead with: they come last.
+    return sorted(found, key=lambda headline: not headline["budget"])
+
+
+def _sentences(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Per defense, its worst cases as a range over the classifiers: never pooled."""
+    sentences = []
+    for defense in dict.fromkeys(line["defense"] for line in lines):
+        mine = [line["worst"] for line in lines if line["defense"] == defense]
+        sentences.append({"defense": defense} | {k: _range([w[k] for w in mine if w[k]]) for k in mine[0]})
+    return sentences
+
+
+def _range(lines: list[dict[str, Any]]) -> str:
+    shares = sorted(f"{100 * line['accuracy']:.1f}" for line in lines if line["n"])
+    shares.sort(key=float)
+    if not shares:
+        return ""
+    return f"{shares[0]} %" if shares[0] == shares[-1] else f"{shares[0]} to {shares[-1]} %"
+
+
+def _blocks(wide: pd.DataFrame) -> list[dict[str, Any]]:
+    """The side-by-side table, one block per classifier: heads (defense, its number of columns), attackers, lines."""
+    blocks = []
+    for key, block in groups(wide, BLOCK):
+        columns: list[Any] = list(block.columns[(block != "").any()])
+        heads: dict[str, int] = {}
+        for defense, _ in columns:
+            heads[defense] = heads.get(defense, 0) + 1
+        lines = [
+            {"name": index[-1], "entries": [entry.partition(" [") for entry in values]}
+            for index, values in zip(block.index, block[columns].to_numpy().tolist())
+        ]
+        blocks.append({"title": key, "heads": heads, "attackers": [a for _, a in columns], "lines": lines})
+    return blocks
+
+
+def _quality(line: dict[str, Any]) -> dict[str, Any]:
+    whens = ("before", "after", "clean")
+    return line | {
+        "name": attack_name(line["attack"], line["eps"]),
+        "attacker": attacker_name(line["knowledge"]),
+        "psnr": [quality_number(line, "psnr", when) for when in whens],
+        "ssim": [quality_number(line, "ssim", when) for when in whens],
+    }

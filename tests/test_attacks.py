@@ -1,0 +1,395 @@
+"""The contract of every attack: one battery, run over the registry, so a new file is tested before its author writes a
+test."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unperturb.attacks import Attack, attacks, budget, create_attack
+from unperturb.attacks.base import BallAttack, NonFiniteLogitsError, frozen
+from unperturb.registry import UnknownNameError
+
+# What keeps an attack small here. An attack that is not listed is taken with its defaults; one with a required option
+# must have an entry.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "apgd": {"eps": 0.1, "steps": 6},
+    "apgd-t": {"eps": 0.1, "steps": 4, "target_classes": 2},
+    "autoattack": {"eps": 0.1, "steps": 4, "target_classes": 2, "queries": 12},
+    "cw": {"steps": 12, "search_steps": 2},
+    "ddn": {"steps": 12},
+    "deepfool": {"steps": 8},
+    "fab-t": {"steps": 4, "target_classes": 2, "restarts": 2},
+    "fgsm": {"eps": 0.1},
+    "mim": {"eps": 0.1, "steps": 4},
+    "noise": {"eps": 0.1},
+    "patch": {"area": 0.1, "steps": 4, "rotation": 20.0, "scale": (0.8, 1.1)},
+    "pgd": {"eps": 0.1, "steps": 4, "restarts": 2},
+    "rays": {"queries": 30},
+    "square": {"eps": 0.1, "queries": 12},
+}
+CLASSES = 4
+
+
+def fields(name: str) -> dict[str, dataclasses.Field[Any]]:
+    return {f.name: f for f in dataclasses.fields(attacks[name])}
+
+
+def make(name: str, **options: Any) -> Attack:
+    settings = {**SETTINGS.get(name, {}), **options}
+    missing = [
+        k
+        for k, f in fields(name).items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and k not in settings
+    ]
+    assert not missing, f"attack {name!r} needs {', '.join(missing)}: give it an entry in SETTINGS"
+    return create_attack(name, **settings)
+
+
+# Every attack, once per norm that it knows.
+CASES = [(name, norm) for name in attacks for norm in (("linf", "l2") if "norm" in fields(name) else (None,))]
+every_attack = pytest.mark.parametrize(
+    ("name", "norm"), CASES, ids=[f"{name}-{norm}" if norm else name for name, norm in CASES]
+)
+with_eps = pytest.mark.parametrize("name", [name for name in attacks if "eps" in fields(name)])
+
+
+def of(name: str, norm: str | None, **options: Any) -> Attack:
+    # An L2 ball of the same radius is a much smaller set: give it room.
+    given = {**SETTINGS.get(name, {}), **options}
+    wider = {"eps": 0.8} if norm == "l2" and given.get("eps") == 0.1 else {}
+    return make(name, **{**({"norm": norm} if norm else {}), **options, **wider})
+
+
+class Linear(nn.Module):
+    """Logits by products and sums of one image at a time: no kernel that rounds by the size of the batch."""
+
+    def __init__(self, classes: int = CLASSES, shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        size = shape[0] * shape[1] * shape[2]
+        self.weight = nn.Parameter(torch.randn(classes, size, generator=generator) * 0.3)
+        self.bias = nn.Parameter(torch.randn(classes, generator=generator) * 0.1 - self.weight.detach().sum(1) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1)[:, None] * self.weight).sum(-1) + self.bias
+
+
+def batch(n: int = 6, shape: tuple[int, int, int] = (1, 8, 8), model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    """Random images, but the first black and the second white; the model's own labels, but for the last."""
+    images = torch.rand(n, *shape, generator=torch.Generator().manual_seed(1))
+    images[:1], images[1:2] = 0, 1
+    with torch.no_grad():
+        labels = (model or Linear(shape=shape))(images).argmax(1)
+    labels[n - 1 :] = (labels[n - 1 :] + 1) % CLASSES
+    return images, labels
+
+
+def assert_valid(attack: Attack, x: Tensor, images: Tensor) -> None:
+    assert x.shape == images.shape
+    assert x.dtype == torch.float32
+    assert not x.requires_grad
+    assert x.grad_fn is None
+    if not len(x):
+        return
+    assert bool(torch.isfinite(x).all())
+    assert float(x.min()) >= 0
+    assert float(x.max()) <= 1
+    eps = getattr(attack, "eps", None)
+    if eps is not None:
+        order = 2 if getattr(attack, "norm", "linf") == "l2" else float("inf")
+        far = torch.linalg.vector_norm((x - images).double().flatten(1), order, dim=1)
+        assert float(far.max()) <= eps * (1 + 1e-6) + 1e-7, f"left its ball of {eps}: {far.tolist()}"
+
+
+# The battery ---------------------------------------------------------------------------------------------------------
+
+
+@every_attack
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 7)])
+def test_answer_has_the_images_shape_and_stays_in_ball_and_box(
+    name: str, norm: str | None, shape: tuple[int, int, int]
+) -> None:
+    model = Linear(shape=shape)
+    images, labels = batch(shape=shape)
+    before, labels_before = images.clone(), labels.clone()
+    attack = of(name, norm)
+    assert_valid(attack, attack(model, images, labels), images)
+    assert torch.equal(images, before)
+    assert torch.equal(labels, labels_before)
+
+
+@every_attack
+def test_targets(name: str, norm: str | None) -> None:
+    model = Linear()
+    images, labels = batch()
+    labels = model(images).argmax(1)
+    targets = (labels + 1 + torch.arange(len(labels)) % 3) % CLASSES
+    attack = of(name, norm)
+    result = attack.run(model, images, labels, targets=targets)
+    assert_valid(attack, result.images, images)
+    reached = model(result.images).argmax(1) == targets
+    assert torch.equal(result.success, reached)
+    for how in ("random", "least_likely"):
+        attack = of(name, norm, targets=how)
+        assert_valid(attack, attack(model, images, labels), images)
+
+
+@every_attack
+def test_the_model_is_left_as_it_was(name: str, norm: str | None) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, CLASSES)
+    )
+    model.train()
+    model[1].eval()  # a mixture, as a fine-tuner leaves it
+    model[0].weight.requires_grad_(False)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    modes = [m.training for m in model.modules()]
+    wants = [p.requires_grad for p in model.parameters()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    images, _ = batch()
+    seen: list[bool] = []
+    model[3].register_forward_hook(lambda module, *_: seen.append(module.training))
+    of(name, norm)(model, images, torch.zeros(len(images), dtype=torch.int64))
+    assert not any(seen)  # attacked in eval mode
+    assert modes == [m.training for m in model.modules()]
+    assert wants == [p.requires_grad for p in model.parameters()]
+    assert all(bool((p.grad == 3).all()) for p in model.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@every_attack
+def test_the_model_is_left_as_it_was_after_an_error(name: str, norm: str | None) -> None:
+    class Breaks(Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            raise RuntimeError("broken model")
+
+    model = Breaks().train()
+    images, labels = batch()
+    with pytest.raises(RuntimeError, match="broken model"):
+        of(name, norm).run(model, images, labels)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@every_attack
+def test_same_seed_same_answer_whatever_torchs_own_generator_says(name: str, norm: str | None) -> None:
+    model = Linear()
+    images, labels = batch()
+    attack = of(name, norm)
+    torch.manual_seed(1)
+    first = attack(model, images, labels, seed=5)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert torch.equal(first, attack(model, images, labels, seed=5))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_attack
+def test_batch_size_and_order_change_nothing(name: str, norm: str | None) -> None:
+    # A patch for the whole batch is the exception, and asks for it: universal is off by default.
+    model = Linear()
+    images, labels = batch()
+    index = torch.tensor([17, 3, 99, 4, 50, 23])
+    attack = of(name, norm)
+    whole = attack(model, images, labels, index=index, seed=3)
+    order = torch.tensor([4, 1, 5, 0, 2, 3])
+    for rows in order.split([2, 3, 1]):
+        part = attack(model, images[rows], labels[rows], index=index[rows], seed=3)
+        torch.testing.assert_close(part, whole[rows], rtol=0, atol=2e-5)
+
+
+@every_attack
+def test_run_finds_the_same_and_counts_what_it_spent(name: str, norm: str | None) -> None:
+    model = Linear()
+    images, labels = batch()
+    calls: list[int] = []
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return model(x)
+
+    attack = of(name, norm)
+    result = attack.run(counted, images, labels, seed=2)
+    assert torch.equal(result.images, attack(model, images, labels, seed=2))
+    # The last two calls re-check the answer: as it is, and rounded to 8 bits.
+    assert calls[-2:] == [len(images)] * 2
+    assert result.forwards == len(calls) - 2
+    assert int(result.queries.sum()) == sum(calls[:-2])
+    assert torch.equal(result.success, model(result.images).argmax(1) != labels)
+    assert torch.equal(result.success_8bit, model((result.images * 255).round() / 255).argmax(1) != labels)
+
+
+@every_attack
+@pytest.mark.parametrize("graph", [True, False], ids=["zero_gradient", "no_graph"])
+def test_constant_model(name: str, norm: str | None, graph: bool) -> None:
+    def constant(x: Tensor) -> Tensor:
+        logits = torch.arange(float(CLASSES)).expand(len(x), CLASSES)
+        return logits + 0 * x.sum((1, 2, 3))[:, None] if graph else logits.clone()
+
+    images, _ = batch()
+    labels = torch.tensor([CLASSES - 1] * (len(images) - 1) + [0])  # the last is wrong from the start
+    attack = of(name, norm)
+    assert_valid(attack, attack(constant, images, labels), images)
+
+
+@every_attack
+def test_two_classes(name: str, norm: str | None) -> None:
+    model = Linear(2)
+    images, _ = batch()
+    labels = model(images).argmax(1)
+    attack = of(name, norm)
+    assert_valid(attack, attack(model, images, labels), images)
+    assert_valid(attack, attack(model, images, labels, targets=1 - labels), images)
+
+
+@every_attack
+@pytest.mark.parametrize("n", [0, 1])
+def test_no_image_and_one(name: str, norm: str | None, n: int) -> None:
+    model = Linear()
+    images, labels = batch(n)
+    attack = of(name, norm)
+    result = attack.run(model, images, labels)
+    assert_valid(attack, result.images, images)
+    assert result.success.shape == result.success_8bit.shape == result.queries.shape == (n,)
+
+
+@every_attack
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("when", ["always", "for_one_image", "away_from_the_image"])
+def test_logits_that_are_not_numbers(name: str, norm: str | None, bad: float, when: str) -> None:
+    model = Linear()
+    images, _ = batch()
+    labels = model(images).argmax(1)
+
+    def broken(x: Tensor) -> Tensor:
+        logits = model(x)
+        if when == "always":
+            hit = torch.ones(len(x), dtype=torch.bool)
+        elif when == "for_one_image":
+            hit = x.sum((1, 2, 3)) > 60  # the white one
+        else:
+            hit = (x[:, None] - images).abs().amax((2, 3, 4)).amin(1) > 1e-4
+        return torch.where(hit[:, None], bad, logits)
+
+    # By `run`, which asks once more at the answer: a single step looks at the image alone, noise at nothing.
+    with pytest.raises(NonFiniteLogitsError, match="NaN or infinite logits"):
+        of(name, norm).run(broken, images, labels)
+
+
+@every_attack
+def test_its_repr_is_its_record(name: str, norm: str | None) -> None:
+    attack = of(name, norm)
+    settings = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)}
+    assert create_attack(name, **settings) == attack
+    assert all(f"{key}={value!r}" in repr(attack) for key, value in settings.items())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        attack.targets = "random"  # type: ignore[misc]
+
+
+@with_eps
+def test_a_budget_may_be_a_fraction(name: str) -> None:
+    assert make(name, eps="8/255").eps == pytest.approx(8 / 255)  # type: ignore[attr-defined]
+    for wrong in ("eight", -0.1, float("nan"), "1/0"):
+        with pytest.raises(ValueError, match="budget"):
+            make(name, eps=wrong)
+
+
+@pytest.mark.parametrize("name", [n for n in attacks if issubclass(attacks[n], BallAttack)])  # type: ignore[arg-type]
+def test_no_budget_no_change(name: str) -> None:
+    images, labels = batch()
+    for norm in ("linf", "l2"):
+        assert torch.equal(make(name, eps=0.0, norm=norm)(Linear(), images, labels), images)
+
+
+@pytest.mark.parametrize("name", [n for n in attacks if "norm" in fields(n)])
+def test_unknown_norm(name: str) -> None:
+    with pytest.raises(ValueError, match="norm must be"):
+        make(name, norm="l7")
+
+
+# What is wrong with the input, said for every attack by the one `__call__` -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, y: (x * 2, y), ValueError, r"must lie in \[0, 1\], found"),
+        (lambda x, y: (x - 0.5, y), ValueError, "normalization belongs in the classifier's first layer"),
+        (lambda x, y: (x.masked_fill(x == x[3, 0, 2, 2], float("nan")), y), ValueError, "NaN pixels"),
+        (lambda x, y: ((x * 255).to(torch.uint8), y), TypeError, "divide 8-bit images by 255"),
+        (lambda x, y: (x[0], y), ValueError, r"shape \(N, C, H, W\), not \(1, 8, 8\)"),
+        (lambda x, y: (x.numpy(), y), TypeError, "float tensor"),
+        (lambda x, y: (x, y[:4]), ValueError, r"need labels of shape \(6,\), not \(4,\)"),
+        (lambda x, y: (x, y.float()), TypeError, "integer tensor"),
+        (lambda x, y: (x, F.one_hot(y)), ValueError, "need labels of shape"),
+        (lambda x, y: (x, y - 5), ValueError, "out of range"),
+        (lambda x, y: (x, y + CLASSES), ValueError, f"out of range: the model has {CLASSES} classes"),
+    ],
+)
+def test_wrong_input(change: Callable[..., Any], error: type[Exception], message: str) -> None:
+    images, labels = change(*batch())
+    with pytest.raises(error, match=message):
+        make("fgsm")(Linear(), images, labels)
+
+
+def test_wrong_options_of_the_call() -> None:
+    images, labels = batch()
+    attack, model = make("fgsm"), Linear()
+    with pytest.raises(ValueError, match="index must have shape"):
+        attack(model, images, labels, index=torch.arange(3))
+    with pytest.raises(ValueError, match="target equals the true class"):
+        attack(model, images, labels, targets=labels)
+    with pytest.raises(ValueError, match="out of range"):
+        attack(model, images, labels, targets=torch.full_like(labels, CLASSES))
+    with pytest.raises(ValueError, match="targets must be None"):
+        make("fgsm", targets="nearest")(model, images, labels)
+    with pytest.raises(ValueError, match=r"must return logits of shape \(6, classes\), it returned \(6,\)"):
+        attack(lambda x: x.mean((1, 2, 3)), images, labels)
+    with pytest.raises(ValueError, match="it returned tuple"):
+        attack(lambda x: (model(x), x), images, labels)
+
+
+def test_unknown_names_and_options() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown attack 'fgms'. Did you mean 'fgsm'\?.*Choices: .*pgd"):
+        create_attack("fgms", eps=0.1)
+    with pytest.raises(UnknownNameError, match=r"option of attack 'pgd', 'step'. Did you mean 'steps'\?"):
+        create_attack("pgd", eps=0.1, step=3)
+    for options in ({"steps": 0}, {"restarts": 0}, {"loss": "hinge"}, {"norm": "l1"}, {"alpha": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(options)) if "alpha" not in options else "budget"):
+            create_attack("pgd", eps=0.1, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "number"), [("8/255", 8 / 255), (0.3, 0.3), (1, 1.0), ("0.25", 0.25), (0, 0.0), ("1e-2", 0.01)]
+)
+def test_budget(given: float | str, number: float) -> None:
+    assert budget(given) == pytest.approx(number, abs=0)
+
+
+@pytest.mark.parametrize("wrong", ["8/0", "", "a", -1, "-1/255", float("inf"), float("nan"), None, [0.1]])
+def test_what_is_no_budget(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="a budget is"):
+        budget(wrong)
+
+
+def test_frozen_restores_flags_inside_out() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    model[0].bias.requires_grad_(False)
+    with frozen(model), frozen(model):
+        assert not any(m.training for m in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
+    assert all(m.training for m in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == [True, False]
+    with frozen(lambda x: x):  # a plain function has no flags
+        pass
