@@ -318,7 +318,7 @@ def test_unknown_norm(name: str) -> None:
         make(name, norm="l7")
 
 
-# What is wrong with the input, said for every attack by the one `__call__` -----------------------------------------------
+# What is wrong with the input, said for every attack by the one `__call__` -------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ _WHERE = {
     "evaluate": "evaluation.jobs",
     "load_classifier": "classifiers",
     "load_dataset": "data",
+    "known_copy_note": "data",
     "load_defense": "defenses",
+    "prepare": "data",
     "read_rows": "runs",
     "run_evaluation": "evaluation.jobs",
     "table": "report",
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from unperturb.attacks import Attack, AttackResult, budget, create_attack
     from unperturb.catalog import catalog
     from unperturb.classifiers import create_classifier, load_classifier, wrap
-    from unperturb.data import ImageSet, Splits, load_dataset
+    from unperturb.data import ImageSet, Splits, known_copy_note, load_dataset, prepare
     from unperturb.defenses import Defense, Protected, create_defense, load_defense
     from unperturb.evaluation.jobs import evaluate, run_evaluation
     from unperturb.report import table, write_report

@@ -126,7 +126,9 @@ def prepare(
     """Download or convert a data set, verify its counts, print its fingerprint and save a contact sheet."""
     from unperturb.data import prepare as run
 
-    console.print(run(name, out=out, size=size), markup=False)
+    with _bar("preparing") as update:
+        done = run(name, out=out, size=size, progress=update)
+    console.print(done, markup=False)
 
 
 @app.command()

@@ -299,8 +299,8 @@ def write_samples(path: Path, tensors: Mapping[str, Tensor], cell: Mapping[str, 
     """A few fixed images of one cell for the figures.
 
     clean, adversarial, restored, restored_clean: `(M, C, H, W)` uint8. index, label: `(M,)`. confidence, prediction:
-    `(M, 4)`, of the true label and the winner, for f(x), f(x_adv), f(G(x)), f(G(x_adv)). cell: the values of `CELL_KEYS`
-    and "class_names".
+    `(M, 4)`, of the true label and the winner, for f(x), f(x_adv), f(G(x)), f(G(x_adv)). cell: the values of
+    `CELL_KEYS` and "class_names".
     """
     save_tensors(path, {k: tensors[k] for k in SAMPLE_TENSORS}, {"cell": json.dumps(dict(cell))})
 

@@ -80,9 +80,10 @@ class Grid:
 def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:
     """Write the rows and samples of every cell of `grid` under `out`; what is already there is not made again."""
     store = AdversarialStore()
-    # Unchanged in what they answer, faster to attack; what they are is judged on the originals.
+    # Unchanged in what they answer, faster to attack; images are judged on the originals. The layout is given, not
+    # probed: a resumed run must make the same rows.
     example, _ = grid.data.batch(torch.arange(min(2, len(grid.data))), grid.device)
-    twins = {name: twin(c.to(grid.device), example) for name, c in grid.classifiers.items()}
+    twins = {name: twin(c.to(grid.device), example, channels_last=True) for name, c in grid.classifiers.items()}
     for model in (*grid.classifiers.values(), *grid.defenses.values()):
         model.to(grid.device).eval()
     cells = grid.cells()
@@ -140,7 +141,7 @@ def _judge(
     made: tuple[str, Attack],
     known: dict[Any, Any],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The columns of one shard's rows, and its images. `made` names the adversarial images, `known` the shard's memory."""
+    """Columns and images of one shard. `made`: what the adversarial images are; `known`: the shard's memory."""
     x, labels = grid.data.batch(rows, grid.device)
     classifier, defense = grid.classifiers[cell.classifier], grid.defenses[cell.defense]
 
@@ -180,7 +181,7 @@ def _judge(
         "defense": cell.defense,
         "attack": cell.label,
         "attack_repr": repr(cell.attack),
-        "eps": float(getattr(cell.attack, "eps", float("nan"))),
+        "eps": float("nan") if (eps := getattr(cell.attack, "eps", None)) is None else eps,
         "knowledge": cell.knowledge,
         "surrogate": grid.surrogate[0] if grid.surrogate and cell.knowledge == "transfer" else "",
         "seed": grid.seed,

@@ -130,6 +130,7 @@ def _run(grid: Grid, out: Path, recipe: Mapping[str, Any], resume: bool, progres
         "data": grid.data.fingerprint,
         "classifiers": {k: fingerprint(v) for k, v in grid.classifiers.items()},
         "defenses": {k: fingerprint(v) for k, v in grid.defenses.items()},
+        "surrogate": fingerprint(grid.surrogate[1]) if grid.surrogate else None,
     }
     with runs.lock(out):
         runs.open_run(out, {**recipe, "fingerprints": what}, resume=resume)
@@ -156,13 +157,15 @@ def evaluate(
 
     data: the images to judge on, such as `load_dataset("mnist").test`. models: by name; a `Protected` is judged behind
     its defense, anything else as a bare classifier. attacks: a list, or by the name they are to have in tables.
-    knowledge: what the attacker sees. n: a fixed, named random subset of this many images. out: run folder (default: a temporary
-    one). Returns the rows (`unperturb.runs.ROW_COLUMNS`), of which `unperturb.table` makes a table.
+    knowledge: what the attacker sees. n: a fixed, named random subset of this many images. out: run folder
+    (default: a temporary one). Returns the rows (`unperturb.runs.ROW_COLUMNS`); `unperturb.table` makes a table of them.
     """
     for kind in knowledge:
         if kind not in KNOWLEDGE:
             raise unknown("knowledge", kind, KNOWLEDGE)
     labeled = attacks if isinstance(attacks, Mapping) else {label_of(a): a for a in attacks}
+    if len(labeled) < len(attacks):
+        raise ValueError(f"attacks share a name ({', '.join(labeled)}); give them names of your own: {{name: attack}}")
     pairs: dict[str, tuple[nn.Module, Defense]] = {}
     for name, model in models.items():
         if isinstance(model, Protected):

@@ -158,7 +158,8 @@ def defense_task(
     defense = create_defense(recipe.defense.name, channels=channels, **recipe.defense.options).to(where)
     sampler = Sampler(data.train, recipe.training.batch, recipe.seed, recipe.pairs.augment, where)
     example, _ = data.train.batch(torch.arange(2), where)
-    twins = [twin(c.to(where), example) for c in classifiers]
+    # The layout is given, not probed: a resumed run must draw the same pairs to the last bit.
+    twins = [twin(c.to(where), example, channels_last=True) for c in classifiers]
     attacked = [threats.target(t, defense, recipe.pairs.knowledge) for t in twins]
     return DefenseTask(defense, PairSource(sampler, recipe.pairs, attacked, twins)), twins
 

@@ -263,7 +263,7 @@ def train(
                 "kept_step": kept_step,
                 "validation": validation,
             }
-            runs.write_atomically(checkpoint, lambda p: torch.save(state, p))
+            runs.write_atomically(checkpoint, lambda p: _save(state, p))
 
     # Steps.
     sums: dict[str, Tensor] = {}
@@ -371,6 +371,11 @@ def _validated(validate: Validate, networks: Mapping[str, nn.Module], average: S
             _load(networks, now)
         for network in networks.values():
             network.train()
+
+
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # given the path alone, torch hides that a disk is full
+        torch.save(state, file)
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

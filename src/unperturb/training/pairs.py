@@ -34,7 +34,7 @@ class Sampler:
         first = step * self.batch
         wanted = range(first + rank, first + self.batch, world)
         parts = []
-        for epoch in sorted({wanted[0] // n, wanted[-1] // n}):
+        for epoch in range(wanted[0] // n, wanted[-1] // n + 1):
             if epoch != self._epoch:
                 self._epoch, self._order = epoch, draws.permutation(self.seed, epoch, n)
             places = torch.tensor([w - epoch * n for w in wanted if w // n == epoch], dtype=torch.int64)

@@ -1,0 +1,107 @@
+"""Verbs: help, dry runs, and a user's mistakes answered in a sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from unperturb import cli
+from unperturb.registry import UnknownNameError
+from unperturb.runs import RunError
+
+runner = CliRunner()
+VERBS = sorted(c.name or c.callback.__name__.replace("_", "-") for c in cli.app.registered_commands)
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    """The program as a user starts it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "unperturb.cli", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_help_that_says_what_it_does(verb: str) -> None:
+    shown = runner.invoke(cli.app, [verb, "--help"])
+    assert shown.exit_code == 0
+    sentence = next(line.strip() for line in shown.output.splitlines() if line.strip() and "Usage" not in line)
+    assert len(sentence) > 20
+    assert sentence.endswith(".") or len(sentence) > 70  # wrapped by the terminal
+
+
+def test_an_unknown_recipe_names_the_nearest_and_exits_2() -> None:
+    shown = run("train", "protect-mnits", code=2)
+    assert "Did you mean 'protect-mnist'?" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_wrong_key_names_the_nearest() -> None:
+    shown = run("train-classifier", "classifier-digits", "--set", "training.epoch=3", code=2)
+    assert "training.epochs" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_wrong_type_is_refused() -> None:
+    shown = run("train-classifier", "classifier-digits", "--set", "training.batch=many", code=2)
+    assert "training.batch" in shown
+    assert "many" in shown
+
+
+def test_a_recipe_of_another_kind_is_refused() -> None:
+    assert "'defense' recipe; this needs a 'classifier' recipe" in run("train-classifier", "protect-digits", code=2)
+
+
+def test_a_classifier_that_is_not_there_is_named(tmp_path: Path) -> None:
+    missing = json.dumps([str(tmp_path / "nothing")])
+    shown = run("train", "protect-digits", "--set", f"classifiers={missing}", code=2)
+    assert str(tmp_path / "nothing") in shown
+    assert "Traceback" not in shown
+
+
+def test_dry_run_shows_recipe_and_cost_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shown = run("train-classifier", "classifier-digits", "--dry-run", "--threads", "1", "--out", str(out))
+    assert '"precision"' in shown
+    assert "auto" not in shown.split('"precision"')[1].split(",")[0]
+    assert "PFLOP" in shown
+    assert "minutes" in shown
+    assert not out.exists()
+
+
+def test_list_names_what_is_registered() -> None:
+    shown = run("list", "attacks")
+    assert "pgd" in shown
+    assert "mim" in shown
+    assert "Did you mean" in run("list", "atacks", code=2)
+
+
+def test_a_folder_that_is_not_a_demo_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "not a demo" in run("demo", "--out", str(tmp_path), code=2)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_report_without_rows_says_how_to_make_them(tmp_path: Path) -> None:
+    assert "unperturb evaluate" in run("report", str(tmp_path), "--out", str(tmp_path / "report"), code=2)
+
+
+def test_our_errors_are_told_from_bugs() -> None:
+    def ours() -> None:
+        from unperturb.registry import Registry
+
+        Registry("thing")["x"]
+
+    with pytest.raises(UnknownNameError) as raised:
+        ours()
+    assert cli._is_ours(raised.value)
+    with pytest.raises(ZeroDivisionError) as bug:
+        _ = 1 / 0
+    assert not cli._is_ours(bug.value)
+    assert issubclass(RunError, RuntimeError)

@@ -1,0 +1,572 @@
+"""Training: the loop resumes to the same weights, says what went wrong, and counts what it costs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import Tensor, nn
+
+from unperturb import runs
+from unperturb.attacks import create_attack
+from unperturb.classifiers import create_classifier, load_classifier, save_classifier
+from unperturb.config import Augmentation, Thing, Training, read_recipe, resolve
+from unperturb.data import Splits, load_dataset
+from unperturb.defenses import load_defense
+from unperturb.devices import FlopCounter, Speed, pick_device, probe
+from unperturb.registry import UnknownNameError
+from unperturb.training import jobs, loop
+from unperturb.training.loop import DivergedError, learning_rate, total_steps, train
+from unperturb.training.objectives import PlainClassifier
+from unperturb.training.pairs import Mixture, Sampler, hardest
+
+RATES = {(p, m): 10.0 for p in ("float32", "bfloat16") for m in ("contiguous", "channels_last")}
+
+
+@pytest.fixture(autouse=True)
+def _no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    # How fast a large convolution is on this machine is beside the point here, and takes seconds to find out.
+    known = functools.cache(lambda device="cpu": Speed(RATES))
+    monkeypatch.setattr(loop, "probe", known)
+    monkeypatch.setattr(jobs, "probe", known)
+
+
+@pytest.fixture(scope="module")
+def data() -> Splits:
+    return load_dataset("digits", size=8)
+
+
+def settings(**training: Any) -> dict[str, Any]:
+    fixed = {"steps": 8, "batch": 16, "precision": "float32", "memory_format": "contiguous", "lr": 3e-3, "warmup": 0.0}
+    return {**fixed, "checkpoint_seconds": 0, "log_every": 2, **training}
+
+
+def classifier_recipe(**training: Any) -> Any:
+    return resolve(
+        {
+            "kind": "classifier",
+            "dataset": "digits",
+            "size": 8,
+            "classifier": {"name": "resnet8"},  # batch norm: its statistics must come back too
+            "augment": {"pad": 1, "flip": True, "cutout": 2},
+            "training": settings(**training),
+            "seed": 3,
+        }
+    )
+
+
+def defense_recipe(classifier: str = "unused", **training: Any) -> Any:
+    return resolve(
+        {
+            "kind": "defense",
+            "dataset": "digits",
+            "size": 8,
+            "classifiers": [classifier],
+            "defense": {
+                "name": "paired_gan",
+                "generator": {"name": "ape", "width": 4},
+                "discriminator": {"name": "ape", "width": 4},
+                "label_reading": "both",
+                "generator_updates": 2,
+                "weights": {"repair": 0.7, "label": 0.3, "recovery": 0.7, "isomorphic": 0.7},
+            },
+            "pairs": {
+                "knowledge": "white_box",
+                "attacks": [
+                    {"name": "fgsm", "share": 0.4, "eps": [0.1, 0.3]},
+                    {"name": "pgd", "share": 0.6, "eps": 0.2, "steps": [1, 2]},
+                ],
+                "augment": {"pad": 1},
+            },
+            "training": settings(
+                **{"ema": 0.9, "validate_every": 0.025, "keep": "best", "clip": 1.0, "optimizer": "adam", **training}
+            ),
+            "seed": 4,
+        }
+    )
+
+
+@pytest.fixture
+def classifier() -> nn.Module:
+    return create_classifier("convnet", channels=1, size=8, classes=10, mean=[0.3], std=[0.35])
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The log without what a clock says."""
+    clock = {"seconds", "images_per_second", "gflops"}
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+# A killed run --------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import functools, json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from unperturb.config import resolve
+from unperturb.devices import Speed
+from unperturb.training import jobs, loop
+
+recipe, out, how, at = resolve(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3], int(sys.argv[4])
+loop.probe = functools.cache(lambda device="cpu": Speed({("float32", "contiguous"): 10.0}))
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+saves, save = [], torch.save
+
+
+def half_a_save(state, file):
+    saves.append(1)
+    if len(saves) < at:
+        return save(state, file)
+    file.write(b"half a checkpoint")
+    file.flush()
+    die()
+
+
+if how == "while_saving":
+    torch.save = half_a_save
+job = jobs.train_classifier if recipe.kind == "classifier" else jobs.train_defense
+job(recipe, out=out, device="cpu", progress=lambda step, steps: step == at and how == "between" and die())
+"""
+
+
+@pytest.mark.parametrize(("kind", "how"), [("classifier", "while_saving"), ("defense", "between")])
+def test_a_killed_run_resumes_to_the_same_weights(
+    kind: str, how: str, data: Splits, classifier: nn.Module, tmp_path: Path
+) -> None:
+    save_classifier(tmp_path / "digits-convnet", classifier)
+    recipe = classifier_recipe() if kind == "classifier" else defense_recipe(str(tmp_path / "digits-convnet"))
+    job = jobs.train_classifier if kind == "classifier" else jobs.train_defense
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    job(recipe, data=data, out=whole, device="cpu")
+
+    arguments = [json.dumps(recipe.model_dump(mode="json")), str(killed), how, "5"]
+    child = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=500)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert not (killed / "model.safetensors").exists()
+    assert torch.load(killed / "checkpoint.pt", weights_only=True)["step"] == 4
+
+    steps: list[int] = []
+    job(recipe, data=data, out=killed, device="cpu", resume=True, progress=lambda step, _: steps.append(step))
+    assert steps == [5, 6, 7, 8]
+    assert weights(killed) == weights(whole)
+    assert records(killed) == records(whole)
+    assert [r["step"] for r in records(whole) if "lr" in r] == [2, 4, 6, 8]
+    last = runs.read_json(killed / "training.json")
+    assert last["steps"] == 8
+    assert last["validation"] == runs.read_json(whole / "training.json")["validation"]
+    assert last["kept_step"] == runs.read_json(whole / "training.json")["kept_step"]
+
+
+def test_a_finished_run_is_resumed_at_once(data: Splits, tmp_path: Path) -> None:
+    recipe = classifier_recipe(steps=2)
+    jobs.train_classifier(recipe, data, out=tmp_path, device="cpu")
+    before = weights(tmp_path)
+    with pytest.raises(runs.RunError, match="already holds this run; go on with --resume"):
+        jobs.train_classifier(recipe, data, out=tmp_path, device="cpu")
+    jobs.train_classifier(
+        recipe, data, out=tmp_path, device="cpu", resume=True, progress=lambda *_: pytest.fail("it trained on")
+    )
+    assert weights(tmp_path) == before
+    with pytest.raises(runs.RunError, match=r"another run \(it differs in training.lr\)"):
+        jobs.train_classifier(classifier_recipe(steps=2, lr=0.1), data, out=tmp_path, device="cpu", resume=True)
+
+
+def test_second_writer_is_refused(data: Splits, tmp_path: Path) -> None:
+    with runs.lock(tmp_path), pytest.raises(runs.RunError, match=f"is being written by process {os.getpid()} since"):
+        jobs.train_classifier(classifier_recipe(), data, out=tmp_path, device="cpu")
+
+
+def test_truncated_checkpoint(data: Splits, tmp_path: Path) -> None:
+    jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path, device="cpu")
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:2000])
+    with pytest.raises(
+        runs.RunError, match=r"checkpoint.pt is truncated or not a checkpoint .*delete it to"
+    ):
+        jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path, device="cpu", resume=True)
+
+
+class Payload:
+    """What unpickling would run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_is_never_unpickled(data: Splits, tmp_path: Path) -> None:
+    jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path / "run", device="cpu")
+    torch.save({"step": Payload(tmp_path / "owned")}, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(runs.RunError, match="not a checkpoint"):
+        jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path / "run", device="cpu", resume=True)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_keeps_the_last_checkpoint(data: Splits, tmp_path: Path) -> None:
+    recipe, out, whole = classifier_recipe(steps=4), tmp_path / "full", tmp_path / "whole"
+    jobs.train_classifier(recipe, data, out=whole, device="cpu")
+
+    def fill(step: int, _: int) -> None:
+        if step == 2:  # from here on, what the next checkpoint is written to has no room
+            (out / f".checkpoint.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+
+    with pytest.raises(
+        runs.RunError, match=r"disk is full: could not write .*last whole checkpoint.pt is still"
+    ):
+        jobs.train_classifier(recipe, data, out=out, device="cpu", progress=fill)
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 1
+    assert not list(out.glob(".*.tmp"))
+    jobs.train_classifier(recipe, data, out=out, device="cpu", resume=True)
+    assert weights(out) == weights(whole)
+    assert records(out) == records(whole)
+
+
+# What is refused, and what went wrong --------------------------------------------------------------------------------
+
+
+def test_the_test_split_is_refused(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
+    wrong = Splits(train=data.test, val=data.val, test=data.test, class_names=data.class_names, source="digits")
+    with pytest.raises(ValueError, match="training on the 'test' split is refused"):
+        jobs.train_classifier(classifier_recipe(), wrong, out=tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="training on the 'test' split is refused"):
+        jobs.train_defense(defense_recipe(), classifier, wrong, out=tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("saves", "last"), [(0, r"the last good checkpoint is .*checkpoint\.pt"), (1e9, "no checkpoint")]
+)
+def test_a_loss_that_is_no_number(saves: float, last: str, data: Splits, tmp_path: Path) -> None:
+    recipe = classifier_recipe(lr=1e30, checkpoint_seconds=saves)
+    said = (
+        rf"loss of the classifier is not a number at step [12]: cross_entropy = (nan|inf).*{last}.*Lower training\.lr"
+    )
+    with pytest.raises(DivergedError, match=said):
+        jobs.train_classifier(recipe, data, out=tmp_path, device="cpu")
+
+
+def test_wrong_names_are_met_before_anything_is_trained(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
+    values = defense_recipe().model_dump(mode="json")
+    for attack, message in (
+        ({"name": "fgms", "eps": 0.1}, "unknown attack 'fgms'. Did you mean 'fgsm'"),
+        ({"name": "pgd", "eps": 0.1, "step": 3}, "option of attack 'pgd', 'step'. Did you mean 'steps'"),
+    ):
+        values["pairs"]["attacks"] = [attack]
+        with pytest.raises(UnknownNameError, match=message):
+            jobs.train_defense(resolve(values), classifier, data, out=tmp_path / "new", device="cpu")
+    assert not (tmp_path / "new").exists()
+
+
+# The loop ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_learning_rate(schedule: Any) -> None:
+    of = Training(steps=110, lr=0.5, warmup=1 / 11, schedule=schedule)
+    rates = [learning_rate(of, step, 110) for step in range(110)]
+    assert rates[:11] == pytest.approx([0.5 * (k + 1) / 11 for k in range(10)] + [0.5])
+    done = [k / 100 for k in range(100)]
+    down = {
+        "constant": [0.5] * 100,
+        "cosine": [0.25 + 0.25 * math.cos(math.pi * d) for d in done],
+        "linear": [0.5 - 0.5 * d for d in done],
+    }
+    assert rates[10:] == pytest.approx(down[schedule])
+
+
+def test_length_of_a_run() -> None:
+    assert total_steps(Training(steps=7), 1000) == 7
+    assert total_steps(Training(epochs=2, batch=64), 1000) == 32  # 31.25 batches
+    assert total_steps(Training(epochs=0.001, batch=64), 100) == 1
+
+
+def small_task(data: Splits, batch: int = 16) -> PlainClassifier:
+    torch.manual_seed(1)
+    net = create_classifier("convnet", channels=1, size=8, classes=10, mean=[0.3], std=[0.35])
+    return PlainClassifier(net, Sampler(data.train, batch, 0, Augmentation(), torch.device("cpu")))
+
+
+def snapshot(net: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in net.state_dict().items()}
+
+
+def test_the_weight_average_against_its_recurrence(data: Splits, tmp_path: Path) -> None:
+    task = small_task(data)
+    path = [snapshot(task.classifier)]
+    train(
+        task,
+        Training(**settings(steps=6, ema=0.5, memory_format="channels_last")),
+        tmp_path,
+        device="cpu",
+        progress=lambda *_: path.append(snapshot(task.classifier)),
+    )
+    average = path[0]
+    for step, now in enumerate(path[1:]):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = {k: decay * average[k] + (1 - decay) * now[k] for k in average}
+    assert not torch.equal(path[-1]["net.0.weight"], path[0]["net.0.weight"])
+    for key, value in task.classifier.state_dict().items():
+        torch.testing.assert_close(value, average[key])
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+def test_the_best_weights_are_kept(ema: float, data: Splits, tmp_path: Path) -> None:
+    task = small_task(data)
+    seen: list[dict[str, Tensor]] = []
+
+    def validate() -> Mapping[str, float]:
+        seen.append(snapshot(task.classifier))
+        return {"score": [0.1, 0.7, 0.9, 0.9, 0.2][len(seen) - 1]}
+
+    every = 2 * 16 / len(data.train)
+    outcome = train(
+        task,
+        Training(**settings(steps=9, ema=ema, keep="best", validate_every=every)),
+        tmp_path,
+        device="cpu",
+        validate=validate,
+    )
+    assert [r["step"] for r in records(tmp_path) if "validation" in r] == [2, 4, 6, 8, 9]
+    assert (outcome.kept_step, outcome.validation) == (6, {"score": 0.9})
+    assert all(torch.equal(v, seen[2][k]) for k, v in task.classifier.state_dict().items())
+    assert not task.classifier.training
+
+
+def test_one_clipped_step_of_plain_descent(data: Splits, tmp_path: Path) -> None:
+    task = small_task(data)
+    images, labels = task.batch(0)
+    before = snapshot(task.classifier)
+    loss = F.cross_entropy(task.classifier(images), labels)
+    gradients = torch.autograd.grad(loss, list(task.classifier.parameters()))
+    length = torch.stack([g.norm() for g in gradients]).norm()
+    of = settings(steps=1, optimizer="sgd", betas=(0.0, 0.9), lr=0.1, schedule="constant", clip=0.01)
+    train(task, Training(**of), tmp_path, device="cpu")
+    assert float(length) > 0.01
+    for (key, now), gradient in zip(task.classifier.named_parameters(), gradients):
+        torch.testing.assert_close(now.detach(), before[key] - 0.1 * 0.01 / length * gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_vectors_do_not_decay(data: Splits, tmp_path: Path) -> None:
+    task = small_task(data)
+    groups = loop._optimizer(task.classifier, Training(steps=1, weight_decay=0.3)).param_groups
+    decayed = {p.dim() >= 2: g["weight_decay"] for g in groups for p in g["params"]}
+    assert decayed == {True: 0.3, False: 0.0}
+    assert sum(len(g["params"]) for g in groups) == len(list(task.classifier.parameters()))
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 5, 16, 37, 50, 100])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_each_image_exactly_once_an_epoch(batch: int, world: int, data: Splits) -> None:
+    if world > batch:
+        pytest.skip("fewer images than devices")
+    few = data.train.take(torch.arange(37))
+    sampler = Sampler(few, batch, 5, Augmentation(), torch.device("cpu"))
+    order: list[int] = []
+    for step in range(-(-3 * 37 // batch)):
+        # Device r takes every world-th place of the batch.
+        places = [0] * batch
+        for rank in range(world):
+            places[rank::world] = sampler.rows(step, rank, world).tolist()
+        order += places
+        again = Sampler(few, batch, 5, Augmentation(), torch.device("cpu"))
+        assert again.rows(step, 0, world).tolist() == places[::world]
+    epochs = [order[k * 37 : (k + 1) * 37] for k in range(3)]
+    assert all(sorted(epoch) == list(range(37)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+THINGS = [
+    Thing(name="fgsm", share=0.25, eps=[0.1, 0.3]),
+    Thing(name="pgd", share=0.25, eps=0.3, steps=[3, 8], alpha=0.01),
+    Thing(name="mim", share=0.5, eps=0.05),
+]
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 128])
+def test_shares_of_a_mixture(n: int) -> None:
+    parts = Mixture(THINGS, 0).split(n)
+    assert [i for part in parts for i in range(n)[part]] == list(range(n))
+    assert all(abs((part.stop - part.start) - share * n) <= 1 for part, share in zip(parts, (0.25, 0.25, 0.5)))
+
+
+def test_ranges_are_drawn_afresh_each_step() -> None:
+    drawn = [Mixture(THINGS, 3).at(step) for step in range(400)]
+    eps = [a[0].eps for a in drawn]  # type: ignore[attr-defined]
+    assert stats.kstest(eps, stats.uniform(0.1, 0.2).cdf).pvalue > 1e-3
+    steps = [a[1].steps for a in drawn]  # type: ignore[attr-defined]
+    assert stats.chisquare([steps.count(k) for k in range(3, 9)]).pvalue > 1e-3
+    assert set(steps) == set(range(3, 9))
+    assert {a[2] for a in drawn} == {create_attack("mim", eps=0.05)}
+    assert Mixture(THINGS, 3).at(17) == drawn[17]
+    assert Mixture(THINGS, 4).at(17) != drawn[17]
+    assert hardest(THINGS[1]) == ("pgd", {"eps": 0.3, "steps": 8, "alpha": 0.01})
+    with pytest.raises(ValueError, match="share must be above 0"):
+        Mixture([Thing(name="fgsm", eps=0.1, share=0)], 0)
+
+
+def test_each_part_of_a_batch_meets_its_own_attack(classifier: nn.Module) -> None:
+    mixture = Mixture([Thing(name="fgsm", eps=0.2), Thing(name="pgd", eps=0.05, steps=2)], 1)
+    images, labels, index = torch.rand(8, 1, 8, 8) * 0.5 + 0.25, torch.arange(8), torch.arange(8) + 100
+    x_adv = mixture(classifier, images, labels, index, 4)
+    torch.testing.assert_close(
+        x_adv[:4], create_attack("fgsm", eps=0.2)(classifier, images[:4], labels[:4]), rtol=0, atol=1e-6
+    )
+    assert float((x_adv - images)[4:].abs().max()) <= 0.05 + 1e-6
+    assert not torch.equal(x_adv[4:], mixture(classifier, images, labels, index, 5)[4:])  # other draws at another step
+    assert torch.equal(x_adv, mixture(classifier, images, labels, index, 4))
+
+
+# Cost and precision --------------------------------------------------------------------------------------------------
+
+# Multiply-accumulates of convnet at 8x8, layer by layer: 4x4 kernels at stride 2 onto 4x4 and 2x2, then two matrices.
+MACS = [16 * 16 * 16, 32 * 4 * 16 * 16, 128 * 100, 100 * 10]
+FORWARD = 2 * sum(MACS)
+# Backward costs as much again for the weights, and for the inputs of all layers but the first.
+TRAINING = FORWARD + 2 * sum(MACS) + 2 * sum(MACS[1:])
+
+
+@pytest.mark.parametrize("objective", ["plain", "adversarial"])
+def test_cost_against_a_count_by_hand(objective: str, data: Splits) -> None:
+    values = classifier_recipe(steps=10**9).model_dump(mode="json")
+    values["classifier"] = {"name": "convnet"}
+    flop = TRAINING
+    if objective == "adversarial":
+        values["objective"] = {"name": objective, "attacks": [{"name": "pgd", "eps": 0.1, "steps": 3}]}
+        flop += 4 * FORWARD + 3 * FORWARD  # backward to the image passes every layer, and no weight
+    recipe = resolve(values)
+    task = jobs.classifier_task(recipe, data)
+    before = snapshot(task.classifier)
+    cost = jobs.estimate(task, recipe.training)
+    pflop = flop * 16 * 1e9 / 1e15
+    assert (cost.steps, cost.convolution_gflops) == (10**9, 10.0)
+    assert cost.pflop == pytest.approx(pflop, rel=0.01)
+    assert cost.minutes == pytest.approx(pflop * 1e15 / (0.5 * 10e9) / 60, rel=0.01)
+    assert all(torch.equal(v, before[k]) for k, v in task.classifier.state_dict().items())
+    assert all(p.grad is None for p in task.classifier.parameters())
+    assert task.sampler.batch == 16
+
+
+def test_flop_counter_survives_a_gradient_at_the_input() -> None:
+    layer = nn.Linear(5, 7, bias=False)
+    x = torch.rand(3, 5, requires_grad=True)
+    with FlopCounter() as counter:
+        torch.autograd.grad(layer(x).sum(), x)
+    assert counter.total == 2 * 2 * 3 * 5 * 7
+
+
+def test_the_choice_of_precision_is_kept(data: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = classifier_recipe(steps=2, precision="auto", memory_format="auto")
+    monkeypatch.setattr(jobs, "fastest", lambda *_: ("float32", "channels_last"))
+    _, outcome = jobs.train_classifier(recipe, data, out=tmp_path, device="cpu")
+    assert (outcome.precision, outcome.memory_format) == ("float32", "channels_last")
+    kept = runs.read_json(tmp_path / "recipe.json")["training"]
+    assert (kept["precision"], kept["memory_format"]) == ("float32", "channels_last")
+    monkeypatch.setattr(jobs, "fastest", lambda *_: ("bfloat16", "contiguous"))  # resumed elsewhere
+    _, outcome = jobs.train_classifier(recipe, data, out=tmp_path, device="cpu", resume=True)
+    assert (outcome.precision, outcome.memory_format) == ("float32", "channels_last")
+
+
+def test_the_probe_decides_what_is_auto_and_nothing_else(data: Splits) -> None:
+    task = small_task(data, 4)
+    before = snapshot(task.classifier)
+    precision, layout = loop.fastest(task)
+    assert precision in ("float32", "bfloat16")
+    assert layout in ("contiguous", "channels_last")
+    assert loop.fastest(task, precision="bfloat16")[0] == "bfloat16"
+    assert loop.fastest(task, memory_format="channels_last")[1] == "channels_last"
+    assert all(torch.equal(v, before[k]) for k, v in task.classifier.state_dict().items())
+    rates = probe("cpu", channels=2, size=4, batch=2).rates
+    assert set(rates) == set(RATES)
+    assert min(rates.values()) > 0
+
+
+def test_bfloat16_trains_float32_weights(data: Splits, tmp_path: Path) -> None:
+    recipe = classifier_recipe(steps=3, precision="bfloat16")
+    net, _ = jobs.train_classifier(recipe, data, out=tmp_path, device="cpu")
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    exact, _ = jobs.train_classifier(classifier_recipe(steps=3), data, out=tmp_path / "exact", device="cpu")
+    apart = [float((a - b).abs().max()) for a, b in zip(net.parameters(), exact.parameters())]
+    assert 0 < max(apart) < 0.05  # other rounding, the same path
+
+
+def test_devices() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="unknown device 'gpu'; expected auto, cpu, cuda"):
+        pick_device("gpu")
+    if not torch.cuda.is_available():
+        assert pick_device("auto") == torch.device("cpu")
+        with pytest.raises(ValueError, match="torch sees no CUDA GPU here; use --device cpu"):
+            pick_device("cuda")
+
+
+# Whole jobs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_rebuilds_what_was_trained(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
+    images, labels = data.val.batch(torch.arange(len(data.val)))
+    trained, outcome = jobs.train_classifier(classifier_recipe(steps=40), data, out=tmp_path / "c", device="cpu")
+    assert torch.equal(load_classifier(tmp_path / "c")(images), trained(images))
+    assert outcome.validation["score"] == float((trained(images).argmax(1) == labels).float().mean())
+    assert outcome.validation["score"] > 0.3  # ten classes
+
+    before = snapshot(classifier)
+    defense = jobs.train_defense(defense_recipe(steps=2), classifier, data, out=tmp_path / "d", device="cpu")
+    assert torch.equal(load_defense(tmp_path / "d").purify(images), defense.purify(images))
+    assert all(torch.equal(v, before[k]) for k, v in classifier.state_dict().items())
+    assert set(defense.outcome.validation) == {"clean", "fgsm-0", "pgd-1", "score"}
+    terms = {"discrimination", "repair", "recovery", "isomorphic", "label", "adversarial"}
+    assert terms <= set(records(tmp_path / "d")[0])
+
+
+def test_validation_judges_the_mixture_at_its_hardest(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
+    recipe = defense_recipe(steps=2, keep="last", validate_every=None)
+    defense = jobs.train_defense(recipe, classifier, data, out=tmp_path, device="cpu")
+    images, labels = data.val.batch(torch.arange(len(data.val)))
+    behind = nn.Sequential(defense, classifier.eval())
+    shown = {"clean": images}
+    for number, (name, options) in enumerate([("fgsm", {"eps": 0.3}), ("pgd", {"eps": 0.2, "steps": 2})]):
+        attack = create_attack(name, **options)
+        shown[f"{name}-{number}"] = attack(behind, images, labels, index=data.val.index)
+    right = {k: float((behind(x).argmax(1) == labels).float().mean()) for k, x in shown.items()}
+    found = defense.outcome.validation
+    for key, value in right.items():
+        assert found[key] == pytest.approx(value, abs=2.1 / len(images))  # the twin rounds otherwise
+    assert found["score"] == pytest.approx(sum(found[k] for k in right) / 3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(data: Splits, tmp_path: Path) -> None:
+    changes = ["size=8", "training.epochs=0.14", "training.precision=float32", "training.memory_format=contiguous"]
+    changes += ["training.optimizer=sgd", "training.lr=0.05", "training.checkpoint_seconds=0"]
+    command = [sys.executable, "-m", "unperturb.cli", "train-classifier", "classifier-digits", "--devices", "2"]
+    command += ["--device", "cpu", "--threads", "1", "--out", str(tmp_path / "two")]
+    command += [part for change in changes for part in ("--set", change)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, _ = jobs.train_classifier(read_recipe("classifier-digits", changes), data, out=tmp_path / "one", device="cpu")
+    two = load_classifier(tmp_path / "two")
+    assert runs.read_json(tmp_path / "two" / "training.json")["steps"] == 3
+    for a, b in zip(one.state_dict().values(), two.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
