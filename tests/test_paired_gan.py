@@ -1,4 +1,4 @@
-"""The paper's defense: each loss against numbers worked out by hand, who is updated when, and what its generators are."""
+"""The paper's defense: each loss against numbers worked out by hand, who is updated when, what its generators are."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def gan(**options: Any) -> PairedGAN:
 
 def shake(network: nn.Module) -> None:
     """Weights as training leaves them: none at its first value, batch norms' statistics neither."""
-    for tensor in network.state_dict().values():
+    for name, tensor in network.state_dict().items():
         if tensor.is_floating_point():
-            tensor.add_(torch.rand_like(tensor) * 0.1)
+            noise = torch.randn_like(tensor) * 0.03
+            tensor.add_(noise.abs() if name.endswith("running_var") else noise)
 
 
 # Losses by hand ------------------------------------------------------------------------------------------------------
@@ -189,9 +190,7 @@ class Seeing(nn.Module):
 
 @pytest.mark.parametrize("sees_clean", [False, True])
 def test_what_the_discriminator_sees(sees_clean: bool, batch: Batch) -> None:
-    defense = gan(
-        discriminator=APE, weights={"repair": 1.0, "adversarial": 1.0}, discriminator_sees_clean=sees_clean
-    )
+    defense = gan(discriminator=APE, weights={"repair": 1.0, "adversarial": 1.0}, discriminator_sees_clean=sees_clean)
     shake(defense.generator)
     seeing = defense.discriminator = Seeing()
     played(defense, batch)
@@ -238,9 +237,9 @@ def test_wrong_options() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             gan(**options)
-    with pytest.raises(UnknownNameError, match="unknown generator 'unit'. Did you mean 'unet'"):
+    with pytest.raises(UnknownNameError, match=r"unknown generator 'unit'\. Did you mean 'unet'"):
         gan(generator={"name": "unit"})
-    with pytest.raises(UnknownNameError, match="option of generator 'unet', 'widht'. Did you mean 'width'"):
+    with pytest.raises(UnknownNameError, match=r"option of generator 'unet', 'widht'\. Did you mean 'width'"):
         gan(generator={"name": "unet", "widht": 3})
     with pytest.raises(UnknownNameError, match="unknown defense 'paired-gan'"):
         create_defense("paired-gan")
@@ -302,7 +301,10 @@ def test_a_generator_in_training_mode_would_depend_on_it() -> None:
     # That the test above can fail: APE-GAN's own code left its batch norms in this mode.
     network = ApeGenerator(1, 4).train()
     images = torch.rand(5, 1, 8, 8)
-    assert float((network(images)[:1] - network(images[:2])[:1]).abs().max()) > 1e-4
+    with torch.no_grad():
+        apart = network(images)[:1] - network(images[:2])[:1]
+    assert float(apart.abs().max()) > 1e-4
+# - network(images[:2])[:1]).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 13, 17), (3, 32, 32)])
@@ -370,5 +372,5 @@ def test_folders_that_hold_no_defense(tmp_path: Path) -> None:
         load_defense(tmp_path)
     save_defense(tmp_path / "other", gan(generator={"name": "unet", "width": 8}), {})
     weights.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
-    with pytest.raises(RunError, match="do not fit its defense.json"):
+    with pytest.raises(RunError, match=r"do not fit its defense\.json"):
         load_defense(tmp_path)

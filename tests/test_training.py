@@ -197,9 +197,7 @@ def test_truncated_checkpoint(data: Splits, tmp_path: Path) -> None:
     jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path, device="cpu")
     checkpoint = tmp_path / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:2000])
-    with pytest.raises(
-        runs.RunError, match=r"checkpoint.pt is truncated or not a checkpoint .*delete it to"
-    ):
+    with pytest.raises(runs.RunError, match=r"checkpoint.pt is truncated or not a checkpoint .*delete it to"):
         jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path, device="cpu", resume=True)
 
 
@@ -230,9 +228,7 @@ def test_full_disk_keeps_the_last_checkpoint(data: Splits, tmp_path: Path) -> No
         if step == 2:  # from here on, what the next checkpoint is written to has no room
             (out / f".checkpoint.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
 
-    with pytest.raises(
-        runs.RunError, match=r"disk is full: could not write .*last whole checkpoint.pt is still"
-    ):
+    with pytest.raises(runs.RunError, match=r"disk is full: could not write .*last whole checkpoint.pt is still"):
         jobs.train_classifier(recipe, data, out=out, device="cpu", progress=fill)
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 1
     assert not list(out.glob(".*.tmp"))

@@ -158,7 +158,7 @@ def evaluate(
     data: the images to judge on, such as `load_dataset("mnist").test`. models: by name; a `Protected` is judged behind
     its defense, anything else as a bare classifier. attacks: a list, or by the name they are to have in tables.
     knowledge: what the attacker sees. n: a fixed, named random subset of this many images. out: run folder
-    (default: a temporary one). Returns the rows (`unperturb.runs.ROW_COLUMNS`); `unperturb.table` makes a table of them.
+    (default: a temporary one). Returns the rows (`unperturb.runs.ROW_COLUMNS`); `unperturb.table` makes a table.
     """
     for kind in knowledge:
         if kind not in KNOWLEDGE:

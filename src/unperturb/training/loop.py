@@ -237,6 +237,7 @@ def train(
         )
 
     # Resume.
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
     step, seconds, kept_step, validation = 0, 0.0, 0, {}
     best: State | None = None
