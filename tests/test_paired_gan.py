@@ -304,7 +304,6 @@ def test_a_generator_in_training_mode_would_depend_on_it() -> None:
     with torch.no_grad():
         apart = network(images)[:1] - network(images[:2])[:1]
     assert float(apart.abs().max()) > 1e-4
-# - network(images[:2])[:1]).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 13, 17), (3, 32, 32)])

@@ -1,8 +1,12 @@
-"""The function that an attacker of each knowledge sees."""
+"""The function that an attacker of each knowledge sees, and the adapters that give a hidden gradient back."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from unperturb.defenses.base import Defense, Protected
 from unperturb.registry import unknown
@@ -11,25 +15,122 @@ KNOWLEDGE = {
     "none": "noise: nothing is known",
     "transfer": "made on another classifier",
     "oblivious": "made on the undefended classifier, the paper's protocol",
+    "bpda": "made on the whole, a stand-in for the purifier's backward pass",
     "white_box": "made on classifier and purifier together, exact gradient",
+    "black_box": "made on the whole by its outputs alone",
 }
 
 
-def target(classifier: nn.Module, defense: Defense, knowledge: str, surrogate: nn.Module | None = None) -> nn.Module:
-    """The module, images to logits, that an attacker differentiates.
+class _Replace(torch.autograd.Function):
+    """Forward the value, backward into the stand-in."""
+
+    @staticmethod
+    def forward(ctx: Any, stand_in: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class BPDA(nn.Module):
+    """A function whose gradient is another's: forward `function`, backward `stand_in` (default: the identity).
+
+    Source: Athalye et al. 2018, section 4.1, backward pass differentiable approximation.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], stand_in: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.function, self.stand_in = function, stand_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            value = self.function(x)
+        stand_in = x if self.stand_in is None else self.stand_in(x)
+        out: Tensor = _Replace.apply(stand_in, value)  # type: ignore[no-untyped-call]
+        return out
+
+
+class EOT(nn.Module):
+    """The mean logits of a random model over `draws` passes, so that its gradient is that of the expectation.
+
+    seed: None draws afresh at each call; a number makes every call use the same draws.
+
+    Source: Athalye et al. 2018, expectation over transformation.
+    """
+
+    def __init__(self, model: nn.Module, draws: int = 20, seed: int | None = None) -> None:
+        super().__init__()
+        if draws < 1:
+            raise ValueError(f"EOT needs at least one draw, not {draws}")
+        self.model, self.draws, self.seed = model, draws, seed
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.seed is None:
+            return self._mean(images)
+        devices = [images.device] if images.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.seed)
+            return self._mean(images)
+
+    def _mean(self, images: Tensor) -> Tensor:
+        total: Tensor = self.model(images)
+        for _ in range(self.draws - 1):
+            total = total + self.model(images)
+        return total / self.draws
+
+
+def rounding(levels: int = 255) -> BPDA:
+    """Rounding to `levels` + 1 values, as saving a picture does, its gradient taken for the identity's."""
+    return BPDA(lambda x: (x * levels).round() / levels)
+
+
+class OutputsOnly(nn.Module):
+    """A model that answers and gives no gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.model(images)
+        return out
+
+
+def target(
+    classifier: nn.Module,
+    defense: Defense,
+    knowledge: str,
+    surrogate: nn.Module | None = None,
+    *,
+    stand_in: Callable[[Tensor], Tensor] | None = None,
+    eot: int = 20,
+) -> nn.Module:
+    """The module, images to logits, that an attacker differentiates, or questions.
 
     none: nothing is known (noise needs no gradient; what it asks is answered by the bare classifier). transfer: the
-    surrogate. oblivious: the bare classifier, the paper's protocol. white_box: classifier after purifier, exact
-    gradient.
+    surrogate. oblivious: the bare classifier, the paper's protocol. bpda: classifier after purifier, the purifier's
+    backward pass replaced by that of `stand_in` (default: the identity). white_box: classifier after purifier, exact
+    gradient, averaged over `eot` draws where the defense is random, and through the stand-in where it has none to give.
+    black_box: classifier after purifier, answers only.
 
     Raises `UnknownNameError` for another knowledge, `ValueError` for a transfer without a surrogate.
     """
+    if knowledge not in KNOWLEDGE:
+        raise unknown("knowledge", knowledge, KNOWLEDGE)
     if knowledge == "transfer":
         if surrogate is None:
             raise ValueError("a transfer attack needs a surrogate classifier; set surrogate in the recipe")
         return surrogate
     if knowledge in ("none", "oblivious"):
         return classifier
-    if knowledge == "white_box":
-        return Protected(classifier, defense)
-    raise unknown("knowledge", knowledge, KNOWLEDGE)
+    if knowledge == "black_box":
+        return OutputsOnly(Protected(classifier, defense))
+    if knowledge == "white_box" and defense.differentiable:
+        seen: nn.Module = Protected(classifier, defense)
+    else:
+        seen = nn.Sequential(BPDA(defense, stand_in), classifier)
+    return EOT(seen, eot) if defense.random else seen
