@@ -116,7 +116,7 @@ def test_square_l2_spends_the_ball_and_raises_the_margin_far_beyond_its_start() 
     torch.testing.assert_close(delta.norm(dim=1), torch.full((10,), eps), atol=1e-4, rtol=0)
     w = model.w[1 - y] - model.w[y]
     cosine = (delta * w).sum(1) / delta.norm(dim=1) / w.norm(dim=1)
-    assert cosine[standing].min() > 0.6, cosine
+    assert cosine[standing].min() > 0.5, cosine  # where it starts: 0.0 to 0.2
     assert cosine.max() <= 1 + 1e-5
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any, Literal, final
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb import draws
+from unperturb.contract import budget, check_images, check_labels
 from unperturb.registry import Registry
 
 attacks: Registry[Attack] = Registry("attack")
@@ -28,17 +28,6 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 class NonFiniteLogitsError(ValueError):
     """The attacked model returned NaN or infinite logits."""
-
-
-def budget(value: float | str) -> float:
-    """A budget in [0, 1] pixel units from a number or a fraction such as `"8/255"`; raises `ValueError`."""
-    try:
-        number = float(Fraction(value)) if isinstance(value, str) else float(value)
-    except (ValueError, ZeroDivisionError, TypeError):
-        raise ValueError(f"a budget is a number or a fraction such as '8/255', not {value!r}") from None
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"a budget is finite and not negative, not {value!r}")
-    return number
 
 
 def create_attack(name: str, **options: Any) -> Attack:
@@ -273,35 +262,6 @@ def _check_logits(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"the attacked model must return logits of shape ({len(labels)}, classes), it returned {got}")
     if len(labels) and int(labels.max()) >= logits.shape[1]:
         raise ValueError(f"label {int(labels.max())} is out of range: the model has {logits.shape[1]} classes")
-
-
-def check_images(images: Tensor) -> None:
-    """Raise `TypeError` or `ValueError` unless `images` is float `(N, C, H, W)` in [0, 1] without NaN."""
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images must be a float tensor in [0, 1], not {kind}; divide 8-bit images by 255")
-    if images.dim() != 4:
-        raise ValueError(f"images must have shape (N, C, H, W), not {tuple(images.shape)}")
-    if images.numel() == 0:
-        return
-    low, high = (float(v) for v in images.aminmax())
-    if low != low or high != high:
-        raise ValueError("images hold NaN pixels")
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"images must lie in [0, 1], found [{low:.4g}, {high:.4g}]; mean/std normalization belongs in the "
-            "classifier's first layer (see unperturb.wrap)"
-        )
-
-
-def check_labels(images: Tensor, labels: Tensor) -> None:
-    """Raise unless `labels` is an integer `(N,)` tensor of classes for `images`."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype is torch.bool:
-        raise TypeError("labels must be an integer tensor of class numbers")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{len(images)} images need labels of shape ({len(images)},), not {tuple(labels.shape)}")
-    if len(labels) and int(labels.min()) < 0:
-        raise ValueError(f"label {int(labels.min())} is out of range: classes count from 0")
 
 
 # The attack ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.apgd import lead, rivals
-from unperturb.attacks.base import Attack, LossFunction, Norm, Problem, attacks, budget, margin
+from unperturb.attacks.base import Attack, LossFunction, Norm, Problem, attacks, margin
+from unperturb.contract import budget
 
 
 def onto_plane(x: Tensor, w: Tensor, b: Tensor, norm: Norm) -> Tensor:

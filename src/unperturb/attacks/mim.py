@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import LOSSES, BallAttack, Best, Problem, attacks, budget, project_
+from unperturb.attacks.base import LOSSES, BallAttack, Best, Problem, attacks, project_
+from unperturb.contract import budget
 
 
 @attacks.register("mim")

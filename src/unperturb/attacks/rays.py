@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import Attack, Problem, attacks, budget
+from unperturb.attacks.base import Attack, Problem, attacks
+from unperturb.contract import budget
 
 _CORNERS = 64
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unperturb import runs
+from unperturb.contract import check_images
 from unperturb.registry import Registry
 
 defenses: Registry[Defense] = Registry("defense")
@@ -75,7 +76,8 @@ class Defense(nn.Module):
 class Protected(nn.Module):
     """A classifier behind a defense: one module from images to logits.
 
-    classifier: any module from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is never changed.
+    classifier: any module from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is never changed. Without
+    gradients (`torch.no_grad`) images that are not float, not `(N, C, H, W)`, not in [0, 1] or NaN are refused.
     """
 
     def __init__(self, classifier: nn.Module, defense: Defense) -> None:
@@ -84,6 +86,9 @@ class Protected(nn.Module):
         self.defense = defense
 
     def forward(self, images: Tensor) -> Tensor:
+        # Not where a gradient is asked for: an attacker's loop has checked once, and must not wait for the device.
+        if not torch.is_grad_enabled():
+            check_images(images)
         return self.classifier(self.defense.purify(images))
 
     @torch.no_grad()
