@@ -15,13 +15,23 @@ def catalog() -> dict[str, dict[str, str]]:
     from unperturb.threats import KNOWLEDGE
 
     return {
-        "datasets": dict.fromkeys(NAMES, ""),
+        "datasets": {**NAMES, "folder:PATH": "class folders of pictures", "hub:NAME": "any image set on the hub"},
         "classifiers": {n: _line(classifiers[n]) for n in classifiers},
         "attacks": {n: _line(attacks[n]) for n in attacks},
         "defenses": {n: _line(defenses[n]) for n in defenses},
         "knowledge": dict(KNOWLEDGE),
-        "recipes": {n: _line(type(read_recipe(n))) for n in recipe_names()},
+        "recipes": {n: _recipe_line(read_recipe(n)) for n in recipe_names()},
     }
+
+
+def _recipe_line(recipe: Any) -> str:
+    what = {
+        "classifier": "train a classifier",
+        "defense": "train a defense",
+        "evaluation": "attack and judge",
+        "demo": "the main job from end to end",
+    }[recipe.kind]
+    return f"{what} on {recipe.dataset}" if hasattr(recipe, "dataset") else what
 
 
 def _line(thing: Any) -> str:

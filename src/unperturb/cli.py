@@ -217,7 +217,7 @@ def _show_outcome(outcome: Any, out: Path) -> None:
 
 @app.command()
 def evaluate(
-    recipe: Annotated[str, typer.Argument(help="An evaluation recipe, such as grid-first-mnist, or a TOML file.")],
+    recipe: Annotated[str, typer.Argument(help="An evaluation recipe, such as white_box-mnist, or a TOML file.")],
     out: Out = None,
     overrides: Overrides = None,
     n: Number = None,

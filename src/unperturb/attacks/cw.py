@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,103 +10,101 @@ from torch import Tensor
 
 from unperturb.attacks.base import Attack, Best, Problem, attacks, margin
 
+_CHECKS = 10  # how often per search step the loss is asked whether it still falls
+
 
 @attacks.register("cw")
 @dataclass(frozen=True, kw_only=True)
 class CW(Attack):
+    """Least squared L2 distance plus `const` times the lead that the label still has; a minimal-norm attack.
+
+    confidence: by how much the wrong logit must lead. steps: passes per search step, by Adam with `lr`, which decays
+    within each (cosine, to a twentieth): the best images are met while it comes to rest on the boundary.
+    search_steps: how often the weight of the second term is changed per image, tenfold up from `initial_const` until
+    the image falls, then by bisection; each search step begins where the last one ended. smoothing: pixels are
+    `(tanh(w) / smoothing + 1) / 2`, cut to [0, 1], so that those at exactly 0 or 1 begin where tanh still has a slope.
+    abort_early: an image whose loss has not fallen over a tenth of a search step leaves it.
+
+    Source: Carlini & Wagner 2017, section V.B, f6 with the hinge; the smoothing and warm start are not theirs.
+    """
+
     confidence: float = 0.0
     lr: float = 0.05
     steps: int = 100
     search_steps: int = 9
-    initial_const: float = 1e-3
+    initial_const: float = 0.1
     smoothing: float = 0.99
     abort_early: bool = True
-    factor: float = 10
-    warm: str = "last"
-    clampgrad: bool = False
-    exact: bool = True
-    b1: float = 0.9
-    b2: float = 0.999
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.search_steps < 1:
+            raise ValueError("steps and search_steps must be at least 1")
+        if self.confidence < 0 or self.lr <= 0 or self.initial_const <= 0:
+            raise ValueError("lr and initial_const must be positive, confidence not negative")
+        if not 0 < self.smoothing < 1:
+            raise ValueError(f"smoothing must lie in (0, 1), not {self.smoothing}: at 1 black and white pixels are stuck")
 
     def perturb(self, problem: Problem) -> Tensor:
+        found = problem.images.clone()
+        standing = (~self._fallen(problem, problem.logits(found))[0]).nonzero().squeeze(1)
+        if not len(standing):
+            return found
+        problem = problem.take(standing)
         best = Best(problem.images)
-        N = len(problem.images)
-        images = problem.images
-        w = torch.atanh((2 * images - 1) * self.smoothing)
-        w0 = w.clone()
-        bw = w.clone()
-        const = torch.full((N,), self.initial_const)
-        low = torch.zeros(N)
-        high = torch.full((N,), torch.inf)
-        sc = self.smoothing if self.exact else 1.0
-        allw = w
-        for search in range(self.search_steps):
-            if search:
-                if self.warm == "none":
-                    allw = w0.clone()
-                elif self.warm == "best":
-                    allw = torch.where((best.value > -torch.inf)[:, None, None, None], bw, allw)
-                elif self.warm == "fail":
-                    allw = torch.where(hit[:, None, None, None], bw, allw)
-            w = allw.clone()
-            rows = torch.arange(N)
-            here = problem
-            c = const
-            x0 = images
-            m = torch.zeros_like(w)
-            v = torch.zeros_like(w)
-            hit = torch.zeros(N, dtype=torch.bool)
-            previous = torch.full((N,), torch.inf)
-            for step in range(self.steps):
-                th = torch.tanh(w)
-                raw = (th / sc + 1) / 2
-                x = raw.clamp(0, 1)
-                point, logits = here.forward(x)
-                z = logits.detach()
-                others = z.scatter(1, here.labels[:, None], -torch.inf)
-                other = others.argmax(1, keepdim=True)
-                lead = here.value(z, margin) - self.confidence
-                delta = x - x0
-                dist = delta.flatten(1).square().sum(1)
-                active = (lead < 0).float()
-                s = (-1.0 if here.targeted else 1.0) * active * c
-                weights = (
-                    torch.zeros_like(z).scatter_(1, here.labels[:, None], s[:, None]).scatter_(1, other, -s[:, None])
-                )
-                ok = lead > 1e-5 * z.abs().amax(1)
-                val = torch.where(ok, -dist, -torch.inf)
-                better = val > best.value[rows]
-                best.update(x, val, rows)
-                bw[rows] = torch.where(better[:, None, None, None], w, bw[rows])
-                hit[rows] |= ok
-                g = here.backward(point, logits, weights)
-                g = g + 2 * delta
-                if self.clampgrad:
-                    g = g * ((raw >= 0) & (raw <= 1))
-                g = g * (1 - th * th)
-                m = m.mul(self.b1).add(g, alpha=1 - self.b1)
-                v = v.mul(self.b2).addcmul(g, g, value=1 - self.b2)
-                w = w - self.lr * (m / (1 - self.b1 ** (step + 1))) / ((v / (1 - self.b2 ** (step + 1))).sqrt() + 1e-8)
-                if self.abort_early and step % max(self.steps // 10, 1) == 0:
-                    loss = dist + c * (-lead).clamp(min=0)
-                    stay = loss <= 0.9999 * previous
-                    previous = loss
-                    if not stay.all():
-                        allw[rows] = w
-                        k = stay.nonzero().squeeze(1)
-                        if not len(k):
-                            break
-                        here = here.take(k)
-                        w = w[k]
-                        m = m[k]
-                        v = v[k]
-                        c = c[k]
-                        x0 = x0[k]
-                        rows = rows[k]
-                        previous = previous[k]
-            else:
-                allw[rows] = w
-            high = torch.where(hit, torch.minimum(high, const), high)
-            low = torch.where(hit, low, torch.maximum(low, const))
-            const = torch.where(high < torch.inf, (low + high) / 2, const * self.factor)
-        return best.images
+        w = torch.atanh((2 * problem.images - 1) * self.smoothing)
+        const = torch.full_like(best.value, self.initial_const)
+        low, high = torch.zeros_like(const), torch.full_like(const, torch.inf)
+        for _ in range(self.search_steps):
+            w, hit = self._descend(problem, w, const, best)
+            low, high = torch.where(hit, low, const), torch.where(hit, const, high)
+            const = torch.where(high < torch.inf, (low + high) / 2, const * 10)
+        found[standing] = best.images
+        return found
+
+    def _fallen(self, problem: Problem, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each image leads by the confidence and more than rounding, and by how much it does."""
+        lead = problem.value(logits, margin) - self.confidence
+        return lead > 1e-5 * logits.abs().amax(1), lead
+
+    def _descend(self, problem: Problem, start: Tensor, const: Tensor, best: Best) -> tuple[Tensor, Tensor]:
+        """One search step from `start`: where each image's w came to, and whether the image fell on the way."""
+        end, hit = start.clone(), torch.zeros_like(const, dtype=torch.bool)
+        w, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+        rows = torch.arange(len(w), device=w.device)
+        lowest = torch.full_like(const, torch.inf)
+        for step in range(1, self.steps + 1):
+            bend = torch.tanh(w)
+            x = (bend / self.smoothing).add_(1).div_(2).clamp_(0, 1)
+            point, logits = problem.forward(x)
+            logits_now = logits.detach()
+            fallen, lead = self._fallen(problem, logits_now)
+            delta = x - problem.images
+            distance = delta.flatten(1).square().sum(1)
+            best.update(x, torch.where(fallen, -distance, -torch.inf), rows)
+            hit[rows] |= fallen
+
+            # The gradient of the hinge, then of the distance, then through tanh. The cut to [0, 1] is left out of it:
+            # a pixel pushed past the box must be able to come back.
+            others = logits_now.scatter(1, problem.labels[:, None], -torch.inf).argmax(1, keepdim=True)
+            pull = torch.where(lead < 0, -const if problem.targeted else const, 0.0)[:, None]
+            weights = torch.zeros_like(logits_now).scatter_(1, problem.labels[:, None], pull).scatter_(1, others, -pull)
+            slope = problem.backward(point, logits, weights).add_(delta, alpha=2).mul_(1 - bend.square_())
+
+            # Adam, with the two bias corrections.
+            m.lerp_(slope, 0.1)
+            v.mul_(0.999).addcmul_(slope, slope, value=0.001)
+            lr = self.lr * (0.525 + 0.475 * math.cos(math.pi * step / self.steps)) / (1 - 0.9**step)
+            w.addcdiv_(m, (v / (1 - 0.999**step)).sqrt_().add_(1e-8), value=-lr)
+
+            if self.abort_early and step % max(self.steps // _CHECKS, 1) == 0 and step < self.steps:
+                loss = distance - const * lead.clamp(max=0)
+                falling = (loss <= 0.9999 * lowest).nonzero().squeeze(1)
+                lowest = torch.minimum(loss, lowest)
+                if len(falling) < len(w):
+                    end[rows] = w
+                    problem = problem.take(falling)
+                    w, m, v, rows, const, lowest = (t[falling] for t in (w, m, v, rows, const, lowest))
+                    if not len(w):
+                        break
+        end[rows] = w
+        return end, hit

@@ -16,7 +16,10 @@ from unperturb.data.sets import IN_MEMORY, DataError, ImageSet, Splits
 from unperturb.data.sources import SOURCES, Found
 from unperturb.data.store import Pixels, Stored
 
-NAMES = ["digits", *SOURCES]
+NAMES = {
+    "digits": "scikit-learn's 1,797 handwritten digits at 28x28, embedded",
+    **{name: f"{source.hub} on the hub" for name, source in SOURCES.items()},
+}
 Progress = Callable[[int, int, str], None]
 _DIGITS_TEST = 360
 _TEST_SEED = 0x74657374

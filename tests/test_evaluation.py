@@ -1,0 +1,531 @@
+"""Evaluation: what each attacker sees, adversarial images made once, and rows against a computation by hand."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unperturb import runs, threats
+from unperturb.attacks import Attack, attacks, create_attack
+from unperturb.attacks.base import Problem, cross_entropy
+from unperturb.classifiers import create_classifier, save_classifier, wrap
+from unperturb.config import resolve
+from unperturb.data import ImageSet, load_dataset
+from unperturb.defenses import Defense, Protected, create_defense, save_defense
+from unperturb.evaluation.adversarials import AdversarialStore, fingerprint, from_16_bit, to_16_bit
+from unperturb.evaluation.grid import Grid, run_grid
+from unperturb.evaluation.jobs import estimate, evaluate, grid_of, label_of, run_evaluation
+from unperturb.registry import UnknownNameError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNPERTURB_CACHE", str(tmp_path / "cache"))
+
+
+class Linear(nn.Module):
+    """Logits `W x + b`."""
+
+    def __init__(self, seed: int = 0, classes: int = 4, size: int = 64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(classes, size, generator=generator) * 0.3)
+        self.bias = nn.Parameter(-self.weight.detach().sum(1) / 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1) @ self.weight.T + self.bias
+
+
+def toy(n: int = 10, seed: int = 0) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        labels = Linear()(images.float() / 255).argmax(1)
+    labels[-1] = (labels[-1] + 1) % 4
+    names = [str(k) for k in range(4)]
+    return ImageSet(
+        images=images, labels=labels, index=torch.arange(n) + 100, class_names=names, source="toy", split="test"
+    )
+
+
+def purifier(seed: int = 0) -> Defense:
+    torch.manual_seed(seed)
+    defense = create_defense(
+        "paired_gan", channels=1, generator={"name": "unet", "width": 4, "output": "threshold", "sharpness": 4.0}
+    )
+    for tensor in defense.state_dict().values():
+        tensor.add_(torch.randn_like(tensor) * 0.03)
+    return defense.eval()
+
+
+# What an attacker sees -----------------------------------------------------------------------------------------------
+
+
+def test_the_function_of_each_knowledge() -> None:
+    classifier, surrogate, defense, images = Linear(0), Linear(1), purifier(), torch.rand(3, 1, 8, 8)
+    assert threats.target(classifier, defense, "oblivious") is classifier
+    assert threats.target(classifier, defense, "none") is classifier
+    assert threats.target(classifier, defense, "transfer", surrogate) is surrogate
+    whole = threats.target(classifier, defense, "white_box")
+    assert torch.equal(whole(images), classifier(defense.purify(images)))
+    with pytest.raises(ValueError, match="a transfer attack needs a surrogate"):
+        threats.target(classifier, defense, "transfer")
+    with pytest.raises(UnknownNameError, match=r"unknown knowledge 'whitebox'\. Did you mean 'white_box'"):
+        threats.target(classifier, defense, "whitebox")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen(Attack):
+    """Keeps the gradient that an attacker is given, scaled into [0, 1]."""
+
+    def perturb(self, problem: Problem) -> Tensor:
+        return problem.gradient(problem.images, cross_entropy)[1] / 100 + 0.5
+
+
+def test_the_white_box_gradient_goes_through_the_purifier_exactly() -> None:
+    classifier, defense = Linear(), purifier()
+    images, labels = torch.rand(5, 1, 8, 8), torch.arange(5) % 4
+    target = threats.target(classifier, defense, "white_box")
+    found = (Seen()(target, images, labels) - 0.5) * 100
+    # By hand: W^T (p - y) at the restored image, pulled back through the purifier alone.
+    x = images.clone().requires_grad_()
+    restored = defense.purify(x)
+    p = classifier(restored.detach()).softmax(1)
+    at_restored = ((p - F.one_hot(labels, 4)) @ classifier.weight).detach().reshape_as(images)
+    (expected,) = torch.autograd.grad(restored, x, at_restored)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5)
+    oblivious = (Seen()(threats.target(classifier, defense, "oblivious"), images, labels) - 0.5) * 100
+    assert float((oblivious - expected).abs().max()) > 0.01
+
+
+# Adversarial images, made once ---------------------------------------------------------------------------------------
+
+
+def test_16_bits_keep_a_picture_exactly() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).float().div_(255)
+    assert torch.equal(from_16_bit(to_16_bit(levels)), levels)
+    x = torch.rand(10_000)
+    assert to_16_bit(x).dtype == torch.uint16
+    assert float((from_16_bit(to_16_bit(x)) - x).abs().max()) <= 0.5 / 65_535 * (1 + 1e-3)
+
+
+class Counted(Linear):
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(images)
+
+
+def get(store: AdversarialStore, model: nn.Module, **changed: Any) -> Tensor:
+    options: dict[str, Any] = {
+        "attack": create_attack("pgd", eps=0.1, steps=2),
+        "function_key": "key",
+        "data": toy(),
+        "rows": torch.arange(10),
+        "seed": 0,
+        "batch": 4,
+        "device": CPU,
+        **changed,
+    }
+    return store.get(options.pop("attack"), model, **options)[0]
+
+
+def test_adversarial_images_are_made_once(tmp_path: Path) -> None:
+    store, model = AdversarialStore(tmp_path / "store"), Counted()
+    first = get(store, model)
+    spent = model.calls
+    assert spent == 3 * 3  # three batches, two steps and a look at the end
+    assert torch.equal(get(store, model), first)
+    assert torch.equal(get(AdversarialStore(tmp_path / "store"), model), first)
+    assert model.calls == spent
+    images, labels = toy().batch(torch.arange(10))
+    again = torch.cat(
+        [
+            create_attack("pgd", eps=0.1, steps=2)(model, images[part], labels[part], index=toy().index[part])
+            for part in torch.arange(10).split(4)
+        ]
+    )
+    torch.testing.assert_close(first, again, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attack": create_attack("pgd", eps=0.1, steps=3)},
+        {"function_key": "another"},
+        {"data": toy(seed=1)},
+        {"rows": torch.arange(5)},
+        {"seed": 1},
+        {"batch": 5},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_makes_them_others(change: dict[str, Any], tmp_path: Path) -> None:
+    store, model = AdversarialStore(tmp_path), Counted()
+    get(store, model)
+    spent = model.calls
+    get(store, model, **change)
+    assert model.calls > spent
+
+
+def test_a_damaged_entry_is_made_again(tmp_path: Path) -> None:
+    store, model = AdversarialStore(tmp_path), Counted()
+    first = get(store, model)
+    (file,) = tmp_path.glob("*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:-50])
+    spent = model.calls
+    assert torch.equal(get(store, model), first)
+    assert model.calls == 2 * spent
+
+
+def test_the_least_recently_used_leaves_first(tmp_path: Path) -> None:
+    model = Linear()
+    get(AdversarialStore(tmp_path), model, seed=0)
+    size = sum(f.stat().st_size for f in tmp_path.glob("*/*"))
+    store = AdversarialStore(tmp_path, limit_gb=2.5 * size / 1e9)
+    (first,) = tmp_path.iterdir()
+    get(store, model, seed=1)
+    (second,) = set(tmp_path.iterdir()) - {first}
+    for age, folder in ((2000, first), (1000, second)):
+        os.utime(folder, (folder.stat().st_atime, folder.stat().st_mtime - age))
+    get(store, model, seed=0)  # used now, so no longer the oldest
+    get(store, model, seed=2)
+    assert first.exists()
+    assert not second.exists()
+    get(AdversarialStore(tmp_path, limit_gb=0), model, seed=3)
+    assert len(list(tmp_path.iterdir())) == 1  # the one just made stays
+
+
+def test_a_fingerprint_is_of_structure_and_weights() -> None:
+    model = Linear(0)
+    assert fingerprint(model) == fingerprint(Linear(0))
+    assert fingerprint(model) != fingerprint(Linear(1))
+    assert fingerprint(Protected(model, purifier())) not in (
+        fingerprint(model),
+        fingerprint(Protected(model, purifier(1))),
+    )
+    assert fingerprint(wrap(model, [0.5], [0.2])) != fingerprint(wrap(model, [0.4], [0.2]))
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+def grid(**changed: Any) -> Grid:
+    options: dict[str, Any] = {
+        "data": toy(),
+        "classifiers": {"linear": Linear()},
+        "defenses": {"none": create_defense("none"), "ours": purifier()},
+        "attacks": {"pgd": (create_attack("pgd", eps=0.1, steps=3), ["oblivious", "white_box"])},
+        "seed": 7,
+        "batch": 3,
+        "shard": 4,
+        "samples": 3,
+        **changed,
+    }
+    return Grid(**options)
+
+
+def test_cells() -> None:
+    fgsm, pgd = create_attack("fgsm", eps=0.1), create_attack("pgd", eps=0.1)
+    cells = grid(attacks={"a": (fgsm, ["oblivious", "white_box"]), "b": (pgd, ["oblivious"])}).cells()
+    assert [(c.defense, c.label, c.knowledge) for c in cells] == [
+        ("none", "a", "oblivious"),
+        ("ours", "a", "oblivious"),
+        ("ours", "a", "white_box"),
+        ("none", "b", "oblivious"),
+        ("ours", "b", "oblivious"),
+    ]
+    assert len({c.folder for c in cells}) == len(cells)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    error = float((a.double() - b.double()).square().mean())
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def test_rows_against_one_image_at_a_time(tmp_path: Path) -> None:
+    model, defense, data = Linear(), purifier(), toy()
+    attack = create_attack("pgd", eps=0.1, steps=3)
+    run_grid(grid(), tmp_path / "out")
+    rows = runs.read_rows(tmp_path / "out")
+    assert list(rows.columns) == list(runs.ROW_COLUMNS)
+    assert len(rows) == 3 * 10
+    assert sorted(f.name for f in (tmp_path / "out" / "rows").glob("*/*"))[::3] == [
+        "0000.parquet",
+        "0001.parquet",
+        "0002.parquet",
+    ]
+    assert set(rows.groupby(["defense", "knowledge"]).size()) == {10}
+    for row in rows.to_dict("records"):
+        place = row["index"] - 100
+        x, y = data.batch(torch.tensor([place]))
+        function = Protected(model, defense) if row["knowledge"] == "white_box" else model
+        x_adv = attack(function, x, y, index=torch.tensor([row["index"]]), seed=7)
+        purify = (lambda z: z) if row["defense"] == "none" else defense.purify
+        with torch.no_grad():
+            restored, recovered = purify(x_adv), purify(x)
+            views = {"clean": x, "adv": x_adv, "pure_clean": recovered, "pure_adv": restored}
+            for name, view in views.items():
+                logits = model(view)[0]
+                assert row[f"pred_{name}"] == int(logits.argmax())
+                assert row[f"conf_{name}"] == pytest.approx(float(logits.softmax(0)[y]), abs=2e-4)
+        delta = (x_adv - x)[0, 0]
+        assert row["l0"] == int((delta.abs() > 1e-4).sum())
+        assert row["l2"] == pytest.approx(float(delta.norm()), abs=1e-4)
+        assert row["linf"] == pytest.approx(float(delta.abs().max()), abs=2e-5)
+        assert row["linf"] <= 0.1 + 1e-5
+        assert row["psnr_adv"] == pytest.approx(psnr(x_adv, x), abs=0.01)
+        assert row["psnr_pure_adv"] == pytest.approx(psnr(restored, x), abs=0.01)
+        assert row["psnr_pure_clean"] == pytest.approx(psnr(recovered, x), abs=0.01)
+        assert all(math.isnan(row[k]) for k in ("ssim_adv", "ssim_pure_adv", "ssim_pure_clean"))  # 8x8: no window
+        assert (row["label"], row["seed"], row["dataset"], row["split"]) == (int(y), 7, "toy", "test")
+        assert (row["classifier"], row["attack"], row["attack_repr"]) == ("linear", "pgd", repr(attack))
+        assert row["eps"] == pytest.approx(0.1)
+        assert not row["rejected_adv"]
+        assert row["seconds_attack"] > 0
+    fooled = rows["pred_adv"] != rows["label"]
+    assert 0.2 < fooled.mean() <= 1
+
+
+def test_samples_are_the_first_images_with_what_was_thought_of_them(tmp_path: Path) -> None:
+    run_grid(grid(), tmp_path)
+    found = {(cell["defense"], cell["knowledge"]): tensors for cell, tensors in runs.read_samples(tmp_path)}
+    assert set(found) == {("none", "oblivious"), ("ours", "oblivious"), ("ours", "white_box")}
+    rows = runs.read_rows(tmp_path).query("defense == 'ours' and knowledge == 'white_box' and index < 103")
+    tensors = found["ours", "white_box"]
+    assert torch.equal(tensors["clean"], toy().images[:3])
+    assert tensors["index"].tolist() == [100, 101, 102]
+    order = ("clean", "adv", "pure_clean", "pure_adv")
+    assert tensors["prediction"].tolist() == rows[[f"pred_{k}" for k in order]].to_numpy().tolist()
+    np.testing.assert_allclose(tensors["confidence"], rows[[f"conf_{k}" for k in order]].to_numpy())
+
+
+def test_an_attack_without_a_budget_has_none_in_its_rows(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Unbounded(Attack):
+        eps: float | None = None
+
+        def perturb(self, problem: Problem) -> Tensor:
+            return 1 - problem.images
+
+    run_grid(grid(attacks={"inverse": (Unbounded(), ["oblivious"])}), tmp_path)
+    assert runs.read_rows(tmp_path)["eps"].isna().all()
+
+
+# Whole evaluations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Any:
+    """Two bare digits classifiers and a defense in run folders, and the recipe that crosses them."""
+    for name, seed in (("digits-convnet", 0), ("digits-lenet", 1)):
+        torch.manual_seed(seed)
+        net = create_classifier("convnet", channels=1, size=8, classes=10, mean=[0.3], std=[0.35])
+        save_classifier(tmp_path / name, net)
+    save_defense(tmp_path / "ours-digits", purifier(), {})
+    return resolve(
+        {
+            "kind": "evaluation",
+            "dataset": "digits",
+            "size": 8,
+            "n": 12,
+            "classifiers": [str(tmp_path / "digits-convnet"), str(tmp_path / "digits-lenet")],
+            "surrogate": str(tmp_path / "digits-lenet"),
+            "defenses": ["none", str(tmp_path / "ours-digits")],
+            "attacks": [
+                {"name": "fgsm", "eps": "8/255", "label": "small"},
+                {"name": "pgd", "eps": 0.2, "steps": 2, "knowledge": ["transfer", "white_box"]},
+            ],
+            "knowledge": ["oblivious"],
+            "batch": 4,
+            "shard": 5,
+            "samples": 2,
+        }
+    )
+
+
+def without_clock(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.drop(columns=["seconds_attack", "seconds_purify"])
+
+
+@pytest.mark.parametrize("cache", ["kept", "lost"])
+def test_a_killed_run_resumes_to_the_same_rows(
+    cache: str, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, told = tmp_path / "out", list[tuple[int, int]]()
+    whole = run_evaluation(recipe, out, device="cpu", progress=lambda done, total, _: told.append((done, total)))
+    # Two classifiers; fgsm oblivious on two defenses, pgd transferred to two and white box on ours and on none.
+    assert set(zip(whole["classifier"], whole["attack"])) == {
+        (c, a) for c in ("convnet", "lenet") for a in ("small", "pgd-2")
+    }
+    cells = 2 * (2 + 2 + 2)
+    assert len(whole) == cells * 12
+    assert told == [(k, cells * 3) for k in range(1, cells * 3 + 1)]
+    assert set(whole.query("knowledge == 'transfer'")["surrogate"]) == {"lenet"}
+    assert set(whole.query("knowledge != 'transfer'")["surrogate"]) == {""}
+
+    shards = sorted(out.glob("rows/*/*.parquet"))
+    assert len(shards) == cells * 3
+    for shard in (shards[1], shards[8], shards[-1]):
+        shard.unlink()
+    sample = next(iter(sorted(out.glob("samples/*"))))
+    sampled = sample.read_bytes()
+    sample.unlink()
+    if cache == "lost":
+        monkeypatch.setenv("UNPERTURB_CACHE", str(tmp_path / "new"))
+    again = run_evaluation(recipe, out, device="cpu", resume=True)
+    pd.testing.assert_frame_equal(without_clock(again), without_clock(whole))
+    assert sample.read_bytes() == sampled
+
+
+def test_what_stands_in_the_way_of_a_run(recipe: Any, tmp_path: Path) -> None:
+    recipe = recipe.model_copy(update={"n": 2, "classifiers": recipe.classifiers[:1]})
+    out = tmp_path / "out"
+    run_evaluation(recipe, out, device="cpu")
+    with pytest.raises(runs.RunError, match="already holds this run; go on with --resume"):
+        run_evaluation(recipe, out, device="cpu")
+    with pytest.raises(runs.RunError, match=r"already holds another run \(it differs in .*seed"):
+        run_evaluation(recipe.model_copy(update={"seed": 1}), out, device="cpu", resume=True)
+    with runs.lock(out), pytest.raises(runs.RunError, match="is being written by process"):
+        run_evaluation(recipe, out, device="cpu", resume=True)
+    # The same names, trained again: other rows.
+    for folder, key in (
+        (recipe.defenses[1], "fingerprints.defenses.ours"),
+        (recipe.surrogate, "fingerprints.surrogate"),
+    ):
+        kept = {f: f.read_bytes() for f in Path(folder).iterdir()}
+        if key.endswith("ours"):
+            save_defense(Path(folder), purifier(5), {})
+        else:
+            net = create_classifier("convnet", channels=1, size=8, classes=10, mean=[0.3], std=[0.35])
+            save_classifier(Path(folder), net)
+        with pytest.raises(runs.RunError, match=rf"another run \(it differs in {key}"):
+            run_evaluation(recipe, out, device="cpu", resume=True)
+        for file, content in kept.items():
+            file.write_bytes(content)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(runs.RunError, match=r"already holds something else \(thesis.txt\)"):
+        run_evaluation(recipe, tmp_path / "full", device="cpu")
+
+
+def test_two_attacks_of_one_name(recipe: Any) -> None:
+    things = [{"name": "pgd", "eps": 0.1, "steps": 2}, {"name": "pgd", "eps": 0.2, "steps": 2}]
+    twice = resolve({**recipe.model_dump(mode="json"), "attacks": things})
+    with pytest.raises(ValueError, match="two attacks are called 'pgd-2'; give one of them a label"):
+        grid_of(twice, "cpu")
+    with pytest.raises(ValueError, match="several attacks would be called the same"):
+        evaluate(toy(), {"none": Linear()}, [create_attack(**thing) for thing in things])
+
+
+def test_cost_of_a_grid_against_a_count_by_hand() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.layer(images.flatten(1))
+
+    attack = create_attack("pgd", eps=0.1, steps=3)
+    one = grid(
+        classifiers={"net": Net()}, defenses={"none": create_defense("none")}, attacks={"a": (attack, ["oblivious"])}
+    )
+    forward = 2 * 64 * 4
+    cost = estimate(one)
+    # Four forward passes and three backward to the image, and one to judge.
+    assert cost.pflop * 1e15 == pytest.approx((4 + 3 + 1) * forward * 10, rel=0.01)
+    assert (cost.cells, cost.images) == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("attack", "label"),
+    [
+        (create_attack("fgsm", eps=0.1), "fgsm"),
+        (create_attack("pgd", eps=0.1, steps=7), "pgd-7"),
+        (create_attack("pgd", eps=0.1, norm="l2"), "pgd-l2-40"),
+        (create_attack("mim", eps=0.1), "mim-10"),
+    ],
+)
+def test_label(attack: Attack, label: str) -> None:
+    assert label_of(attack) == label
+
+
+def test_evaluate_digits(tmp_path: Path) -> None:
+    data = load_dataset("digits", size=8).test
+    torch.manual_seed(0)
+    classifier = create_classifier("convnet", channels=1, size=8, classes=10, mean=[0.3], std=[0.35])
+    models = {"none": classifier, "ours": Protected(classifier, purifier())}
+    pgd = create_attack("pgd", eps=0.1, steps=2)
+    out = tmp_path / "first-look"
+    rows = evaluate(data, models, [pgd], ["oblivious", "white_box"], n=15, out=out, device="cpu")
+    assert len(rows) == 3 * 15
+    assert set(zip(rows["defense"], rows["knowledge"])) == {
+        ("none", "oblivious"),
+        ("ours", "oblivious"),
+        ("ours", "white_box"),
+    }
+    assert set(rows["classifier"]) == {"convnet"}
+    subset = data.subset(15)
+    assert set(rows["index"]) == set(subset.index.tolist())
+    assert set(rows["split"]) == {"test:15@0"}
+    images, labels = subset.batch(torch.arange(15))
+    found = rows.query("defense == 'ours' and knowledge == 'white_box'").set_index("index").loc[subset.index.tolist()]
+    x_adv = pgd(models["ours"].eval(), images, labels, index=subset.index)
+    with torch.no_grad():
+        right = models["ours"](x_adv).argmax(1) == labels
+    assert ((found["pred_pure_adv"] == found["label"]).to_numpy() == right.numpy()).mean() > 0.9
+    again = evaluate(data, models, [pgd], ["oblivious", "white_box"], n=15, device="cpu")
+    pd.testing.assert_frame_equal(without_clock(again), without_clock(rows))
+    pd.testing.assert_frame_equal(runs.read_rows(out), rows)
+
+
+def refusals() -> Sequence[tuple[Callable[[Path], object], type[Exception], str]]:
+    pgd, net = create_attack("pgd", eps=0.1, steps=2), Linear()
+    return [
+        (lambda out: evaluate(toy(), {"none": net}, [pgd], ["whitebox"]), UnknownNameError, "Did you mean 'white_box'"),
+        (
+            lambda out: evaluate(toy(), {"a": net, "b": Linear(1)}, [pgd]),
+            ValueError,
+            "stand on 2 different classifiers",
+        ),
+        (lambda out: evaluate(toy(), {"none": net}, [pgd], ["transfer"]), ValueError, "needs a surrogate"),
+        (lambda out: evaluate(toy(), {"none": net}, [pgd], n=3, out=out, resume=True), runs.RunError, "another run"),
+        (lambda out: evaluate(toy(), {"none": net}, [pgd], seed=1, out=out), runs.RunError, "another run"),
+        (lambda out: evaluate(toy(), {"none": net}, [pgd], out=out), runs.RunError, "already holds this run"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(refusals())))
+def test_what_evaluate_refuses(number: int, tmp_path: Path) -> None:
+    evaluate(toy(), {"none": Linear()}, [create_attack("pgd", eps=0.1, steps=2)], out=tmp_path / "out", device="cpu")
+    call, error, message = refusals()[number]
+    with pytest.raises(error, match=message):
+        call(tmp_path / "out")
+
+
+def test_every_attack_has_a_label() -> None:
+    needs = {"eps": 0.1}
+    made = []
+    for name in attacks:
+        make = attacks[name]
+        try:
+            made.append(make())
+        except TypeError:
+            made.append(make(**needs))
+    labels = [label_of(a) for a in made]
+    assert len(set(labels)) == len(labels)

@@ -1,0 +1,285 @@
+"""The house: imports run down only. The imports are read, not run; an arrow that runs up or across fails by name."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import unperturb
+
+SOURCE = Path(unperturb.__file__).parent
+
+# A room is a file or a folder of the package; neighbours on a floor do not know each other.
+FLOORS = {
+    "draws": 1,
+    "registry": 1,
+    "config": 1,
+    "devices": 2,
+    "data": 2,
+    "runs": 2,
+    "metrics": 2,
+    "intervals": 2,
+    "attacks": 3,
+    "defenses": 3,
+    "classifiers": 3,
+    "threats": 4,
+    "training": 5,
+    "evaluation": 5,
+    "report": 6,
+    "export": 6,
+    "__init__": 7,
+    "serve": 7,
+    "app": 7,
+    "demo": 7,
+    "catalog": 7,
+    "cli": 8,
+}
+# Who may be imported across: the registry's one error and decorator serve the recipes too, and the top of the house
+# reaches the verbs that stand beside it.
+ACROSS = {("config", "registry"), ("__init__", "catalog")}
+# Inside a room: what siblings may import. `None` counts the room's files from the bottom up instead.
+SHARED = {
+    "attacks": {"base"},
+    "defenses": {"base", "networks"},
+    "classifiers": {"base"},
+}
+ORDER = {
+    "training": ["pairs", "objectives", "loop", "jobs"],
+    "evaluation": ["adversarials", "grid", "jobs"],
+}
+# An arrow from one attack to another: a cascade is made of its members.
+FAMILIES = {("attacks", "autoattack"): {"apgd", "fab", "square"}, ("attacks", "fab"): {"apgd"}}
+FORBIDDEN = {"report": {"torch"}, "config": {"torch"}, "registry": {"torch"}, "intervals": {"torch"}, "catalog": set()}
+
+
+def module_of(path: Path, root: Path) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts)
+
+
+def imports(text: str, modules: set[str], own: str) -> Iterator[tuple[int, str]]:
+    """(line, module under the package) of every import in `text`, also inside functions; `TYPE_CHECKING` blocks too."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{own}:{node.lineno}: a relative import"
+            for alias in node.names:
+                # `from unperturb import runs` names a module, `from unperturb.runs import lock` something in one.
+                inner = f"{node.module}.{alias.name}"
+                yield node.lineno, inner if inner.removeprefix("unperturb.") in modules else str(node.module)
+
+
+def arrows(root: Path) -> list[tuple[str, int, str]]:
+    """(importing module, line, imported module), both under the package; `""` is the package's own face."""
+    files = sorted(root.rglob("*.py"))
+    modules = {module_of(f, root).removesuffix(".__init__") for f in files}
+    found = []
+    for file in files:
+        own = module_of(file, root)
+        for line, name in imports(file.read_text(encoding="utf-8"), modules, own):
+            if name == "unperturb":
+                found.append((own, line, ""))
+            elif name.startswith("unperturb."):
+                found.append((own, line, name.removeprefix("unperturb.")))
+    return found
+
+
+def breaches(root: Path) -> list[str]:
+    """What is wrong with the imports under `root`, a sentence each."""
+    wrong = []
+    for own, line, name in arrows(root):
+        here, there = own.split("."), name.split(".")
+        room, other = here[0], there[0]
+        where = f"{own.replace('.', '/')}.py:{line} imports {name or 'the package'}"
+        if room not in FLOORS or (other and other not in FLOORS):
+            wrong.append(f"{where}: {room if room not in FLOORS else other} stands on no floor")
+        elif not name:
+            # The command line calls what is public; nobody below may know the face.
+            if FLOORS[room] <= FLOORS["__init__"]:
+                wrong.append(f"{where}: nobody imports the face from inside")
+        elif room != other:
+            if (room, other) in ACROSS:
+                continue
+            if FLOORS[other] > FLOORS[room]:
+                wrong.append(f"{where}: up, from floor {FLOORS[room]} to {FLOORS[other]}")
+            elif FLOORS[other] == FLOORS[room]:
+                wrong.append(f"{where}: across floor {FLOORS[room]}")
+        else:
+            wrong += [f"{where}: {said}" for said in inside(room, here[1], there[1:])]
+    return wrong
+
+
+def inside(room: str, mine: str, there: list[str]) -> list[str]:
+    if not there:
+        return ["its own face"]
+    theirs = there[0]
+    if mine == "__init__" or theirs == mine:
+        return []
+    if room in SHARED:
+        shared = SHARED[room] | FAMILIES.get((room, mine), set())
+        if theirs not in shared:
+            return [f"{room}/ shares {', '.join(sorted(SHARED[room]))} only"]
+        return []
+    if room in ORDER:
+        order = ORDER[room]
+        unknown = [name for name in (mine, theirs) if name not in order]
+        if unknown:
+            return [f"{unknown[0]} has no place in {room}/"]
+        return [] if order.index(theirs) < order.index(mine) else [f"up in {room}/: {' < '.join(order)}"]
+    return []
+
+
+def outside(root: Path) -> list[str]:
+    """Libraries where they must not be."""
+    wrong = []
+    for file in sorted(root.rglob("*.py")):
+        own = module_of(file, root)
+        for line, name in imports(file.read_text(encoding="utf-8"), set(), own):
+            if name.split(".")[0] in FORBIDDEN.get(own.split(".")[0], set()):
+                wrong.append(f"{own.replace('.', '/')}.py:{line} imports {name}")
+    return wrong
+
+
+def test_every_arrow_runs_down() -> None:
+    assert not breaches(SOURCE), "\n" + "\n".join(breaches(SOURCE))
+
+
+def test_libraries_stay_where_they_belong() -> None:
+    assert not outside(SOURCE), "\n" + "\n".join(outside(SOURCE))
+
+
+def test_every_room_stands_on_a_floor() -> None:
+    rooms = {p.stem for p in SOURCE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert not rooms - set(FLOORS), f"no floor for {sorted(rooms - set(FLOORS))}"
+    assert not {p.stem for p in SOURCE.rglob("*.py")} & {"utils", "util", "helpers", "common", "misc"}
+
+
+@pytest.mark.parametrize("room", ["attacks", "classifiers", "defenses"])
+def test_every_file_is_in_its_face(room: str) -> None:
+    reached, waiting = set[str](), ["__init__"]
+    found = [(o.split("."), n.split(".")) for o, _, n in arrows(SOURCE) if o.startswith(f"{room}.") and "." in n]
+    while waiting:
+        file = waiting.pop()
+        reached.add(file)
+        waiting += [n[1] for o, n in found if o[1] == file and n[0] == room and n[1] not in reached]
+    missing = {f.stem for f in (SOURCE / room).glob("*.py")} - reached
+    assert not missing, f"{room}/__init__.py does not import {sorted(missing)}: nobody would find what is in there"
+
+
+# What the package's face costs ---------------------------------------------------------------------------------------
+
+HEAVY = {"torch", "numpy", "pandas", "kornia", "datasets", "lightning_fabric", "matplotlib", "sklearn", "scipy", "ray"}
+# Imported when they are needed, inside the functions that need them: seconds each.
+LAZY = {"kornia", "datasets", "lightning_fabric", "matplotlib", "sklearn", "pandas", "pyarrow", "onnx", "ray", "gradio"}
+
+
+def at_the_top(text: str) -> Iterator[tuple[int, str]]:
+    """(line, library) of what importing a module imports."""
+
+    def walk(nodes: list[ast.stmt]) -> Iterator[tuple[int, str]]:
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield node.lineno, str(node.module)
+            elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+                yield from walk([*node.body, *node.orelse])
+            elif isinstance(node, ast.Try | ast.With):
+                yield from walk(node.body)
+            elif isinstance(node, ast.ClassDef):
+                yield from walk(node.body)
+
+    yield from walk(ast.parse(text).body)
+
+
+def test_importing_the_package_or_its_verbs_imports_nothing_heavy() -> None:
+    wrong = []
+    for name in ("__init__", "cli", "catalog", "demo"):
+        for line, library in at_the_top((SOURCE / f"{name}.py").read_text(encoding="utf-8")):
+            if library.split(".")[0] in HEAVY or library.startswith("unperturb"):
+                wrong.append(f"{name}.py:{line} imports {library}")
+    assert not wrong, wrong
+
+
+def test_heavy_libraries_wait_until_they_are_needed() -> None:
+    wrong = [
+        f"{file.relative_to(SOURCE)}:{line} imports {library}"
+        for file in sorted(SOURCE.rglob("*.py"))
+        for line, library in at_the_top(file.read_text(encoding="utf-8"))
+        if library.split(".")[0] in LAZY
+    ]
+    assert not wrong, wrong
+
+
+# That all this can fail ----------------------------------------------------------------------------------------------
+
+HOUSE = {
+    "__init__.py": "",
+    "draws.py": "",
+    "registry.py": "",
+    "runs.py": "",
+    "metrics.py": "",
+    "threats.py": "from unperturb.defenses import base",
+    "attacks/__init__.py": "from unperturb.attacks import base, pgd",
+    "attacks/base.py": "from unperturb import draws\nfrom unperturb.registry import Registry",
+    "attacks/pgd.py": "from unperturb.attacks.base import Attack",
+    "defenses/__init__.py": "from unperturb.defenses.base import Defense",
+    "defenses/base.py": "",
+    "training/__init__.py": "",
+    "training/pairs.py": "from unperturb.attacks.base import attacks",
+    "training/loop.py": "from unperturb import runs",
+    "training/jobs.py": "from unperturb.training.loop import train",
+    "report/__init__.py": "",
+    "cli.py": "def verb():\n    from unperturb import table\n    from unperturb.training import jobs",
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("metrics.py", "from unperturb.runs import lock", r"metrics.py:1 imports runs: across floor 2"),
+        (
+            "runs.py",
+            "def f():\n    from unperturb.attacks import base",
+            "runs.py:2 imports attacks.base: up, from floor 2",
+        ),
+        ("runs.py", "import unperturb.training.loop", "runs.py:1 imports training.loop: up, from floor 2 to 5"),
+        ("defenses/base.py", "from unperturb import attacks", "defenses/base.py:1 imports attacks: across floor 3"),
+        ("draws.py", "from unperturb import registry", "draws.py:1 imports registry: across floor 1"),
+        ("attacks/pgd.py", "from unperturb.attacks import Attack", "imports attacks: its own face"),
+        ("attacks/pgd.py", "from unperturb import Attack", "imports the package: nobody imports the face"),
+        ("attacks/base.py", "from unperturb.attacks import pgd", "imports attacks.pgd: attacks/ shares base only"),
+        (
+            "training/pairs.py",
+            "from unperturb.training.loop import train",
+            "up in training/: pairs < objectives < loop",
+        ),
+        ("training/pairs.py", "from unperturb.evaluation import grid", "imports evaluation: across floor 5"),
+        ("utils.py", "from unperturb import draws", "utils stands on no floor"),
+    ],
+)
+def test_a_bad_arrow_is_named(file: str, text: str, said: str, tmp_path: Path) -> None:
+    for name, content in HOUSE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    if "evaluation" in text:
+        (tmp_path / "evaluation").mkdir()
+        (tmp_path / "evaluation" / "__init__.py").touch()
+    assert breaches(tmp_path) == []
+    (tmp_path / file).write_text(text)
+    (found,) = breaches(tmp_path)
+    assert said in found
+
+
+def test_a_library_out_of_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "tables.py").write_text("def f():\n    from torch import nn")
+    assert outside(tmp_path) == ["report/tables.py:2 imports torch"]
+    assert list(at_the_top("import kornia\ndef f():\n    import torch\nif True:\n    import ray")) == [
+        (1, "kornia"),
+        (5, "ray"),
+    ]
