@@ -198,7 +198,8 @@ def test_l2_pgd_reaches_the_optimum_in_ball_and_box(eps: float, random_start: bo
     images[:4] = images[:4].round()  # on the box from the start
     labels = model(images).argmax(1)
     away = (model.weight[1 - labels] - model.weight[labels]).double().numpy()
-    attack = create_attack("pgd", norm="l2", eps=eps, steps=200, random_start=random_start)
+    # Along a sphere a path with the default step, 2.5 eps in all, ends 1.3 % short of the top: give it longer steps.
+    attack = create_attack("pgd", norm="l2", eps=eps, steps=200, alpha=10 * eps / 200, random_start=random_start)
     found = attack(model, images, labels).flatten(1).double().numpy()
     for x, start, w in zip(found, images.flatten(1).double().numpy(), away):
         # The best point of a linear function in ball and box is clip(x + t w) with the largest t in the ball.
@@ -277,7 +278,7 @@ def test_the_highest_loss_met_is_returned(
     highest = values.max(0).values
     torch.testing.assert_close(sign * LOSSES[loss](model(found), towards), highest, rtol=1e-5, atol=1e-5)
     met = torch.stack(recording.shown[1:])
-    assert bool(((met - found).abs().amax((2, 3, 4)) == 0).any(0).all())
+    assert bool(((met - found).abs().amax((2, 3, 4)) <= 1e-6).any(0).all())
 
 
 def test_more_restarts_never_find_less(digits: tuple[nn.Module, Tensor, Tensor]) -> None:
@@ -401,7 +402,7 @@ def test_foolbox(name: str, norm: str, digits: tuple[nn.Module, Tensor, Tensor])
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "mim"])
 def test_a_saturated_softmax_is_counted_and_the_margin_still_moves(name: str) -> None:
-    model = Linear(4, scale=50.0 * 30)  # confident: the cross-entropy is exactly 0 in float32
+    model = Linear(4, scale=50.0 * 400)  # confident: the cross-entropy is exactly 0 in float32
     images = images_of()
     labels = model(images).argmax(1)
     assert float(cross_entropy(model(images), labels).max()) == 0
@@ -436,17 +437,25 @@ class Gradient(Attack):
 
     def perturb(self, problem: Problem) -> Tensor:
         _, gradient, _ = problem.gradient(problem.images, cross_entropy)
-        return (gradient * 2**120).clamp(0, 1)
+        return 0.5 + gradient / 4
 
 
 def test_an_images_gradient_does_not_depend_on_the_batch() -> None:
-    # So small that a mean over 512 images would be rounded to zero.
-    model = Linear(2, scale=2.0**-124)
-    images = images_of(512)
+    model, images = Linear(2), images_of(512)
     labels = torch.zeros(512, dtype=torch.int64)
-    alone = Gradient()(model, images[:1], labels[:1])
-    together = Gradient()(model, images, labels)
-    assert float(alone.max()) > 0
+    alone, together = (Gradient()(model, images[:n], labels[:n]) for n in (1, 512))
+    assert float((alone - 0.5).abs().max()) > 0.01
     torch.testing.assert_close(together[:1], alone)
-    result = create_attack("pgd", norm="l2", eps=0.5, steps=3).run(model, images, labels)
-    assert int(result.zero_gradients.sum()) == 0
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim"])
+def test_a_tiny_gradient_is_a_direction_like_any_other(name: str) -> None:
+    # Its square is zero in float32, and so was the length that one library divides by.
+    images = images_of(4)
+    labels = torch.zeros(4, dtype=torch.int64)
+    options = {} if name == "fgsm" else {"steps": 5}
+    for norm, eps in (("linf", 0.1), ("l2", 0.5)):
+        attack = create_attack(name, norm=norm, eps=eps, loss="margin", **options)
+        tiny = attack.run(Linear(2, scale=2.0**-100), images, labels)
+        torch.testing.assert_close(tiny.images, attack(Linear(2), images, labels), rtol=0, atol=1e-5)
+        assert tiny.zero_gradients.tolist() == [0] * 4

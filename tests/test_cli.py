@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,30 @@ def test_dry_run_shows_recipe_and_cost_and_writes_nothing(tmp_path: Path) -> Non
     assert "PFLOP" in shown
     assert "minutes" in shown
     assert not out.exists()
+
+
+def test_a_wrong_option_is_answered_by_the_parser() -> None:
+    assert "No such option" in run("train", "protect-mnist", "--epochs", "3", code=2)
+    assert "No such command" in run("trian", code=2)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["train-classifier", "classifier-digits", "--out", str(out), "--threads", "1"]
+    command += ["--set", "training.epochs=9999", "--set", "training.checkpoint_seconds=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "unperturb.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 90
+    while not (out / "checkpoint.pt").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Go on with: unperturb train-classifier" in shown
+    assert shown.strip().endswith("--resume")
 
 
 def test_list_names_what_is_registered() -> None:

@@ -428,7 +428,7 @@ def test_two_attacks_of_one_name(recipe: Any) -> None:
     twice = resolve({**recipe.model_dump(mode="json"), "attacks": things})
     with pytest.raises(ValueError, match="two attacks are called 'pgd-2'; give one of them a label"):
         grid_of(twice, "cpu")
-    with pytest.raises(ValueError, match="several attacks would be called the same"):
+    with pytest.raises(ValueError, match="attacks share a name"):
         evaluate(toy(), {"none": Linear()}, [create_attack(**thing) for thing in things])
 
 

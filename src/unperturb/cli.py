@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+RESUMABLE = ("train", "train-classifier", "evaluate")
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -266,28 +267,24 @@ def report(
 
 def main() -> None:
     """Run the command line; a user's mistake is answered in a sentence, not in a traceback."""
-    from unperturb.registry import UnknownNameError
-
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        raise SystemExit(stop.exit_code) from None
+        code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        if hasattr(error, "show"):  # a wrong verb or option, in the words of the parser
+            error.show()
+        elif isinstance(error, ValueError | TypeError | OSError | RuntimeError) and _is_ours(error):
+            errors.print(f"error: {error}", style="red", markup=False)
+        else:
+            raise
+        raise SystemExit(2) from None
+    if code == 130:
         again = " ".join(shlex.quote(a) for a in ["unperturb", *sys.argv[1:]])
-        if any(verb in sys.argv[1:2] for verb in ("train", "train-classifier", "evaluate")) and "--resume" not in again:
+        if sys.argv[1:2] and sys.argv[1] in RESUMABLE and "--resume" not in sys.argv:
             again += " --resume"
         errors.print(f"\nstopped. Go on with: {again}", markup=False)
-        raise SystemExit(130) from None
-    except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
-            raise SystemExit(error.exit_code) from None
-        if isinstance(error, UnknownNameError | ValueError | TypeError | OSError | RuntimeError) and _is_ours(error):
-            errors.print(f"error: {error}", style="red", markup=False)
-            raise SystemExit(2) from None
-        raise
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def _is_ours(error: BaseException) -> bool:

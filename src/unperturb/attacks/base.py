@@ -430,7 +430,9 @@ class BallAttack(Attack):
         """`x` moved by `step` along the steepest ascent of this norm; a zero direction moves nothing."""
         if self.norm == "linf":
             return torch.add(x, direction.sign(), alpha=step)
-        return x + direction * _column(step / l2_norm(direction).clamp(min=1e-12), direction)
+        # First to a size whose square float32 can hold: of a nearly saturated softmax the gradient is tiny, not zero.
+        unit = direction / direction.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-37)
+        return x + unit * _column(step / l2_norm(unit).clamp(min=1e-12), unit)
 
 
 class Best:

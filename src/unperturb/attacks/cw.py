@@ -42,7 +42,9 @@ class CW(Attack):
         if self.confidence < 0 or self.lr <= 0 or self.initial_const <= 0:
             raise ValueError("lr and initial_const must be positive, confidence not negative")
         if not 0 < self.smoothing < 1:
-            raise ValueError(f"smoothing must lie in (0, 1), not {self.smoothing}: at 1 black and white pixels are stuck")
+            raise ValueError(
+                f"smoothing must lie in (0, 1), not {self.smoothing}: at 1 black and white pixels are stuck"
+            )
 
     def perturb(self, problem: Problem) -> Tensor:
         found = problem.images.clone()
