@@ -409,11 +409,11 @@ def test_a_saturated_softmax_is_counted_and_the_margin_still_moves(name: str) ->
     options = {} if name == "fgsm" else {"steps": 4}
     if name == "pgd":
         options["random_start"] = False
-    stuck = create_attack(name, eps=0.01, **options).run(model, images, labels)
+    stuck = create_attack(name, eps=1e-4, **options).run(model, images, labels)
     assert torch.equal(stuck.images, images)
     assert stuck.zero_gradients.tolist() == [stuck.backwards] * len(images)
     for loss in ("margin", "dlr"):
-        moved = create_attack(name, eps=0.01, loss=loss, **options).run(model, images, labels)
+        moved = create_attack(name, eps=1e-4, loss=loss, **options).run(model, images, labels)
         assert moved.zero_gradients.tolist() == [0] * len(images)
         assert bool((margin(model(moved.images), labels) > margin(model(images), labels)).all())
 

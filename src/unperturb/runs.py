@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,11 +170,12 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_run(folder: Path, recipe: Mapping[str, Any], *, resume: bool, ignore: Iterable[str] = ()) -> None:
+def open_run(folder: Path, recipe: Mapping[str, Any], *, resume: bool, about: Mapping[str, Any] | None = None) -> None:
     """Make `folder` the home of the run that `recipe` fixes, or check that it already is.
 
     Raises `RunError` where the folder holds a run and `resume` is off, or holds the run of another recipe (the message
-    names the keys that differ; those in `ignore` may), or holds anything else.
+    names the keys that differ), or holds anything else. about: what else the numbers depend on, kept beside the
+    environment.
     """
     path = folder / "recipe.json"
     if not path.exists():
@@ -182,10 +183,10 @@ def open_run(folder: Path, recipe: Mapping[str, Any], *, resume: bool, ignore: I
         if strangers:
             raise RunError(f"{folder} already holds something else ({', '.join(strangers[:3])}); choose another folder")
         write_json(path, recipe)
-        write_json(folder / "environment.json", environment())
+        write_json(folder / "environment.json", {**environment(), **(about or {})})
         return
     there = read_json(path)
-    differs = [k for k in _differences(there, json.loads(json.dumps(recipe))) if k not in set(ignore)]
+    differs = _differences(there, json.loads(json.dumps(recipe)))
     if differs:
         raise RunError(
             f"{folder} already holds another run (it differs in {', '.join(differs[:5])}); choose another folder"

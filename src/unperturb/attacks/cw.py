@@ -57,7 +57,9 @@ class CW(Attack):
         const = torch.full_like(best.value, self.initial_const)
         low, high = torch.zeros_like(const), torch.full_like(const, torch.inf)
         for _ in range(self.search_steps):
-            w, hit = self._descend(problem, w, const, best)
+            # Adam moves every pixel, by up to lr / 2: no step may be longer than half the distance already met.
+            lr = (best.value.neg().sqrt() / math.sqrt(w[0].numel())).clamp(max=self.lr)
+            w, hit = self._descend(problem, w, const, lr, best)
             low, high = torch.where(hit, low, const), torch.where(hit, const, high)
             const = torch.where(high < torch.inf, (low + high) / 2, const * 10)
         found[standing] = best.images
@@ -68,7 +70,7 @@ class CW(Attack):
         lead = problem.value(logits, margin) - self.confidence
         return lead > 1e-5 * logits.abs().amax(1), lead
 
-    def _descend(self, problem: Problem, start: Tensor, const: Tensor, best: Best) -> tuple[Tensor, Tensor]:
+    def _descend(self, problem: Problem, start: Tensor, const: Tensor, lr: Tensor, best: Best) -> tuple[Tensor, Tensor]:
         """One search step from `start`: where each image's w came to, and whether the image fell on the way."""
         end, hit = start.clone(), torch.zeros_like(const, dtype=torch.bool)
         w, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
@@ -95,8 +97,8 @@ class CW(Attack):
             # Adam, with the two bias corrections.
             m.lerp_(slope, 0.1)
             v.mul_(0.999).addcmul_(slope, slope, value=0.001)
-            lr = self.lr * (0.525 + 0.475 * math.cos(math.pi * step / self.steps)) / (1 - 0.9**step)
-            w.addcdiv_(m, (v / (1 - 0.999**step)).sqrt_().add_(1e-8), value=-lr)
+            size = lr * ((0.525 + 0.475 * math.cos(math.pi * step / self.steps)) / (1 - 0.9**step))
+            w.addcdiv_(m * size[:, None, None, None], (v / (1 - 0.999**step)).sqrt_().add_(1e-8), value=-1)
 
             if self.abort_early and step % max(self.steps // _CHECKS, 1) == 0 and step < self.steps:
                 loss = distance - const * lead.clamp(max=0)
@@ -105,7 +107,7 @@ class CW(Attack):
                 if len(falling) < len(w):
                     end[rows] = w
                     problem = problem.take(falling)
-                    w, m, v, rows, const, lowest = (t[falling] for t in (w, m, v, rows, const, lowest))
+                    w, m, v, rows, const, lr, lowest = (t[falling] for t in (w, m, v, rows, const, lr, lowest))
                     if not len(w):
                         break
         end[rows] = w

@@ -44,6 +44,7 @@ class Grid:
 
     classifiers, defenses: by the name they have in tables. attacks: by label, each with the kinds of knowledge it is
     given. surrogate: name and classifier of a transfer attack. batch: images attacked at once. shard: rows a file.
+    note: what is wrong with this copy of the data, if anything.
     """
 
     data: ImageSet
@@ -55,6 +56,7 @@ class Grid:
     batch: int = 200
     shard: int = 1000
     samples: int = 10
+    note: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def cells(self) -> list[Cell]:

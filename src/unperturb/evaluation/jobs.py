@@ -15,7 +15,7 @@ from unperturb import runs
 from unperturb.attacks.base import Attack, attacks
 from unperturb.classifiers import load_classifier
 from unperturb.config import EvaluationRecipe, Thing, read_recipe, snapshot
-from unperturb.data import ImageSet, load_dataset
+from unperturb.data import ImageSet, known_copy_note, load_dataset
 from unperturb.defenses.base import Defense, Protected, create_defense, load_defense
 from unperturb.devices import FlopCounter, pick_device, probe
 from unperturb.evaluation.adversarials import fingerprint
@@ -76,6 +76,7 @@ def grid_of(recipe: EvaluationRecipe, device: str = "auto") -> Grid:
         shard=recipe.shard,
         samples=recipe.samples,
         device=pick_device(device),
+        note=known_copy_note(splits),
     )
 
 
@@ -133,7 +134,12 @@ def _run(grid: Grid, out: Path, recipe: Mapping[str, Any], resume: bool, progres
         "surrogate": fingerprint(grid.surrogate[1]) if grid.surrogate else None,
     }
     with runs.lock(out):
-        runs.open_run(out, {**recipe, "fingerprints": what}, resume=resume)
+        runs.open_run(
+            out,
+            {**recipe, "fingerprints": what},
+            resume=resume,
+            about={f"data {grid.data.source}": grid.note} if grid.note else None,
+        )
         run_grid(grid, out, progress)
     return runs.read_rows(out)
 
