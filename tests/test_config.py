@@ -206,5 +206,5 @@ def test_recipes_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no recipe at .*nowhere.toml. Recipes that come with the program: .*demo"):
         read_recipe(str(tmp_path / "nowhere.toml"))
     (tmp_path / "broken.toml").write_text("kind = ")
-    with pytest.raises(RecipeError, match=r"broken.toml is not valid TOML: .*line 1"):
+    with pytest.raises(RecipeError, match=r"broken.toml is not valid TOML: Invalid value"):
         read_recipe(str(tmp_path / "broken.toml"))

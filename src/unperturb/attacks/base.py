@@ -24,6 +24,7 @@ attacks: Registry[Attack] = Registry("attack")
 Norm = Literal["linf", "l2"]
 Model = Callable[[Tensor], Tensor]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+Progress = Callable[[int], None]
 
 
 class NonFiniteLogitsError(ValueError):
@@ -136,6 +137,7 @@ class Tally:
     zero_gradients: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     finite: Tensor | None = None
     felled_by: list[str] = field(default_factory=list)
+    progress: Progress | None = None
 
 
 @dataclass
@@ -176,6 +178,8 @@ class Problem:
         self.tally.finite = finite if self.tally.finite is None else self.tally.finite & finite
         self.tally.forwards += 1
         self.tally.queries[self.rows] += 1
+        if self.tally.progress is not None:
+            self.tally.progress(self.tally.forwards)
         return logits
 
     @torch.no_grad()
@@ -316,16 +320,18 @@ class Attack:
         targets: Tensor | None = None,
         index: Tensor | None = None,
         seed: int = 0,
+        progress: Progress | None = None,
     ) -> Tensor:
         """Adversarial images.
 
         model: any callable from images to logits `(N, K)`. images: float `(N, C, H, W)` in [0, 1]. labels: `(N,)`
         true classes. targets: `(N,)` classes to reach. index: `(N,)` each image's number in its data set, which its
-        random draws depend on (default: its place in the batch). seed: of those draws.
+        random draws depend on (default: its place in the batch). seed: of those draws. progress: called after each
+        forward pass with their number so far; nothing is ever printed from inside.
 
         Raises `TypeError` or `ValueError` for inputs that are not so, `NonFiniteLogitsError` for NaN logits.
         """
-        return self._solve(model, images, labels, targets, index, seed)[0]
+        return self._solve(model, images, labels, targets, index, seed, progress)[0]
 
     @final
     def run(
@@ -337,9 +343,10 @@ class Attack:
         targets: Tensor | None = None,
         index: Tensor | None = None,
         seed: int = 0,
+        progress: Progress | None = None,
     ) -> AttackResult:
         """The same images as `__call__`, re-checked by clean forward passes, with what they cost."""
-        x, problem = self._solve(model, images, labels, targets, index, seed)
+        x, problem = self._solve(model, images, labels, targets, index, seed, progress)
         tally = problem.tally
         with frozen(model), torch.no_grad():
             logits, rounded = model(x), model((x * 255).round() / 255)
@@ -364,6 +371,7 @@ class Attack:
         targets: Tensor | None,
         index: Tensor | None,
         seed: int,
+        progress: Progress | None,
     ) -> tuple[Tensor, Problem]:
         check_images(images)
         check_labels(images, labels)
@@ -372,7 +380,7 @@ class Attack:
         if index.shape != labels.shape:
             raise ValueError(f"index must have shape {tuple(labels.shape)}, not {tuple(index.shape)}")
         counts = torch.zeros_like(labels)
-        tally = Tally(queries=counts, zero_gradients=counts.clone())
+        tally = Tally(queries=counts, zero_gradients=counts.clone(), progress=progress)
         rows = torch.arange(len(images), device=images.device)
         problem = Problem(model, images, labels, False, index, seed, tally, rows)
         if not len(images):
