@@ -210,7 +210,9 @@ def test_batch_size_and_order_change_nothing(name: str, norm: str | None) -> Non
 
 
 @every_attack
-def test_run_finds_the_same_and_counts_what_it_spent(name: str, norm: str | None) -> None:
+def test_run_finds_the_same_and_counts_what_it_spent(
+    name: str, norm: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = Linear()
     images, labels = batch()
     calls: list[int] = []
@@ -220,14 +222,17 @@ def test_run_finds_the_same_and_counts_what_it_spent(name: str, norm: str | None
         return model(x)
 
     attack = of(name, norm)
-    result = attack.run(counted, images, labels, seed=2)
+    told: list[int] = []
+    result = attack.run(counted, images, labels, seed=2, progress=told.append)
     assert torch.equal(result.images, attack(model, images, labels, seed=2))
     # The last two calls re-check the answer: as it is, and rounded to 8 bits.
     assert calls[-2:] == [len(images)] * 2
     assert result.forwards == len(calls) - 2
+    assert told == list(range(1, result.forwards + 1))
     assert int(result.queries.sum()) == sum(calls[:-2])
     assert torch.equal(result.success, model(result.images).argmax(1) != labels)
     assert torch.equal(result.success_8bit, model((result.images * 255).round() / 255).argmax(1) != labels)
+    assert capfd.readouterr() == ("", "")  # an attack never prints
 
 
 @every_attack

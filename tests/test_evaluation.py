@@ -23,6 +23,8 @@ from unperturb.classifiers import create_classifier, save_classifier, wrap
 from unperturb.config import resolve
 from unperturb.data import ImageSet, load_dataset
 from unperturb.defenses import Defense, Protected, create_defense, save_defense
+from unperturb.devices import Speed
+from unperturb.evaluation import jobs
 from unperturb.evaluation.adversarials import AdversarialStore, fingerprint, from_16_bit, to_16_bit
 from unperturb.evaluation.grid import Grid, run_grid
 from unperturb.evaluation.jobs import estimate, evaluate, grid_of, label_of, run_evaluation
@@ -432,7 +434,9 @@ def test_two_attacks_of_one_name(recipe: Any) -> None:
         evaluate(toy(), {"none": Linear()}, [create_attack(**thing) for thing in things])
 
 
-def test_cost_of_a_grid_against_a_count_by_hand() -> None:
+def test_cost_of_a_grid_against_a_count_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "probe", lambda device: Speed({("float32", "contiguous"): 10.0}))
+
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

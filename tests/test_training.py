@@ -372,11 +372,8 @@ def test_vectors_do_not_decay(data: Splits, tmp_path: Path) -> None:
 # Batches -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 5, 16, 37, 50, 100])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(("batch", "world"), [(b, w) for b in (1, 5, 16, 37, 50, 100) for w in (1, 2, 3) if w <= b])
 def test_each_image_exactly_once_an_epoch(batch: int, world: int, data: Splits) -> None:
-    if world > batch:
-        pytest.skip("fewer images than devices")
     few = data.train.take(torch.arange(37))
     sampler = Sampler(few, batch, 5, Augmentation(), torch.device("cpu"))
     order: list[int] = []
@@ -522,9 +519,10 @@ def test_devices() -> None:
 
 def test_a_run_folder_rebuilds_what_was_trained(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
     images, labels = data.val.batch(torch.arange(len(data.val)))
-    trained, outcome = jobs.train_classifier(classifier_recipe(steps=40), data, out=tmp_path / "c", device="cpu")
+    recipe = classifier_recipe(steps=40, batch=64, lr=0.01)
+    trained, outcome = jobs.train_classifier(recipe, data, out=tmp_path / "c", device="cpu")
     assert torch.equal(load_classifier(tmp_path / "c")(images), trained(images))
-    assert outcome.validation["score"] == float((trained(images).argmax(1) == labels).float().mean())
+    assert outcome.validation["score"] == pytest.approx(float((trained(images).argmax(1) == labels).float().mean()))
     assert outcome.validation["score"] > 0.3  # ten classes
 
     before = snapshot(classifier)

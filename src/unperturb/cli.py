@@ -211,7 +211,8 @@ def _show_outcome(outcome: Any, out: Path) -> None:
     console.print(
         f"{out}: {outcome.steps} steps in {outcome.seconds:g} s, {outcome.images_per_second:g} images/s, "
         f"{outcome.pflop:g} PFLOP, {outcome.gflops:g} GFLOP/s = {outcome.share:.0%} of a plain convolution "
-        f"({outcome.precision}, {outcome.memory_format}); validation: {validation}",
+        f"({outcome.precision}, {outcome.memory_format}); validation: {validation}"
+        + (f"; test: {100 * outcome.test['accuracy']:.2f} % of {outcome.test['n']}" if outcome.test else ""),
         markup=False,
     )
 

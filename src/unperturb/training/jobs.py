@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,13 @@ def decided(recipe: Any, task: Task, out: Path, resume: bool) -> Any:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
-    """Share of `images` that `model` gives their label."""
-    hits = [(model(x).argmax(1) == y).sum() for x, y in zip(images.split(batch), labels.split(batch))]
-    return float(torch.stack(hits).sum()) / len(images)
+def accuracy(model: nn.Module, data: ImageSet, device: torch.device, batch: int = 500) -> float:
+    """Share of the images of `data` that `model` gives their label."""
+    right = 0
+    for rows in torch.arange(len(data)).split(batch):
+        images, labels = data.batch(rows, device)
+        right += int((model(images).argmax(1) == labels).sum())
+    return right / len(data)
 
 
 # Classifiers --------------------------------------------------------------------------------------------------------
@@ -122,23 +125,25 @@ def train_classifier(
     """Train a classifier into the run folder `out`; `unperturb.load_classifier(out)` rebuilds it.
 
     recipe: a name, a path, or the recipe itself. data: what `load_dataset` returns (default: the recipe's). Returns
-    the classifier in eval mode and what it cost; `Outcome.validation["score"]` is its accuracy on validation images.
+    the classifier in eval mode and what it cost, with its accuracy on validation and, measured once, on test images.
     """
     plan: ClassifierRecipe = read_recipe(recipe, overrides, "classifier") if isinstance(recipe, str) else recipe
     out = Path(out)
     data = data or load_dataset(plan.dataset, size=plan.size)
     task = classifier_task(plan, data, device)
     plan = decided(plan, task, out, resume)
-    held_out = data.val.batch(torch.arange(len(data.val)), pick_device(device))
 
     def validate() -> dict[str, float]:
-        return {"score": accuracy(task.classifier.eval(), *held_out)}
+        return {"score": accuracy(task.classifier.eval(), data.val, pick_device(device))}
 
     with _run_folder(out, plan, resume):
         outcome = train(
             task, plan.training, out, seed=plan.seed, device=device, devices=devices,
             validate=validate, show=show, progress=progress,
         )  # fmt: skip
+        # Once, after everything is decided; nothing looks at this number again.
+        right = accuracy(task.classifier.eval(), data.test, pick_device(device))
+        outcome = replace(outcome, test={"accuracy": round(right, 5), "n": len(data.test)})
         about = {"dataset": plan.dataset, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
         assert isinstance(task.classifier, Classifier)
         save_classifier(out, task.classifier, about)
@@ -233,8 +238,8 @@ def _defense_validation(
             shown = {"clean": images} | {f"{m[0]}-{i}": adversarial(turn, i) for i, m in enumerate(mixture)}
             for name, x in shown.items():
                 with torch.no_grad():
-                    x = torch.cat([defense.purify(part) for part in x.split(250)])
-                figures.setdefault(name, []).append(accuracy(classifier, x, labels))
+                    found = torch.cat([classifier(defense.purify(part)).argmax(1) for part in x.split(250)])
+                figures.setdefault(name, []).append(float((found == labels).float().mean()))
         means = {k: sum(v) / len(v) for k, v in figures.items()}
         return {**means, "score": sum(means.values()) / len(means)}
 

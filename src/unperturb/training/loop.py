@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Outcome:
     memory_format: str
     kept_step: int
     validation: dict[str, float]
+    test: dict[str, float] = field(default_factory=dict)
 
 
 def total_steps(settings: Training, n: int) -> int:
@@ -387,7 +388,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _diverged(step: int, player: str, terms: Mapping[str, Tensor], checkpoint: Path) -> str:
-    listed = ", ".join(f"{k} = {float(v):.4g}" for k, v in terms.items())
+    listed = ", ".join(f"{k} = {float(v.detach()):.4g}" for k, v in terms.items())
     last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
     return (
         f"the loss of the {player} is not a number at step {step}: {listed}; {last}. "
