@@ -281,6 +281,18 @@ def test_the_highest_loss_met_is_returned(
     assert bool(((met - found).abs().amax((2, 3, 4)) <= 1e-6).any(0).all())
 
 
+def test_success_is_judged_again_after_rounding_to_8_bits() -> None:
+    def fine(x: Tensor) -> Tensor:  # decides at a third of a grey level
+        lead = 1e5 * (x.mean((1, 2, 3)) - 100.33 / 255)
+        return torch.stack([-lead, lead], 1)
+
+    images, labels = torch.full((2, *SHAPE), 100 / 255), torch.zeros(2, dtype=torch.int64)
+    for eps, survives in ((0.4 / 255, False), (0.6 / 255, True)):
+        result = create_attack("fgsm", eps=eps).run(fine, images, labels)
+        assert result.success.tolist() == [True, True]
+        assert result.success_8bit.tolist() == [survives, survives]
+
+
 def test_more_restarts_never_find_less(digits: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, images, labels = digits
     last, gained = torch.full((len(images),), -math.inf), 0

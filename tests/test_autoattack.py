@@ -133,6 +133,19 @@ def test_apgd_reaches_the_optimum_of_a_linear_model(norm: str, eps: float, toler
         torch.testing.assert_close(adv.double()[moved], best[moved], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.2), ("l2", 0.8)])
+def test_apgd_halves_its_step_until_it_sits_on_a_peak_inside_the_ball(norm: str, eps: float) -> None:
+    x, y = torch.full((6, 1, 4, 4), 0.5), torch.zeros(6, dtype=torch.int64)
+    peak = x + 0.15 * (2 * torch.rand(x.shape) - 1)
+
+    def hill(images: Tensor) -> Tensor:
+        return torch.stack([torch.zeros(6), -(images - peak).square().sum((1, 2, 3))], 1)
+
+    adv = attacks.create("apgd", norm=norm, eps=eps, loss="margin")(hill, x, y)
+    # The first step is 2 eps, the last 2 eps / 128: a step that stays as it is jumps to and fro at a distance of eps.
+    assert (adv - peak).abs().max() < eps / 20
+
+
 @pytest.mark.parametrize(("classes", "loss"), [(2, "dlr"), (3, "dlr"), (5, "margin")])
 def test_apgd_t_reaches_the_best_class_of_a_linear_model(classes: int, loss: str) -> None:
     model, x = Linear(classes, seed=3), images_on_the_box(10)

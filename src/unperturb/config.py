@@ -41,6 +41,7 @@ class Training(_Settings):
     batch: int = Field(128, gt=0, description="Images a step, over all devices together.")
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="Which update.")
     lr: float = Field(1e-3, gt=0, description="Highest learning rate.")
+    vector_lr: float = Field(1.0, gt=0, description="Times lr for biases and other vectors.")
     betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's averaging; with sgd the first is the momentum.")
     weight_decay: float = Field(0.0, ge=0, description="Decay of matrices and kernels; vectors are never decayed.")
     schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="The way down after the warm-up.")

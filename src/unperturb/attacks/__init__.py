@@ -1,7 +1,42 @@
 """Attacks. A new one is one file and one line here."""
 
-from unperturb.attacks import fgsm, mim, pgd
+from unperturb.attacks import (
+    apgd,
+    autoattack,
+    cw,
+    ddn,
+    deepfool,
+    fab,
+    fgsm,
+    jsma,
+    mim,
+    noise,
+    patch,
+    pgd,
+    rays,
+    square,
+)
 from unperturb.attacks.base import Attack, AttackResult, attacks, create_attack
 from unperturb.contract import budget
 
-__all__ = ["Attack", "AttackResult", "attacks", "budget", "create_attack", "fgsm", "mim", "pgd"]
+__all__ = [
+    "Attack",
+    "AttackResult",
+    "apgd",
+    "attacks",
+    "autoattack",
+    "budget",
+    "create_attack",
+    "cw",
+    "ddn",
+    "deepfool",
+    "fab",
+    "fgsm",
+    "jsma",
+    "mim",
+    "noise",
+    "patch",
+    "pgd",
+    "rays",
+    "square",
+]

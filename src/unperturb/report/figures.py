@@ -12,7 +12,6 @@ from unperturb.runs import write_atomically
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-    from torch import Tensor
 
 # Okabe and Ito's palette: told apart by color-blind readers too. Signs and hatches repeat what color says.
 RIGHT, WRONG, BARE = "#0072B2", "#C44E00", "#8A8A8A"
@@ -22,7 +21,7 @@ DPI = 120
 CLEAN, ADVERSARIAL, RESTORED = 0, 1, 3
 
 
-def restored_figure(cell: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = "Ours") -> Figure:
+def restored_figure(cell: Mapping[str, Any], tensors: Mapping[str, Any], name: str = "Ours") -> Figure:
     """Rows "Normal", "Adv" and `name`: the first ten sampled images clean, attacked, and attacked then purified.
 
     Under each its predicted class, blue with a tick where right, orange with a cross where wrong. cell, tensors: one
@@ -47,7 +46,7 @@ def restored_figure(cell: Mapping[str, Any], tensors: Mapping[str, Tensor], name
     return figure
 
 
-def confidence_figure(cell: Mapping[str, Any], tensors: Mapping[str, Tensor], examples: int = 3) -> Figure:
+def confidence_figure(cell: Mapping[str, Any], tensors: Mapping[str, Any], examples: int = 3) -> Figure:
     """Clean -> adversarial -> restored, with the confidence in the true label under each image.
 
     Shown are the first `examples` sampled images that are right when clean and wrong in the model that was attacked
@@ -158,7 +157,7 @@ def _bars(axes: Any, block: pd.DataFrame, defense: str) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _show(axes: Any, image: Tensor) -> None:
+def _show(axes: Any, image: Any) -> None:
     """One uint8 `(C, H, W)` image, framed, without ticks."""
     pixels = image.numpy().transpose(1, 2, 0)
     gray = pixels.shape[2] == 1

@@ -131,9 +131,11 @@ def fastest(task: Task, precision: str = "auto", memory_format: str = "auto") ->
 
 
 def _optimizer(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in network.parameters() if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in network.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    kernels = [p for p in network.parameters() if p.dim() >= 2]
+    vectors = [p for p in network.parameters() if p.dim() < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": kernels, "weight_decay": settings.weight_decay, "scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "scale": settings.vector_lr},
     ]
     groups = [g for g in groups if g["params"]]
     if settings.optimizer == "sgd":
@@ -241,6 +243,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
     step, seconds, kept_step, validation = 0, 0.0, 0, {}
+    sums: dict[str, Tensor] = {}  # of the loss terms since the last log line, at (step, seconds)
+    since = (0, 0.0)
     best: State | None = None
     best_score = -math.inf
     if checkpoint.exists():
@@ -250,6 +254,7 @@ def train(
             optimizer.load_state_dict(saved["optimizers"][name])
         average, best, best_score = saved["average"], saved["best"], saved["best_score"]
         step, seconds, kept_step, validation = (saved[k] for k in ("step", "seconds", "kept_step", "validation"))
+        sums, since = saved["sums"], (saved["since"][0], saved["since"][1])
     log = _Log(folder / "log.jsonl", step, show if rank == 0 else None) if rank == 0 else None
 
     def keep_checkpoint() -> None:
@@ -264,12 +269,12 @@ def train(
                 "seconds": seconds,
                 "kept_step": kept_step,
                 "validation": validation,
+                "sums": sums,
+                "since": since,
             }
             runs.write_atomically(checkpoint, lambda p: _save(state, p))
 
     # Steps.
-    sums: dict[str, Tensor] = {}
-    since = (step, seconds)
     saved_at = time.monotonic()
     every = max(1, round((settings.validate_every or 0) * n / settings.batch))
     while step < steps:
@@ -284,7 +289,7 @@ def train(
                     raise DivergedError(_diverged(step, player, terms, checkpoint))
                 optimizer = optimizers[player]
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["scale"]
                 optimizer.zero_grad()
                 fabric.backward(loss)
                 if settings.clip is not None:

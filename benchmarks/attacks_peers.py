@@ -1,8 +1,8 @@
 """The other attack libraries with the settings of ours: `PEERS[library](net, example, classes)[kind](ours)`.
 
-In Linf, but for the minimal-norm attacks that know L2 alone. What comes out takes images, labels and targets (of which an untargeted attack reads only the labels) and returns
-adversarial images. Everything that a library can do once per model is done before the clock starts, and its own
-re-checks are left out where it has a way to.
+In Linf, but for the minimal-norm attacks that know L2 or L0 alone. What comes out takes images, labels and targets (of
+which an untargeted attack reads only the labels) and returns adversarial images. Everything that a library can do once
+per model is done before the clock starts, and its own re-checks are left out where it has a way to.
 """
 
 from __future__ import annotations

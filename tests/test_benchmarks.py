@@ -1,0 +1,42 @@
+"""The benchmark of the attacks runs, and writes what it says it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attacks.py"
+
+
+@pytest.mark.slow
+def test_the_attack_benchmark_runs_ours_beside_the_peers(tmp_path: Path) -> None:
+    out = tmp_path / "attacks.json"
+    command = [sys.executable, SCRIPT, "--quick", "--attacks", "fgsm", "--sizes", "28", "--out", out]
+    environment = {**os.environ, "COLUMNS": "140"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+    record = json.loads(out.read_text(encoding="utf-8"))
+    rows = {row["library"]: row for row in record["rows"]}
+    assert {"ours", "ours, twin", "torchattacks", "foolbox", "ART"} <= set(rows)
+    assert record["environment"]["threads"] == 1
+    assert record["models"][0]["images"] == [16, 1, 28, 28]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    for row in rows.values():
+        assert "error" not in row, row
+        assert row["passes"] == 1
+        assert row["overhead"]["median"] > 0
+        # One step of the sign of the gradient: any implementation finds the same images.
+        assert row["success"] == rows["ours"]["success"]
+        assert row["distance"] == pytest.approx(0.1, abs=1e-6)
+        assert row["images_per_second"] == pytest.approx(16 / row["seconds"]["median"])
+    assert 0 < rows["ours"]["success"] <= 1
+    assert rows["ours"]["times_ours"] == 1
+    slower = any(row["times_ours"] < 1 for name, row in rows.items() if not name.startswith("ours"))
+    assert bool(record["loses"]) == slower
+    assert "ours, twin" in done.stdout
