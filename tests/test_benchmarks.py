@@ -29,14 +29,15 @@ def test_the_attack_benchmark_runs_ours_beside_the_peers(tmp_path: Path) -> None
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     for row in rows.values():
         assert "error" not in row, row
-        assert row["passes"] == 1
+        assert row["passes"] == pytest.approx(1)
         assert row["overhead"]["median"] > 0
-        # One step of the sign of the gradient: any implementation finds the same images.
-        assert row["success"] == rows["ours"]["success"]
+        # One step of the sign of the gradient: any implementation finds the same images, but for a zero's sign.
+        assert row["success"] == pytest.approx(rows["ours"]["success"], abs=1 / 16)
         assert row["distance"] == pytest.approx(0.1, abs=1e-6)
         assert row["images_per_second"] == pytest.approx(16 / row["seconds"]["median"])
     assert 0 < rows["ours"]["success"] <= 1
     assert rows["ours"]["times_ours"] == 1
-    slower = any(row["times_ours"] < 1 for name, row in rows.items() if not name.startswith("ours"))
-    assert bool(record["loses"]) == slower
+    for name in ("torchattacks", "foolbox", "ART"):
+        told = [line for line in record["loses"] if f"against {name}: slower" in line]
+        assert len(told) == (rows[name]["times_ours"] < 1)
     assert "ours, twin" in done.stdout
