@@ -296,14 +296,18 @@ def test_deepfool_images_leave_when_they_have_fallen(cnn: tuple[nn.Module, Tenso
 # C&W ------------------------------------------------------------------------------------------------------------------
 
 
-def test_cw_is_near_the_closed_form_on_a_linear_model() -> None:
-    model, images = Linear(), grey(16)
+@pytest.mark.parametrize("classes", [2, 4])
+def test_cw_is_near_the_closed_form_on_a_linear_model(classes: int) -> None:
+    model = Linear(classes)
+    images = grey(16, model)
     labels = model(images).argmax(1)
     result = CW().run(model, images, labels)
     ratio = distance(result.images, images) / closed_form(model, images, labels).amin(1)
     assert bool(result.success.all())
     assert float(ratio.min()) >= 1
-    assert float(ratio.max()) < 1.02
+    assert float(ratio.median()) < 1.01
+    # It may come to rest on the boundary with another rival that is nearly as near.
+    assert float(ratio.max()) < (1.02 if classes == 2 else 1.06)
 
 
 def test_cw_moves_pixels_that_are_exactly_0_or_1() -> None:
