@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from attacks_cases import NETS, SPENT, Case, Field, cases, line_up, prepare
 from attacks_peers import MODULES, PEERS, Makers, Run
 from attacks_report import OURS, TWIN, loses, marks, plot, print_table
+from unperturb.attacks.base import BallAttack
 from unperturb.attacks.deepfool import DeepFool
 from unperturb.attacks.jsma import JSMA
 from unperturb.runs import environment, write_json
@@ -165,7 +166,7 @@ def measure(case: Case, field: Field, options: argparse.Namespace) -> list[dict[
         row |= {"seconds": spread(seconds[who]), "images_per_second": len(images) / statistics.median(seconds[who])}
         row |= {"passes": statistics.median(units), "overhead": spread(overheads[who]) if passes[0] else None}
         row["times_ours"] = statistics.median(seconds[who]) / statistics.median(seconds[OURS] or [math.nan])
-        rows.append(row | told(judged[who], judged.get(OURS, judged[who])) | {"norm": case.norm})
+        rows.append(row | told(case, judged[who], judged.get(OURS, judged[who])))
     return rows
 
 
@@ -173,8 +174,9 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": len(values)}
 
 
-def told(mine: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Any]:
-    """Shares and mean distances; also on the images that both this library and ours felled, the fair comparison."""
+def told(case: Case, mine: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Any]:
+    """Shares and mean distances: over all images where the budget is fixed, else over those that fell; and over those
+    that both this library and ours felled, the fair comparison."""
 
     def mean(of: dict[str, Tensor], where: Tensor) -> float | None:
         return float(of["distance"][where].mean()) if bool(where.any()) else None
@@ -183,7 +185,8 @@ def told(mine: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Any]:
     shares = {k: float(mine[v].float().mean()) for k, v in (("success", "fell"), ("success_8bit", "fell_8bit"))}
     return shares | {
         "outside": int(mine["outside"].sum()),
-        "distance": mean(mine, mine["fell"]),
+        "norm": case.norm,
+        "distance": mean(mine, mine["fell"] | isinstance(case.attack, BallAttack)),
         "distance_where_both_fell": {"this": mean(mine, both), "ours": mean(ours, both), "n": int(both.sum())},
     }
 

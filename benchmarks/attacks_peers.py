@@ -112,6 +112,7 @@ def of_foolbox(net: nn.Module, example: Tensor, classes: int) -> Makers:
         ),
         "CW": cw,
         "DDN": lambda a: run(fa.DDNAttack(init_epsilon=a.init_norm, steps=a.steps, gamma=a.gamma)),
+        # Scaled by the largest signed value, so that the negative ones may leave the ball.
         "Noise": lambda a: run(fa.LinfAdditiveUniformNoiseAttack(), epsilon=a.eps),
     }
 
@@ -191,7 +192,7 @@ def of_art(net: nn.Module, example: Tensor, classes: int) -> Makers:
         "MIM": mim,
         "DeepFool": deepfool,
         "CW": cw,
-        # Not the paper's map: it multiplies no sums of pairs.
+        # Not the paper's map: the two largest slopes of the target, whatever they do to the other classes.
         "JSMA": lambda a: run(
             evasion.SaliencyMapMethod(model, theta=a.theta, gamma=a.gamma, batch_size=size, verbose=False), aimed=True
         ),

@@ -136,7 +136,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Bars of overhead, a panel per model; over a peer's bar how many times ours' seconds it takes."""
+    """Bars of overhead from 1 up or down, a panel per model; over a peer's bar how many times ours' seconds it takes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -162,30 +162,30 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def _panel(axes: Any, model: str, attacks: dict[str, dict[str, Row]]) -> None:
     at, ticks = 0.0, []
-    highest = 1.0
+    lowest, highest = 1.0, 1.0
     for line in attacks.values():
         ticks.append(at + (len(line) - 1) / 2)
         for name, row in line.items():
             value = row["overhead"]
             spread = [[value["median"] - value["min"]], [value["max"] - value["median"]]]
-            axes.bar(at, value["median"], 0.9, color=COLORS[name], label=name)
+            axes.bar(at, value["median"] - 1, 0.9, bottom=1, color=COLORS[name], label=name)
             axes.errorbar(at, value["median"], spread, fmt="none", ecolor="#222222", elinewidth=1, capsize=2)
             if name not in (OURS, TWIN):
                 times = row["times_ours"]
                 axes.annotate(
                     f"{times:.0f}x" if times >= 9.95 else f"{times:.2g}x",
-                    (at, value["max"]),
+                    (at, max(value["max"], 1)),
                     (0, 3),
                     textcoords="offset points",
                     ha="center",
                     fontsize=7.5,
                 )
-            highest = max(highest, value["max"])
+            lowest, highest = min(lowest, value["min"]), max(highest, value["max"])
             at += 1
         at += 1
     axes.axhline(1, color="#222222", linewidth=0.9, linestyle="--")
     axes.set_yscale("log")
-    axes.set_ylim(0.3, 6 * highest)
+    axes.set_ylim(min(0.6, 0.9 * lowest), 6 * highest)  # room for the legend
     axes.set_xlim(-1, at - 1)
     axes.set_xticks(ticks, list(attacks), fontsize=9)
     axes.tick_params(axis="x", length=0)
