@@ -212,7 +212,7 @@ def test_the_least_recently_used_leaves_first(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1  # the one just made stays
 
 
-def test_a_fingerprint_is_of_structure_and_weights() -> None:
+def test_a_fingerprint_is_of_structure_weights_and_options() -> None:
     model = Linear(0)
     assert fingerprint(model) == fingerprint(Linear(0))
     assert fingerprint(model) != fingerprint(Linear(1))
@@ -221,6 +221,14 @@ def test_a_fingerprint_is_of_structure_and_weights() -> None:
         fingerprint(Protected(model, purifier(1))),
     )
     assert fingerprint(wrap(model, [0.5], [0.2])) != fingerprint(wrap(model, [0.4], [0.2]))
+    # The same weights and layers, but another option that shows in neither.
+    soft, sharp = (
+        create_defense("paired_gan", channels=1, generator={"name": "unet", "output": "threshold", "sharpness": s})
+        for s in (4.0, 8.0)
+    )
+    sharp.load_state_dict(soft.state_dict())
+    assert fingerprint(soft) != fingerprint(sharp)
+    assert fingerprint(Protected(model, soft)) != fingerprint(Protected(model, sharp))
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------

@@ -233,7 +233,8 @@ def test_a_folder_with_strangers_is_refused(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c", "d", "thesis.txt"]
 
 
-def test_a_locked_empty_folder_may_be_opened(tmp_path: Path) -> None:
+def test_a_locked_folder_may_be_opened_even_after_a_kill(tmp_path: Path) -> None:
+    (tmp_path / ".recipe.json.123.tmp").write_text("{")
     with runs.lock(tmp_path):
         runs.open_run(tmp_path, RECIPE, resume=False)
 

@@ -179,7 +179,8 @@ def open_run(folder: Path, recipe: Mapping[str, Any], *, resume: bool, about: Ma
     """
     path = folder / "recipe.json"
     if not path.exists():
-        strangers = sorted(p.name for p in folder.iterdir() if p.name != ".lock") if folder.exists() else []
+        # Hidden files are the lock, and what a run that was killed at its start left half written.
+        strangers = sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.exists() else []
         if strangers:
             raise RunError(f"{folder} already holds something else ({', '.join(strangers[:3])}); choose another folder")
         write_json(path, recipe)

@@ -26,7 +26,7 @@ _RISES = 0.75  # rho of condition 1: the share of steps that must raise the loss
 
 
 def checkpoints(steps: int) -> list[int]:
-    """The steps after which the step size may be halved: w_j = ceil(p_j steps), section 3."""
+    """The steps after which the step size may be halved: w_j = ceil(p_j steps)."""
     last, now, found = 0, 22, []  # p_j in hundredths: floats would round 22.000000000000004 up to 23
     while now < 100:
         found.append(-(-now * steps // 100))
@@ -45,10 +45,10 @@ def rivals(problem: Problem, logits: Tensor, count: int) -> Tensor:
 def lead(problem: Problem, rival: Tensor, *, scaled: bool = False) -> LossFunction:
     """The loss of an attacker who aims at the classes `rival` `(N,)`: their logit minus the label's.
 
-    scaled: over the largest minus the mean of the third and fourth logit, the targeted DLR loss (Croce & Hein 2020,
-    equation 7); with fewer than four classes not, since over the largest minus the third of three the loss is constant,
-    and its gradient zero, wherever label and rival are first and last. In a targeted problem, whose labels are the
-    rivals, it is the lead over all other classes.
+    scaled: over the largest minus the mean of the third and fourth logit, the targeted DLR loss (Croce & Hein 2020);
+    with fewer than four classes not, since over the largest minus the third of three the loss is constant, and its
+    gradient zero, wherever label and rival are first and last. In a targeted problem, whose labels are the rivals, it
+    is the lead over all other classes.
     """
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class APGDT(APGD):
     loss: `"dlr"` (targeted DLR) or `"margin"` (plain difference of logits; used for two or three classes anyway).
     target_classes: how many, the strongest others on the clean image first, at most all of them.
 
-    Source: Croce & Hein 2020, section 4 and equation (7).
+    Source: Croce & Hein 2020, the targeted DLR loss.
     """
 
     loss: str = "dlr"

@@ -29,7 +29,7 @@ class AutoAttack(BallAttack):
     others. queries: of Square. With two classes DLR gives way to the margin.
 
     An image that never falls comes back as the one with the highest margin met; `AttackResult.felled_by` names who
-    felled the others. Each member judges by the margin, so `loss` has no say. Source: Croce & Hein 2020, section 6.
+    felled the others. Each member judges by the margin, so `loss` has no say. Source: Croce & Hein 2020.
     """
 
     loss: str = "margin"

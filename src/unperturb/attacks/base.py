@@ -55,7 +55,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """Difference of logits ratio: the margin over (largest - third largest logit), blind to the logits' scale.
 
-    Raises `ValueError` for fewer than three classes. Source: Croce & Hein 2020, equation (6).
+    Raises `ValueError` for fewer than three classes. Source: Croce & Hein 2020.
     """
     if logits.shape[1] < 3:
         raise ValueError(f"the dlr loss needs at least 3 classes, the model has {logits.shape[1]}; use loss='margin'")

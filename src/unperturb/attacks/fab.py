@@ -59,7 +59,7 @@ class FAB(Attack):
     after a success.
 
     Source: Croce & Hein 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack",
-    algorithm 1; aimed at one class after the other as in "Reliable evaluation of adversarial robustness", section 5.
+    algorithm 1; aimed at one class after the other as in "Reliable evaluation of adversarial robustness".
     """
 
     norm: Norm = "linf"

@@ -29,7 +29,7 @@ class PatchAttack(Attack):
     the sign of the momentum. loss: what is maximized.
 
     Without eot the patch with the highest loss met is returned, with it the last one: a mean over few placements tells
-    more of the placements than of the patch. Source: Brown et al. 2017, "Adversarial patch", equation (1).
+    more of the placements than of the patch. Source: Brown et al. 2017, "Adversarial patch".
     """
 
     area: float = 0.05

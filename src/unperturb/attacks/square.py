@@ -12,8 +12,8 @@ from torch import Tensor
 from unperturb import draws
 from unperturb.attacks.base import BallAttack, Problem, attacks, l2_norm, margin
 
-# The share of pixels under the square is halved after so many of 10,000 queries (section 3.2; the authors' code
-# halves after 500 too).
+# The share of pixels under the square is halved after so many of 10,000 queries (after 500 in the
+# authors' code alone).
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -24,8 +25,10 @@ def cache_folder() -> Path:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of a module's structure and weights."""
+    """A hash of a module's structure, options and weights."""
     digest = hashlib.sha256(str(module).encode())
+    for part in module.modules():  # options that show in no layer and no weight, such as a filter's strength
+        digest.update(json.dumps(getattr(part, "spec", None), sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
