@@ -136,7 +136,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Bars of overhead from 1 up or down, a panel per model; over a peer's bar how many times ours' seconds it takes."""
+    """Bars of overhead from 1 up or down, a panel per model; over a peer's bar, its seconds as a multiple of ours."""
     import matplotlib
 
     matplotlib.use("Agg")

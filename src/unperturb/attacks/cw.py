@@ -11,6 +11,7 @@ from torch import Tensor
 from unperturb.attacks.base import Attack, Best, Problem, attacks, margin
 
 _CHECKS = 10  # how often per search step the loss is asked whether it still falls
+_SHARPNESS = 40.0  # of the smooth maximum over rivals, times the label's lead on the clean image
 
 
 @attacks.register("cw")
@@ -49,10 +50,11 @@ class CW(Attack):
 
     def perturb(self, problem: Problem) -> Tensor:
         found = problem.images.clone()
-        standing = (~self._fallen(problem, problem.logits(found))[0]).nonzero().squeeze(1)
+        fallen, lead = self._fallen(problem, problem.logits(found))
+        standing = (~fallen).nonzero().squeeze(1)
         if not len(standing):
             return found
-        problem = problem.take(standing)
+        problem, sharpness = problem.take(standing), _SHARPNESS / lead[standing].abs().clamp(min=1e-12)
         best = Best(problem.images)
         w = torch.atanh((2 * problem.images - 1) * self.smoothing)
         const = torch.full_like(best.value, self.initial_const)
@@ -60,7 +62,7 @@ class CW(Attack):
         for _ in range(self.search_steps):
             # Adam moves every pixel, by up to lr / 2: no step may be longer than half the distance already met.
             lr = (best.value.neg().sqrt() / math.sqrt(w[0].numel())).clamp(max=self.lr)
-            w, hit = self._descend(problem, w, const, lr, best)
+            w, hit = self._descend(problem, w, const, lr, sharpness, best)
             low, high = torch.where(hit, low, const), torch.where(hit, const, high)
             const = torch.where(high < torch.inf, (low + high) / 2, const * 10)
         found[standing] = best.images
@@ -71,7 +73,9 @@ class CW(Attack):
         lead = problem.value(logits, margin) - self.confidence
         return lead > 1e-5 * logits.abs().amax(1), lead
 
-    def _descend(self, problem: Problem, start: Tensor, const: Tensor, lr: Tensor, best: Best) -> tuple[Tensor, Tensor]:
+    def _descend(
+        self, problem: Problem, start: Tensor, const: Tensor, lr: Tensor, sharpness: Tensor, best: Best
+    ) -> tuple[Tensor, Tensor]:
         """One search step from `start`: where each image's w came to, and whether the image fell on the way."""
         end, hit = start.clone(), torch.zeros_like(const, dtype=torch.bool)
         w, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
@@ -89,11 +93,11 @@ class CW(Attack):
             hit[rows] |= fallen
 
             # The gradient of the hinge, then of the distance, then through tanh. Where several rivals are near, their
-            # mixture leads to nearer images than the leader of the moment: a softmax stands for the maximum (measured
-            # on digits: 3 % less distance). The cut to [0, 1] is left out: a pixel pushed past it must come back.
+            # mixture leads to nearer images than the leader of the moment: a softmax, its sharpness in units of the lead
+            # to be made up, stands for the maximum. The cut to [0, 1] is left out: a pixel pushed past it must come back.
             labels = problem.labels[:, None]
             pull = torch.where(lead < 0, -const if problem.targeted else const, 0.0)[:, None]
-            rivals = logits_now.scatter(1, labels, -torch.inf).softmax(1)
+            rivals = (logits_now.scatter(1, labels, -torch.inf) * sharpness[:, None]).softmax(1)
             weights = (rivals * -pull).scatter_(1, labels, pull)
             slope = problem.backward(point, logits, weights).add_(delta, alpha=2).mul_(1 - bend.square_())
 
@@ -110,7 +114,8 @@ class CW(Attack):
                 if len(falling) < len(w):
                     end[rows] = w
                     problem = problem.take(falling)
-                    w, m, v, rows, const, lr, lowest = (t[falling] for t in (w, m, v, rows, const, lr, lowest))
+                    state = (w, m, v, rows, const, lr, sharpness, lowest)
+                    w, m, v, rows, const, lr, sharpness, lowest = (t[falling] for t in state)
                     if not len(w):
                         break
         end[rows] = w
