@@ -93,8 +93,9 @@ class CW(Attack):
             hit[rows] |= fallen
 
             # The gradient of the hinge, then of the distance, then through tanh. Where several rivals are near, their
-            # mixture leads to nearer images than the leader of the moment: a softmax, its sharpness in units of the lead
-            # to be made up, stands for the maximum. The cut to [0, 1] is left out: a pixel pushed past it must come back.
+            # mixture leads to nearer images than the leader of the moment: a softmax, its sharpness in units of the
+            # lead to be made up, stands for the maximum. The cut to [0, 1] is left out: a pixel pushed past it must
+            # come back.
             labels = problem.labels[:, None]
             pull = torch.where(lead < 0, -const if problem.targeted else const, 0.0)[:, None]
             rivals = (logits_now.scatter(1, labels, -torch.inf) * sharpness[:, None]).softmax(1)
