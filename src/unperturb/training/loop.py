@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from unperturb import runs
 from unperturb.config import Training
 from unperturb.devices import FlopCounter, probe, set_layout
+from unperturb.training.muon import Muon
 from unperturb.training.objectives import Task
 
 State = dict[str, dict[str, Tensor]]
@@ -140,7 +141,7 @@ def _optimizer(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
     groups = [g for g in groups if g["params"]]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.betas[0], nesterov=settings.betas[0] > 0)
-    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}[settings.optimizer]
     return kind(groups, lr=settings.lr, betas=settings.betas)
 
 
