@@ -15,7 +15,7 @@ from unperturb.defenses.networks import ApeDiscriminator, ApeGenerator
 
 
 def mse(x_fake: Tensor, x_real: Tensor) -> Tensor:
-    """Mean squared error over the pixels of the batch. Source: Shen et al. 2017, equation (6)."""
+    """Mean squared error over the pixels of the batch. Source: Shen et al. 2017."""
     return F.mse_loss(x_fake, x_real)
 
 
@@ -36,7 +36,7 @@ class ApeGAN(Defense):
     or `"rmse"`. content_weight, adversarial_weight: of the generator's two terms. generator_updates: per update of the
     discriminator.
 
-    Source: Shen et al. 2017, arXiv 1707.05474, section 3, and the authors' code, which says two updates to one.
+    Source: Shen et al. 2017, arXiv 1707.05474, and the authors' code, which updates the generator twice.
     """
 
     def __init__(

@@ -79,8 +79,8 @@ class Defense(nn.Module):
     def calibrate(self, scores: Tensor) -> None:
         """Set the thresholds from `scores` `(M, detectors)` of clean validation images; called once, after training.
 
-        Each detector rejects the `drop_rate` of these images that it finds most suspicious, and no more. Source: Meng
-        and Chen 2017, section 4.2.
+        Each detector rejects the `drop_rate` of these images that it finds most suspicious, and no more. Source: MagNet
+        (Meng and Chen 2017), `get_thrs` in the authors' code.
         """
         if scores.shape[1]:
             allowed = int(self.drop_rate * len(scores) + 1e-9)

@@ -84,7 +84,7 @@ class DefenseGAN(Defense):
     critic_steps: updates of the critic per update of the generator, each on its own part of the batch. penalty: weight
     of the gradient penalty.
 
-    Source: Samangouei et al. 2018, arXiv 1805.06605, section 3, and the authors' code.
+    Source: Samangouei, Kabkab and Chellappa, ICLR 2018, and the authors' code.
     """
 
     learns_from_pairs = False

@@ -21,14 +21,14 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def reconstruction_error(x: Tensor, restored: Tensor, order: int) -> Tensor:
-    """Mean of |x - restored|^order over each image, `(N,)`. Source: Meng and Chen 2017, equation (4)."""
+    """Mean of |x - restored|^order over each image, `(N,)`. Source: the authors' code, `AEDetector`."""
     return (x - restored).abs().pow(order).flatten(1).mean(1)
 
 
 def divergence(a: Tensor, b: Tensor, temperature: float = 1.0) -> Tensor:
     """Jensen-Shannon divergence in nats, `(N,)`, of the predictions of logits `(N, K)` softened by `temperature`.
 
-    Source: Meng and Chen 2017, section 4.2.2.
+    Source: the authors' code, `DBDetector`.
     """
     log_p, log_q = (a / temperature).log_softmax(1), (b / temperature).log_softmax(1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
