@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from unperturb import runs, threats
 from unperturb.classifiers import create_classifier
-from unperturb.config import resolve
+from unperturb.config import read_recipe, resolve
 from unperturb.data import Splits, load_dataset
 from unperturb.defenses import Batch, Defense, Protected, create_defense, defenses, load_defense, save_defense, vary
 from unperturb.devices import Speed
@@ -255,6 +256,9 @@ def test_varied() -> None:
     assert again.spec == {"name": "defense_gan", "options": {**defense.spec["options"], "steps": 3, "unroll": 3}}  # type: ignore[index]
     assert not torch.equal(again.purify(images), defense.purify(images))
     assert torch.equal(vary(again, steps=5, unroll=0).purify(images), defense.purify(images))
+    defense.calibrate(torch.rand(10, 1))
+    assert torch.equal(vary(defense, steps=2).thresholds, defense.thresholds)
+    assert vary(defense, detect=False).scores(images, classifier()).shape == (5, 0)
     with pytest.raises(ValueError, match="only a defense made by create_defense"):
         vary(Defense())
 
@@ -389,3 +393,30 @@ def test_a_dear_defense_is_looked_at_on_few_images(data: Splits, tmp_path: Path)
     jobs._defense_validation(recipe("defense_gan-hidden"), data, task, twins, torch.device("cpu"))()
     jobs._calibrate(task.defense, data.val, twins, 0, torch.device("cpu"))
     assert looked == [10, 10, 10]
+
+
+def test_a_defense_of_another_size_is_refused_before_it_is_trained(data: Splits, tmp_path: Path) -> None:
+    kept = recipe("defense_gan-hidden")
+    kept = kept.model_copy(update={"defense": kept.defense.model_copy(update={"size": 16})})
+    with pytest.raises(ValueError, match=r"made for 16x16 images, but those of digits are 8x8; set defense.size=8"):
+        jobs.train_defense(kept, classifier(), data, out=tmp_path / "new", device="cpu")
+    assert not (tmp_path / "new").exists()
+
+
+# Written down --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ape_gan", "defense_gan", "magnet"])
+def test_cards(name: str) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "defenses" / f"{name}.md").read_text(encoding="utf-8")
+    for part in (f"# `{name}`", "**Idea.**", "**Source.**", "**What we changed, and why.**", "**Cost**"):
+        assert part in text, part
+    for recipe_name in re.findall(r"unperturb train ([\w-]+)", text):
+        read_recipe(recipe_name, kind="defense")
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "fashion_mnist", "cifar10"])
+@pytest.mark.parametrize("name", ["ape_gan", "defense_gan", "magnet"])
+def test_there_is_a_recipe_for_each_data_set(name: str, dataset: str) -> None:
+    made = read_recipe(f"{name}-{dataset}", kind="defense")
+    assert (made.defense.name, made.dataset) == (name, dataset)

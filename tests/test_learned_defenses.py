@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -233,7 +232,10 @@ def test_the_gradient_penalty_is_taken_between_the_pairs() -> None:
     # The slope of |x|^2 / 2 at x is x: between an image of length 3 and itself it is 3.
     image = torch.randn(5, 1, 8, 8)
     image = 3 * image / image.flatten(1).norm(dim=1)[:, None, None, None]
-    half: Callable[[Tensor], Tensor] = lambda x: x.square().flatten(1).sum(1) / 2  # noqa: E731
+
+    def half(x: Tensor) -> Tensor:
+        return x.square().flatten(1).sum(1) / 2
+
     assert float(games.gradient_penalty(half, image, image)) == pytest.approx(4, rel=1e-5)
     lengths = [float(games.gradient_penalty(half, image[:1], -image[:1]).sqrt()) for _ in range(200)]
     # At share u of the way from x to -x the length is 3 |1 - 2u|: the penalty's root is ||3 |1 - 2u|| - 1|.

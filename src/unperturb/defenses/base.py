@@ -136,11 +136,17 @@ def create_defense(name: str, **options: Any) -> Defense:
 
 
 def vary(defense: Defense, **options: Any) -> Defense:
-    """`defense` with other options and the same weights, frozen: `vary(defense, steps=20)` to see what fewer cost."""
+    """`defense` with other options and the same weights, frozen: `vary(defense, steps=20)` to see what fewer cost.
+
+    Its thresholds are those that `defense` was calibrated to, unless it has more or fewer detectors: then none is set.
+    """
     if defense.spec is None:
         raise ValueError("only a defense made by create_defense knows its options and can be varied")
     other = create_defense(defense.spec["name"], **{**defense.spec["options"], **options})
-    other.load_state_dict(defense.state_dict())
+    state = dict(defense.state_dict())
+    if len(other.thresholds) != len(defense.thresholds):
+        state["limits"] = other.thresholds
+    other.load_state_dict(state)
     return other.to(next(defense.parameters(), torch.empty(0)).device).eval().requires_grad_(False)
 
 

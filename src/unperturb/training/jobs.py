@@ -159,8 +159,13 @@ def defense_task(
     """The task that `recipe` describes, with a fresh defense, and the frozen fast copies of the classifiers."""
     torch.manual_seed(recipe.seed)
     where = pick_device(device)
-    channels = data.train.shape[0]
+    channels, height, width = data.train.shape
     defense = create_defense(recipe.defense.name, channels=channels, **recipe.defense.options).to(where)
+    if defense.size is not None and (height, width) != (defense.size, defense.size):
+        raise ValueError(
+            f"{recipe.defense.name} is made for {defense.size}x{defense.size} images, but those of "
+            f"{recipe.dataset} are {height}x{width}; set defense.size={height}"
+        )
     sampler = Sampler(data.train, recipe.training.batch, recipe.seed, recipe.pairs.augment, where)
     example, _ = data.train.batch(torch.arange(2), where)
     # The layout is given, not probed: a resumed run must draw the same pairs to the last bit.
