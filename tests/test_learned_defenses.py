@@ -16,6 +16,7 @@ from unperturb.defenses import Batch, ape_gan, create_defense, games, magnet
 from unperturb.defenses.ape_gan import ApeGAN
 from unperturb.defenses.defense_gan import Critic, DefenseGAN, LatentGenerator
 from unperturb.defenses.magnet import AutoEncoder, MagNet
+from unperturb.devices import FlopCounter
 
 
 def linear(images: Tensor) -> Tensor:
@@ -162,9 +163,12 @@ def test_what_magnet_minimizes() -> None:
     mean = sum(outs) / 3
     squares = sum(float((layer.detach() ** 2).sum()) for layers in members for layer in layers)
     terms = turns["reformers"]
-    assert float(terms["reconstruction"]) == pytest.approx(sum(float(((o - batch.x_real) ** 2).mean()) for o in outs))
-    assert float(terms["diversity"]) == pytest.approx(-0.2 * sum(float(((o - mean) ** 2).mean()) for o in outs))
-    assert float(terms["activity"]) == pytest.approx(1e-4 * squares, rel=1e-5)
+    errors = [float((o - batch.x_real).detach().square().mean()) for o in outs]
+    assert float(terms["reconstruction"].detach()) == pytest.approx(sum(errors))
+    assert float(terms["diversity"].detach()) == pytest.approx(
+        -0.2 * sum(float((o - mean).detach().square().mean()) for o in outs)
+    )
+    assert float(terms["activity"].detach()) == pytest.approx(1e-4 * squares, rel=1e-5)
     assert set(turns["watchers"]) == {"reconstruction", "activity"}
     assert set(nets(detectors=[]).networks()) == {"reformers"}
 
@@ -213,6 +217,12 @@ def test_networks_of_the_authors() -> None:
     assert images.shape == (2, 1, 28, 28)
     assert critic(images).shape == (2,)
     assert sizes == [(256, 4, 4), (128, 7, 7), (64, 14, 14), (1, 28, 28), (64, 14, 14), (128, 7, 7)]
+    with FlopCounter() as counter:
+        net.requires_grad_(False)
+        z = torch.randn(1, 128, requires_grad=True)
+        torch.autograd.grad(net(z).sum(), z)
+    # What a step costs, as the card says: multiply-accumulates forward, as many back, two operations each.
+    assert counter.total == 4 * (128 * 4096 + 16 * 25 * 256 * 128 + 49 * 25 * 128 * 64 + 196 * 25 * 64)
     assert sum(p.numel() for p in net.parameters()) == (
         129 * 4096 + 256 * 128 * 25 + 128 + 128 * 64 * 25 + 64 + 64 * 25 + 1
     )
@@ -236,8 +246,8 @@ def test_the_gradient_penalty_is_taken_between_the_pairs() -> None:
     def half(x: Tensor) -> Tensor:
         return x.square().flatten(1).sum(1) / 2
 
-    assert float(games.gradient_penalty(half, image, image)) == pytest.approx(4, rel=1e-5)
-    lengths = [float(games.gradient_penalty(half, image[:1], -image[:1]).sqrt()) for _ in range(200)]
+    assert float(games.gradient_penalty(half, image, image).detach()) == pytest.approx(4, rel=1e-5)
+    lengths = [float(games.gradient_penalty(half, image[:1], -image[:1]).detach().sqrt()) for _ in range(200)]
     # At share u of the way from x to -x the length is 3 |1 - 2u|: the penalty's root is ||3 |1 - 2u|| - 1|.
     u = (torch.arange(2000) + 0.5) / 2000
     expected = (3 * (1 - 2 * u).abs() - 1).abs()
