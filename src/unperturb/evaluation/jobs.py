@@ -63,10 +63,13 @@ def grid_of(recipe: EvaluationRecipe, device: str = "auto") -> Grid:
     """The grid that `recipe` describes, its classifiers and defenses rebuilt from their run folders."""
     splits = load_dataset(recipe.dataset, size=recipe.size)
     data = splits.test if recipe.split == "test" else splits.val
+    defenses = _by_name(recipe.defenses, recipe.dataset)
+    instead = {k: load_classifier(d) for k, d in defenses.items() if (Path(d) / "classifier.json").exists()}
     return Grid(
         data=data.subset(recipe.n) if recipe.n else data,
-        classifiers={_name(c, recipe.dataset): load_classifier(c) for c in recipe.classifiers},
-        defenses={_name(d, recipe.dataset): load_defense(d) for d in recipe.defenses},
+        classifiers={k: load_classifier(c) for k, c in _by_name(recipe.classifiers, recipe.dataset).items()},
+        defenses={k: load_defense("none" if k in instead else d) for k, d in defenses.items()},
+        instead=instead,
         attacks=_attacks(recipe),
         surrogate=(_name(recipe.surrogate, recipe.dataset), load_classifier(recipe.surrogate))
         if recipe.surrogate
@@ -82,8 +85,19 @@ def grid_of(recipe: EvaluationRecipe, device: str = "auto") -> Grid:
 
 def _name(folder: str, dataset: str) -> str:
     """A run folder's name in tables: without the data set, which the table names already."""
-    name = Path(folder).name
-    return name.removeprefix(f"{dataset}-").removesuffix(f"-{dataset}") or name
+    names = [Path(part).name for part in folder.split("+")]
+    return "+".join(n.removeprefix(f"{dataset}-").removesuffix(f"-{dataset}") or n for n in names)
+
+
+def _by_name(folders: Sequence[str], dataset: str) -> dict[str, str]:
+    """Run folders by their names in tables."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        name = _name(folder, dataset)
+        if name in found:
+            raise ValueError(f"{found[name]} and {folder} would both be called {name!r}; rename one of the folders")
+        found[name] = folder
+    return found
 
 
 def estimate(grid: Grid) -> Cost:
@@ -92,13 +106,13 @@ def estimate(grid: Grid) -> Cost:
     total = 0.0
     made = set()
     for cell in grid.cells():
-        function = grid.target(cell, grid.classifiers)
+        function = grid.target(cell)
         with FlopCounter() as counter:
             if (key := (id(function) if cell.knowledge == "oblivious" else cell, cell.attack)) not in made:
                 made.add(key)
                 cell.attack(function, images, labels)
             with torch.no_grad():
-                Protected(grid.classifiers[cell.classifier], grid.defenses[cell.defense])(images)
+                Protected(grid.behind(cell), grid.defenses[cell.defense])(images)
         total += counter.total / len(images)
     pflop = total * len(grid.data) / 1e15
     rate = max(v for k, v in probe(grid.device.type).rates.items() if k[0] == "float32")
@@ -130,7 +144,7 @@ def _run(grid: Grid, out: Path, recipe: Mapping[str, Any], resume: bool, progres
     what = {
         "data": grid.data.fingerprint,
         "classifiers": {k: fingerprint(v) for k, v in grid.classifiers.items()},
-        "defenses": {k: fingerprint(v) for k, v in grid.defenses.items()},
+        "defenses": {k: fingerprint(grid.instead.get(k, v)) for k, v in grid.defenses.items()},
         "surrogate": fingerprint(grid.surrogate[1]) if grid.surrogate else None,
     }
     with runs.lock(out):

@@ -1,0 +1,62 @@
+"""Several defenses, one behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unperturb.defenses.base import Defense, create_defense, defenses
+
+
+@defenses.register("pipeline")
+class Pipeline(Defense):
+    """The first part purifies the image, the next what came out, and so on; whatever one part rejects is rejected.
+
+    parts: defenses in hand, or `{"name": ..., options}` each. channels: of the images, for parts that ask. The parts
+    are used as they are, not trained together. `random` if any part is, `differentiable` if all are; an attacker's
+    gradient goes link by link, so a part without one hides only its own.
+    """
+
+    def __init__(self, *, parts: Sequence[Defense | Mapping[str, Any]], channels: int | None = None) -> None:
+        super().__init__()
+        if not parts:
+            raise ValueError("a pipeline needs at least one part")
+        known = {} if channels is None else {"channels": channels}
+        made = [p if isinstance(p, Defense) else create_defense(**{**known, **p}) for p in parts]
+        self.parts = nn.ModuleList(made)
+        self.differentiable = all(p.differentiable for p in made)
+        self.random = any(p.random for p in made)
+        if all(p.spec for p in made):
+            specs = [{"name": p.spec["name"], **p.spec["options"]} for p in made if p.spec]
+            self.spec = {"name": "pipeline", "options": {"parts": specs}}
+
+    def links(self) -> list[Defense]:
+        return [link for part in self._parts() for link in part.links()]
+
+    def purify(self, images: Tensor) -> Tensor:
+        for part in self._parts():
+            images = part.purify(images)
+        return images
+
+    def stand_in(self, images: Tensor) -> Tensor:
+        for part in self._parts():
+            images = part.purify(images) if part.differentiable else part.stand_in(images)
+        return images
+
+    def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """Every part's scores side by side, `(N, detectors)`, each of the image as it reaches that part."""
+        found = []
+        for part in self._parts():
+            found.append(part.scores(images, logits_fn))
+            images = part.purify(images)
+        return torch.cat(found, 1)
+
+    @property
+    def thresholds(self) -> Tensor:
+        return torch.cat([part.thresholds.cpu() for part in self._parts()])
+
+    def _parts(self) -> list[Defense]:
+        return [part for part in self.parts if isinstance(part, Defense)]
