@@ -127,7 +127,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Tensors by name to a safetensors file, atomically."""
     from safetensors.torch import save
 
-    packed = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, dict(metadata or {}))
+    # No metadata is None: with an empty dict and no tensors, safetensors writes a header that it cannot read.
+    packed = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, dict(metadata) if metadata else None)
     write_atomically(path, lambda p: p.write_bytes(packed))
 
 

@@ -31,6 +31,7 @@ class DenoisedSmoothing(Defense):
     """
 
     random = True
+    learns_from_pairs = False
 
     def __init__(
         self,
