@@ -176,9 +176,10 @@ def evaluate(
     """Attack models and keep a row per image.
 
     data: the images to judge on, such as `load_dataset("mnist").test`. models: by name; a `Protected` is judged behind
-    its defense, anything else as a bare classifier. attacks: a list, or by the name they are to have in tables.
-    knowledge: what the attacker sees. n: a fixed, named random subset of this many images. out: run folder
-    (default: a temporary one). Returns the rows (`unperturb.runs.ROW_COLUMNS`); `unperturb.table` makes a table.
+    its defense, anything else as a bare classifier, or, beside one called "none", in that one's place. attacks: a list,
+    or by the name they are to have in tables. knowledge: what the attacker sees. n: a fixed, named random subset of
+    this many images. out: run folder (default: a temporary one). Returns the rows (`unperturb.runs.ROW_COLUMNS`);
+    `unperturb.table` makes a table.
     """
     for kind in knowledge:
         if kind not in KNOWLEDGE:
@@ -192,7 +193,14 @@ def evaluate(
             pairs[name] = (model.classifier, model.defense)
         else:
             pairs[name] = (model, create_defense("none"))
-    bare = {fingerprint(c): c for c, _ in pairs.values()}
+    # Beside the bare classifier called "none", another one is a defense of its own that stands in its place.
+    own = fingerprint(pairs["none"][0]) if "none" in pairs else None
+    instead = {
+        name: m
+        for name, m in models.items()
+        if own is not None and not isinstance(m, Protected) and fingerprint(m) != own
+    }
+    bare = {fingerprint(c): c for name, (c, _) in pairs.items() if name not in instead}
     if len(bare) > 1:
         raise ValueError(
             f"models stand on {len(bare)} different classifiers; evaluate them in one call each, or write a recipe "
@@ -203,7 +211,11 @@ def evaluate(
     grid = Grid(
         data=data.subset(n) if n else data,
         classifiers={spec.get("name", "classifier"): classifier},
-        defenses={("none" if d.spec == {"name": "none", "options": {}} else name): d for name, (_, d) in pairs.items()},
+        defenses={
+            ("none" if d.spec == {"name": "none", "options": {}} and name not in instead else name): d
+            for name, (_, d) in pairs.items()
+        },
+        instead=instead,
         attacks={k: (a, list(knowledge)) for k, a in labeled.items()},
         surrogate=("surrogate", surrogate) if surrogate is not None else None,
         seed=seed,
