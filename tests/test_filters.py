@@ -268,7 +268,9 @@ def test_chains_of_chains_are_one_chain() -> None:
         for chain in (outer, flat)
     ]
     assert torch.equal(*gradients)
-    assert torch.equal(outer.stand_in(x), 2.0 * (3 * (0.3 * x.square())).square())
+    # Its stand-in, for who takes the chain as one: the exact value and, again, the same gradient.
+    torch.testing.assert_close(outer.stand_in(x), outer.purify(x))
+    torch.testing.assert_close(torch.autograd.grad(classifier(outer.stand_in(x))[:, 1].sum(), x)[0], gradients[0])
 
 
 def test_a_chain_is_random_if_any_link_is() -> None:
@@ -294,6 +296,19 @@ def test_a_chain_rejects_what_any_part_rejects() -> None:
     torch.testing.assert_close(chain.thresholds, torch.tensor([0.5, 0.1]))
     assert Protected(nn.Flatten(), chain).rejects(x).tolist() == [False, True, True]
     assert Protected(nn.Flatten(), Pipeline(parts=[Scale(0.8, 0.5)])).rejects(x).tolist() == [False, True, False]
+
+
+def test_a_chain_sets_the_thresholds_of_its_parts() -> None:
+    parts = [{"name": "magnet", "detectors": [{"error": 2}, {"error": 1}], "drop_rate": 0.1}, {"name": "jpeg"}]
+    parts.append({"name": "magnet", "structure": [3], "detectors": [{"error": 1}], "drop_rate": 0.2})
+    chain = create_defense("pipeline", parts=parts, channels=1).eval()
+    x = images(50)
+    with torch.no_grad():
+        scores = chain.scores(x, nn.Flatten())
+        chain.calibrate(scores)
+    assert scores.shape == (50, 3)
+    ranked = scores.sort(0, descending=True).values
+    assert chain.thresholds.tolist() == [float(ranked[k, i]) for i, k in enumerate((5, 5, 10))]  # a tenth, a fifth
 
 
 def trained(folder: Path) -> Defense:

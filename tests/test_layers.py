@@ -44,7 +44,7 @@ ACROSS = {("config", "registry"), ("__init__", "catalog")}
 # Inside a room: what siblings may import, or the order of the room's files from the bottom up.
 SHARED = {
     "attacks": {"base"},
-    "defenses": {"base", "networks"},
+    "defenses": {"base", "games", "networks"},
     "classifiers": {"base"},
 }
 ORDER = {

@@ -29,6 +29,7 @@ from unperturb.devices import FlopCounter, Speed, pick_device, probe
 from unperturb.registry import UnknownNameError
 from unperturb.training import jobs, loop
 from unperturb.training.loop import DivergedError, learning_rate, total_steps, train
+from unperturb.training.muon import Muon, orthogonalized
 from unperturb.training.objectives import PlainClassifier
 from unperturb.training.pairs import Mixture, Sampler, hardest
 
@@ -151,7 +152,8 @@ def test_a_killed_run_resumes_to_the_same_weights(
     kind: str, how: str, data: Splits, classifier: nn.Module, tmp_path: Path
 ) -> None:
     save_classifier(tmp_path / "digits-convnet", classifier)
-    recipe = classifier_recipe() if kind == "classifier" else defense_recipe(str(tmp_path / "digits-convnet"))
+    muon = classifier_recipe(optimizer="muon")
+    recipe = muon if kind == "classifier" else defense_recipe(str(tmp_path / "digits-convnet"))
     job = jobs.train_classifier if kind == "classifier" else jobs.train_defense
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     job(recipe, data=data, out=whole, device="cpu")
@@ -367,6 +369,34 @@ def test_vectors_do_not_decay(data: Splits, tmp_path: Path) -> None:
     decayed = {p.dim() >= 2: g["weight_decay"] for g in groups for p in g["params"]}
     assert decayed == {True: 0.3, False: 0.0}
     assert sum(len(g["params"]) for g in groups) == len(list(task.classifier.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (1, 5)])
+def test_orthogonalized_keeps_the_singular_vectors(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    inside = u.T @ orthogonalized(matrix) @ vh.T
+    values = inside.diagonal()
+    assert float((inside - values.diag()).abs().max()) < 1e-4
+    assert 0.6 < float(values.min()) <= float(values.max()) < 1.25
+
+
+def test_muon_moves_vectors_as_adamw_does_and_kernels_by_the_same_length() -> None:
+    torch.manual_seed(0)
+    vector, kernel = torch.randn(7), torch.randn(8, 4, 3, 3)
+    ours, theirs = [[nn.Parameter(t.clone()) for t in (vector, kernel)] for _ in range(2)]
+    muon = Muon(ours, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    adamw = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        before = ours[1].detach().clone()
+        muon.step()
+        adamw.step()
+        step = (ours[1].detach() - before * (1 - 0.01 * 0.1)) / 0.01
+        assert 0.12 < float(step.square().mean().sqrt()) < 0.25  # Adam's, of noise, is about 0.2 in the long run
+    torch.testing.assert_close(ours[0], theirs[0])
 
 
 # Batches -------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Training(_Settings):
     epochs: float | None = Field(None, gt=0, description="Passes over the training images; or give steps.")
     steps: int | None = Field(None, gt=0, description="Batches; or give epochs.")
     batch: int = Field(128, gt=0, description="Images a step, over all devices together.")
-    optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="Which update.")
+    optimizer: Literal["adam", "adamw", "sgd", "muon"] = Field("adamw", description="Which update.")
     lr: float = Field(1e-3, gt=0, description="Highest learning rate.")
     vector_lr: float = Field(1.0, gt=0, description="Times lr for biases and other vectors.")
     betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's averaging; with sgd the first is the momentum.")

@@ -22,8 +22,9 @@ defenses: Registry[Defense] = Registry("defense")
 class Batch:
     """What a defense learns from in one step.
 
-    x_real, x_adv: `(N, C, H, W)` clean and adversarial images in [0, 1], pair by pair. y: `(N,)` true labels.
-    logits_fn: the frozen classifier, images -> logits, through which gradients reach the images. step: the loop's.
+    x_real, x_adv: `(N, C, H, W)` clean and adversarial images in [0, 1], pair by pair (a defense that does not learn
+    from pairs gets the clean ones twice). y: `(N,)` true labels. logits_fn: the frozen classifier, images -> logits,
+    through which gradients reach the images. step: the loop's.
     """
 
     x_real: Tensor
@@ -37,10 +38,16 @@ class Defense(nn.Module):
     """A purifier, possibly with detectors.
 
     differentiable: gradients flow through `purify`. random: two calls may differ. Both say what an attacker needs.
+    learns_from_pairs: its losses look at adversarial images; where they do not, none are made. size: the only side of
+    images that it can purify (None: any). held_out: at most so many validation images are looked at while it is trained
+    and for its thresholds, because purifying is dear (None: as many as the job takes for any other).
     """
 
     differentiable = True
     random = False
+    learns_from_pairs = True
+    size: int | None = None
+    held_out: int | None = None
     spec: dict[str, Any] | None = None
     outcome: Any = None  # what the training cost, where this object was just trained
 
@@ -64,10 +71,29 @@ class Defense(nn.Module):
         """How suspicious each image is, `(N, detectors)`; a defense without detectors gives `(N, 0)`."""
         return images.new_zeros(len(images), 0)
 
+    def add_detectors(self, count: int, drop_rate: float) -> None:
+        """Keep a threshold for each of `count` detectors, to be set by `calibrate`; until then nothing is rejected."""
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate must be in [0, 1), not {drop_rate}")
+        self.drop_rate = drop_rate
+        self.register_buffer("limits", torch.full((count,), float("inf")))
+
     @property
     def thresholds(self) -> Tensor:
         """`(detectors,)`: an image whose score is above one of these is rejected."""
-        return torch.zeros(0)
+        limits = self._buffers.get("limits")
+        return torch.zeros(0) if limits is None else limits
+
+    @torch.no_grad()
+    def calibrate(self, scores: Tensor) -> None:
+        """Set the thresholds from `scores` `(M, detectors)` of clean validation images; called once, after training.
+
+        Each detector rejects the `drop_rate` of these images that it finds most suspicious, and no more. Source: MagNet
+        (Meng and Chen 2017), `get_thrs` in the authors' code.
+        """
+        if scores.shape[1]:
+            allowed = int(self.drop_rate * len(scores) + 1e-9)
+            self.thresholds.copy_(scores.sort(0, descending=True).values[allowed])
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks to be trained, by player; empty for a defense that is not trained."""
@@ -117,6 +143,21 @@ def create_defense(name: str, **options: Any) -> Defense:
     if defense.spec is None:  # a pipeline has told its own: its parts may be defenses in hand
         defense.spec = {"name": name, "options": options}
     return defense
+
+
+def vary(defense: Defense, **options: Any) -> Defense:
+    """`defense` with other options and the same weights, frozen: `vary(defense, steps=20)` to see what fewer cost.
+
+    Its thresholds are those that `defense` was calibrated to, unless it has more or fewer detectors: then none is set.
+    """
+    if defense.spec is None:
+        raise ValueError("only a defense made by create_defense knows its options and can be varied")
+    other = create_defense(defense.spec["name"], **{**defense.spec["options"], **options})
+    state = dict(defense.state_dict())
+    if len(other.thresholds) != len(defense.thresholds):
+        state["limits"] = other.thresholds
+    other.load_state_dict(state)
+    return other.to(next(defense.parameters(), torch.empty(0)).device).eval().requires_grad_(False)
 
 
 def save_defense(folder: Path, defense: Defense, about: Mapping[str, Any]) -> None:

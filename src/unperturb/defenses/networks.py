@@ -47,7 +47,7 @@ class ApeGenerator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        out = torch.tanh(self.body(pad_to(images, 4) * 2 - 1).float()) / 2 + 0.5
+        out = torch.tanh(self.body(pad_to(images, 4) * 2 - 1).to(images.dtype)) / 2 + 0.5
         return out[..., :height, :width]
 
 
@@ -149,7 +149,7 @@ class UNet(nn.Module):
         for level in reversed(range(len(skips))):
             x = skips[level] + F.pixel_shuffle(self.grow[level](x), 2)
             x = self.up[level](x)
-        d = self.head(F.relu(x)).float()
+        d = self.head(F.relu(x)).to(images.dtype)
         d = F.pixel_shuffle(d, self.squeeze) if self.squeeze > 1 else d
         if self.output == "threshold":
             out = torch.sigmoid(self.sharpness * (padded - 0.5 + d))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb.defenses.base import Batch, Defense, defenses
+from unperturb.defenses.games import adversarial, discrimination, frozen
 from unperturb.defenses.networks import discriminators, generators
 
 # The losses, as functions of tensors. Images are (N, C, H, W) in [0, 1]; each returns a scalar. The paper's equations
@@ -41,18 +42,6 @@ def label(logits_fake: Tensor, y: Tensor) -> Tensor:
     """l_xf-label: cross-entropy of the frozen classifier on the restored image. Source: equation (5), read as the text
     reads: "the difference between ground truth label and predicted label of the denoised adversarial example"."""
     return F.cross_entropy(logits_fake, y)
-
-
-def adversarial(d_fake: Tensor) -> Tensor:
-    """The generator's side of the game, `(N,)` discriminator logits: be taken for real (non-saturating; Goodfellow et
-    al. 2014). Also the other reading of equation (5), "used in the two-category"."""
-    return F.binary_cross_entropy_with_logits(d_fake, torch.ones_like(d_fake))
-
-
-def discrimination(d_real: Tensor, d_fake: Tensor) -> Tensor:
-    """The discriminator's side: tell clean from restored, `(N,)` logits each."""
-    real = F.binary_cross_entropy_with_logits(d_real, torch.ones_like(d_real))
-    return (real + F.binary_cross_entropy_with_logits(d_fake, torch.zeros_like(d_fake))) / 2
 
 
 LabelReading = Literal["discriminator", "classifier", "both"]
@@ -158,14 +147,6 @@ class PairedGAN(Defense):
         if self.discriminator is not None:
             by_discriminator = w["label"] if self.label_reading != "classifier" else 0.0
             if w["adversarial"] + by_discriminator:
-                d_fake = _without_gradients(self.discriminator)(
-                    out if self.discriminator_sees_clean else x_fake
-                ).float()
+                d_fake = frozen(self.discriminator)(out if self.discriminator_sees_clean else x_fake).float()
                 terms["adversarial"] = (w["adversarial"] + by_discriminator) * adversarial(d_fake)
         return terms
-
-
-def _without_gradients(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`network` as a function whose weights take no gradient: the other player does not move in this turn."""
-    weights = {k: v.detach() for k, v in network.named_parameters()}
-    return lambda x: torch.func.functional_call(network, weights, (x,))

@@ -29,6 +29,8 @@ class Pipeline(Defense):
         self.parts = nn.ModuleList(made)
         self.differentiable = all(p.differentiable for p in made)
         self.random = any(p.random for p in made)
+        self.size = next((p.size for p in made if p.size is not None), None)
+        self.held_out = min((p.held_out for p in made if p.held_out is not None), default=None)
         if all(p.spec for p in made):
             specs = [{"name": p.spec["name"], **p.spec["options"]} for p in made if p.spec]
             self.spec = {"name": "pipeline", "options": {"parts": specs}}
@@ -43,7 +45,11 @@ class Pipeline(Defense):
 
     def stand_in(self, images: Tensor) -> Tensor:
         for part in self._parts():
-            images = part.purify(images) if part.differentiable else part.stand_in(images)
+            if part.differentiable:
+                images = part.purify(images)
+            else:  # its stand-in's gradient, but at the value that the next part really gets
+                soft = part.stand_in(images)
+                images = soft + (part.purify(images) - soft).detach()
         return images
 
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -57,6 +63,13 @@ class Pipeline(Defense):
     @property
     def thresholds(self) -> Tensor:
         return torch.cat([part.thresholds.cpu() for part in self._parts()])
+
+    def calibrate(self, scores: Tensor) -> None:
+        at = 0
+        for part in self._parts():
+            count = len(part.thresholds)
+            part.calibrate(scores[:, at : at + count])
+            at += count
 
     def _parts(self) -> list[Defense]:
         return [part for part in self.parts if isinstance(part, Defense)]

@@ -182,8 +182,13 @@ def defense_task(
     """The task that `recipe` describes, with a fresh defense, and the frozen fast copies of the classifiers."""
     torch.manual_seed(recipe.seed)
     where = pick_device(device)
-    channels = data.train.shape[0]
+    channels, height, width = data.train.shape
     defense = create_defense(recipe.defense.name, channels=channels, **recipe.defense.options).to(where)
+    if defense.size is not None and (height, width) != (defense.size, defense.size):
+        raise ValueError(
+            f"{recipe.defense.name} is made for {defense.size}x{defense.size} images, but those of "
+            f"{recipe.dataset} are {height}x{width}; set defense.size={height}"
+        )
     sampler = Sampler(data.train, recipe.training.batch, recipe.seed, recipe.pairs.augment, where)
     example, _ = data.train.batch(torch.arange(2), where)
     # The layout is given, not probed: a resumed run must draw the same pairs to the last bit.
@@ -231,6 +236,7 @@ def train_defense(
             )  # fmt: skip
         else:
             outcome = _untrained(validate, out)
+        _calibrate(task.defense, data.val, twins, plan.seed, pick_device(device))
         about = {"dataset": plan.dataset, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
         save_defense(out, task.defense, about)
     defense = task.defense.eval()
@@ -246,12 +252,30 @@ def _untrained(validate: Validate, out: Path) -> Outcome:
     return outcome
 
 
+def _held_out(data: ImageSet, most: int | None, seed: int) -> ImageSet:
+    return data if most is None else data.subset(min(most, len(data)), seed=seed)
+
+
+@torch.no_grad()
+def _calibrate(defense: Defense, data: ImageSet, twins: Sequence[nn.Module], seed: int, device: torch.device) -> None:
+    """Let `defense` set its thresholds on clean validation images, seen in front of each classifier in turn."""
+    held_out = _held_out(data, defense.eval().held_out, seed)
+    scores = []
+    for classifier in twins:
+        for rows in torch.arange(len(held_out)).split(250):
+            images, _ = held_out.batch(rows, device)
+            scores.append(defense.scores(images, classifier))
+            if not scores[-1].shape[1]:
+                return
+    defense.calibrate(torch.cat(scores))
+
+
 def _defense_validation(
     recipe: DefenseRecipe, data: Splits, task: DefenseTask, twins: Sequence[nn.Module], device: torch.device
 ) -> Validate:
     """Accuracy behind the defense on validation images, clean and under each attack of the mixture at its hardest,
     averaged over the classifiers; the score is their mean."""
-    held_out = data.val.subset(min(VALIDATION_IMAGES, len(data.val)), seed=recipe.seed)
+    held_out = _held_out(data.val, task.defense.held_out or VALIDATION_IMAGES, recipe.seed)
     images, labels = held_out.batch(torch.arange(len(held_out)), device)
     mixture = [hardest(t) for t in recipe.pairs.attacks]
     kept: dict[tuple[int, int], Tensor] = {}  # oblivious examples do not change while the defense learns

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from unperturb import runs
 from unperturb.config import Training
 from unperturb.devices import FlopCounter, probe, set_layout
+from unperturb.training.muon import Muon
 from unperturb.training.objectives import Task
 
 State = dict[str, dict[str, Tensor]]
@@ -82,9 +83,11 @@ def _rehearsal(task: Task, batch: int | None = None) -> Iterator[dict[str, nn.Mo
             network.train(modes[name]).zero_grad(set_to_none=True)
 
 
-def _backward(task: Task, batch: Any, networks: dict[str, nn.Module], device: str, precision: str) -> None:
+def _rehearse(task: Task, step: int, networks: dict[str, nn.Module], precision: str) -> None:
+    """A step without its updates, attacks and all."""
+    device = task.sampler.device.type
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
-        for _, terms in task.losses(batch, networks):
+        for _, terms in task.losses(task.batch(step, 0, 1), networks):
             torch.stack(list(terms.values())).sum().backward()
 
 
@@ -93,14 +96,14 @@ def flop_per_image(task: Task, steps: int = 12, batch: int = 6) -> float:
     batch."""
     with _rehearsal(task, batch) as networks, FlopCounter() as counter:
         for step in range(steps):
-            _backward(task, task.batch(step, 0, 1), networks, task.sampler.device.type, "float32")
+            _rehearse(task, step, networks, "float32")
     return counter.total / (steps * batch)
 
 
 def fastest(task: Task, precision: str = "auto", memory_format: str = "auto") -> tuple[str, str]:
     """The (precision, memory format) in which a step of `task` is quickest here; one that is not `auto` is kept.
 
-    A probe of the task itself, about ten steps: a plain convolution can favor bfloat16 where small networks do not.
+    A probe of the task itself, about ten small steps: a plain convolution can favor bfloat16 where small networks do not.
     bfloat16 must win clearly, because it costs accuracy.
     """
     device = task.sampler.device.type
@@ -112,15 +115,14 @@ def fastest(task: Task, precision: str = "auto", memory_format: str = "auto") ->
     if len(choices) == 1:
         return choices[0]
     seconds: dict[tuple[str, str], float] = {}
-    with _rehearsal(task) as networks:
-        batch = task.batch(0, 0, 1)
+    with _rehearsal(task, min(task.sampler.batch, 32)) as networks:
         for choice in choices:
             for network in networks.values():
                 set_layout(network, choice[1])
             times = []
             for _ in range(3):
                 start = time.perf_counter()
-                _backward(task, batch, networks, device, choice[0])
+                _rehearse(task, 0, networks, choice[0])
                 if device == "cuda":
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
@@ -140,7 +142,7 @@ def _optimizer(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
     groups = [g for g in groups if g["params"]]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.betas[0], nesterov=settings.betas[0] > 0)
-    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}[settings.optimizer]
     return kind(groups, lr=settings.lr, betas=settings.betas)
 
 
@@ -281,8 +283,8 @@ def train(
         started = time.perf_counter()
         torch.manual_seed(seed * 1_000_003 + step)  # dropout and the like: fixed by the step, not by what came before
         rate = learning_rate(settings, step, steps)
-        batch = task.batch(step, rank, world)
-        with autocast():
+        with autocast():  # attacks too: in bfloat16 they differentiate the network that learns; images stay float32
+            batch = task.batch(step, rank, world)
             for player, terms in task.losses(batch, wrapped):
                 loss = torch.stack(list(terms.values())).sum()
                 if not bool(torch.isfinite(loss)):

@@ -41,7 +41,7 @@ class Task(Protocol):
 
 
 class DefenseTask:
-    """A defense learns from pairs; what is minimized is its own word."""
+    """A defense learns from pairs, or from their clean half; what is minimized is its own word."""
 
     def __init__(self, defense: Defense, pairs: PairSource) -> None:
         self.defense, self.pairs, self.sampler = defense, pairs, pairs.sampler
@@ -50,7 +50,7 @@ class DefenseTask:
         return self.defense.networks()
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        return self.pairs.batch(step, rank, world)
+        return self.pairs.batch(step, rank, world, attack=self.defense.learns_from_pairs)
 
     def losses(self, batch: Batch, networks: dict[str, nn.Module]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         return self.defense.losses(batch, networks)

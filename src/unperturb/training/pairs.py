@@ -119,11 +119,11 @@ class PairSource:
         self.mixture = Mixture(recipe.attacks, sampler.seed)
         self.attacked, self.logits = list(attacked), list(logits)
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The pairs of this step for device `rank` of `world`."""
+    def batch(self, step: int, rank: int = 0, world: int = 1, *, attack: bool = True) -> Batch:
+        """The pairs of this step for device `rank` of `world`; without `attack` the clean images stand in for both."""
         images, labels, index = self.sampler.images(step, rank, world)
         turn = step % len(self.attacked)
-        x_adv = self.mixture(self.attacked[turn], images, labels, index, step)
+        x_adv = self.mixture(self.attacked[turn], images, labels, index, step) if attack else images
         return Batch(images, x_adv, labels, self.logits[turn], step)
 
 
