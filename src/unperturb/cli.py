@@ -150,7 +150,10 @@ def train_classifier(
 
     _threads(threads)
     resolved = read_recipe(recipe, overrides or [], "classifier")
-    out = out or Path("runs") / f"{resolved.dataset}-{resolved.classifier.name}"
+    stem = Path(recipe).stem  # the bare classifiers share a recipe and are told apart by their names
+    out = out or Path("runs") / (
+        f"{resolved.dataset}-{resolved.classifier.name}" if stem.startswith("classifier-") else stem
+    )
     if dry_run:
         task = jobs.classifier_task(resolved, load_dataset(resolved.dataset, size=resolved.size), device)
         resolved = jobs.decided(resolved, task, out, resume)

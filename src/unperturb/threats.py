@@ -52,6 +52,9 @@ class BPDA(nn.Module):
         out: Tensor = _Replace.apply(stand_in, value)  # type: ignore[no-untyped-call]
         return out
 
+    def extra_repr(self) -> str:  # adversarial images are kept by what made them: two stand-ins are two attackers
+        return f"stand_in={getattr(self.stand_in, '__qualname__', self.stand_in)}"
+
 
 class EOT(nn.Module):
     """The mean logits of a random model over `draws` passes, so that its gradient is that of the expectation.
@@ -66,6 +69,9 @@ class EOT(nn.Module):
         if draws < 1:
             raise ValueError(f"EOT needs at least one draw, not {draws}")
         self.model, self.draws, self.seed = model, draws, seed
+
+    def extra_repr(self) -> str:
+        return f"draws={self.draws}, seed={self.seed}"
 
     def forward(self, images: Tensor) -> Tensor:
         if self.seed is None:
@@ -114,8 +120,9 @@ def target(
     none: nothing is known (noise needs no gradient; what it asks is answered by the bare classifier). transfer: the
     surrogate. oblivious: the bare classifier, the paper's protocol. bpda: classifier after purifier, the purifier's
     backward pass replaced by that of `stand_in` (default: the identity). white_box: classifier after purifier, exact
-    gradient, averaged over `eot` draws where the defense is random, and through the stand-in where it has none to give.
-    black_box: classifier after purifier, answers only.
+    gradient, averaged over `eot` draws where the defense is random. A link of the defense that has no gradient to give
+    is differentiated through its own stand-in, at the value it really takes; the other links keep theirs. black_box:
+    classifier after purifier, answers only.
 
     Raises `UnknownNameError` for another knowledge, `ValueError` for a transfer without a surrogate.
     """
@@ -131,6 +138,11 @@ def target(
         return OutputsOnly(Protected(classifier, defense))
     if knowledge == "white_box" and defense.differentiable:
         seen: nn.Module = Protected(classifier, defense)
+    elif knowledge == "white_box":
+        links = defense.links()
+        seen = nn.Sequential(
+            *(link if link.differentiable else BPDA(link, stand_in or link.stand_in) for link in links), classifier
+        )
     else:
         seen = nn.Sequential(BPDA(defense, stand_in), classifier)
     return EOT(seen, eot) if defense.random else seen

@@ -58,6 +58,15 @@ class Defense(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.purify(images)
 
+    def stand_in(self, images: Tensor) -> Tensor:
+        """What an attacker differentiates in place of `purify` where that has no gradient to give; by default the
+        identity. Images in, images of the same shape out (Athalye et al. 2018, section 4.1)."""
+        return images
+
+    def links(self) -> list[Defense]:
+        """The purifiers that this one is a chain of, first to last; itself where it is no chain."""
+        return [self]
+
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
         """How suspicious each image is, `(N, detectors)`; a defense without detectors gives `(N, 0)`."""
         return images.new_zeros(len(images), 0)
@@ -131,7 +140,8 @@ def create_defense(name: str, **options: Any) -> Defense:
     if "channels" not in takes:
         options.pop("channels", None)
     defense = defenses.create(name, **options)
-    defense.spec = {"name": name, "options": options}
+    if defense.spec is None:  # a pipeline has told its own: its parts may be defenses in hand
+        defense.spec = {"name": name, "options": options}
     return defense
 
 
@@ -158,15 +168,21 @@ def save_defense(folder: Path, defense: Defense, about: Mapping[str, Any]) -> No
     runs.write_json(folder / "defense.json", {**defense.spec, "about": dict(about)})
 
 
-def load_defense(folder: str | Path) -> Defense:
-    """The defense that a run folder holds, in eval mode, its weights frozen; `"none"` is the bare classifier's.
+def load_defense(source: str | Path) -> Defense:
+    """A defense in eval mode, its weights frozen.
 
-    Raises `RunError` where the folder holds no defense or its weights are damaged or do not fit.
+    source: a run folder; or the name of a defense that has nothing to learn (`"none"`, `"jpeg"`, ...), then with its
+    default options; or several of these joined by `+`, a pipeline, first to last.
+
+    Raises `RunError` where a folder holds no defense or its weights are damaged or do not fit.
     """
-    if str(folder) == "none":
-        return create_defense("none")
-    folder = Path(folder)
+    name, folder = str(source), Path(source)
     if not (folder / "defense.json").exists():
+        if "+" in name:
+            parts = [load_defense(part) for part in name.split("+")]
+            return create_defense("pipeline", parts=parts).eval().requires_grad_(False)
+        if name in defenses and (defense := _untrained(name)) is not None:
+            return defense.eval()
         raise runs.RunError(f"{folder} holds no trained defense; train one with: unperturb train RECIPE --out {folder}")
     spec = runs.read_json(folder / "defense.json")
     defense = create_defense(spec["name"], **spec["options"])
@@ -175,3 +191,12 @@ def load_defense(folder: str | Path) -> Defense:
     except RuntimeError as error:
         raise runs.RunError(f"the weights in {folder} do not fit its defense.json: {error}") from None
     return defense.eval().requires_grad_(False)
+
+
+def _untrained(name: str) -> Defense | None:
+    """The defense called `name` with its default options, if it has any and nothing to learn."""
+    options = signature(defenses[name]).parameters.values()
+    if any(p.default is p.empty and p.kind is p.KEYWORD_ONLY for p in options):
+        return None
+    defense = create_defense(name)
+    return None if defense.networks() else defense

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,17 @@ class Grid:
     """What is crossed with what, and on which images.
 
     classifiers, defenses: by the name they have in tables. attacks: by label, each with the kinds of knowledge it is
-    given. surrogate: name and classifier of a transfer attack. batch: images attacked at once. shard: rows a file.
-    note: what is wrong with this copy of the data, if anything.
+    given. instead: classifiers that are defenses themselves, such as an adversarially trained one, by the name of their
+    defense, whose purifier is the identity: they stand in every classifier's place. surrogate: name and classifier of a
+    transfer attack. batch: images attacked at once. shard: rows a file. note: what is wrong with this copy of the data,
+    if anything.
     """
 
     data: ImageSet
     classifiers: Mapping[str, nn.Module]
     defenses: Mapping[str, Defense]
     attacks: Mapping[str, tuple[Attack, Sequence[str]]]
+    instead: Mapping[str, nn.Module] = field(default_factory=dict)
     surrogate: tuple[str, nn.Module] | None = None
     seed: int = 0
     batch: int = 200
@@ -73,10 +77,16 @@ class Grid:
                             found.append(cell)
         return found
 
-    def target(self, cell: Cell, classifiers: Mapping[str, nn.Module]) -> nn.Module:
-        """The function that the cell's attacker sees."""
-        surrogate = self.surrogate[1] if self.surrogate else None
-        return threats.target(classifiers[cell.classifier], self.defenses[cell.defense], cell.knowledge, surrogate)
+    def behind(self, cell: Cell) -> nn.Module:
+        """The classifier behind the cell's purifier: the bare one, or the one that stands in its place."""
+        return self.instead.get(cell.defense, self.classifiers[cell.classifier])
+
+    def target(self, cell: Cell, fast: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+        """The function that the cell's attacker sees; `fast` gives the copies of classifiers that it is built on."""
+        bare, surrogate = self.classifiers[cell.classifier], self.surrogate[1] if self.surrogate else None
+        # Who knows nothing of a defense attacks the bare classifier, also where another one stands in its place.
+        seen = bare if cell.knowledge in ("none", "transfer", "oblivious") else self.behind(cell)
+        return threats.target((fast or {}).get(seen, seen), self.defenses[cell.defense], cell.knowledge, surrogate)
 
 
 def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:
@@ -85,12 +95,13 @@ def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:
     # Unchanged in what they answer, faster to attack; images are judged on the originals. The layout is given, not
     # probed: a resumed run must make the same rows.
     example, _ = grid.data.batch(torch.arange(min(2, len(grid.data))), grid.device)
-    twins = {name: twin(c.to(grid.device), example, channels_last=True) for name, c in grid.classifiers.items()}
-    for model in (*grid.classifiers.values(), *grid.defenses.values()):
+    originals = (*grid.classifiers.values(), *grid.instead.values())
+    twins = {c: twin(c.to(grid.device), example, channels_last=True) for c in originals}
+    for model in (*originals, *grid.defenses.values()):
         model.to(grid.device).eval()
     cells = grid.cells()
     functions = {cell: grid.target(cell, twins) for cell in cells}
-    keys = {cell: fingerprint(grid.target(cell, grid.classifiers)) for cell in cells}
+    keys = {cell: fingerprint(grid.target(cell)) for cell in cells}
     shards = torch.arange(len(grid.data)).split(grid.shard)
     done = 0
     for number, rows in enumerate(shards):
@@ -100,16 +111,17 @@ def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:
             sampled = out / "samples" / f"{cell.folder}.safetensors"
             if not path.exists() or (number == 0 and grid.samples and not sampled.exists()):
                 made = (keys[cell], cell.attack)
-                x_adv, seconds = store.get(
-                    cell.attack,
-                    functions[cell],
-                    keys[cell],
-                    grid.data,
-                    rows,
-                    seed=grid.seed,
-                    batch=grid.batch,
-                    device=grid.device,
-                )
+                with _drawing(int(keys[cell][:8], 16) + 1_000_003 * grid.seed + number, grid.device):
+                    x_adv, seconds = store.get(
+                        cell.attack,
+                        functions[cell],
+                        keys[cell],
+                        grid.data,
+                        rows,
+                        seed=grid.seed,
+                        batch=grid.batch,
+                        device=grid.device,
+                    )
                 columns, views = _judge(grid, cell, rows, x_adv, seconds, made, known)
                 if number == 0 and grid.samples:
                     _keep_samples(grid, cell, sampled, views, columns)
@@ -120,6 +132,14 @@ def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:
                 progress(done, len(cells) * len(shards), what)
 
 
+@contextlib.contextmanager
+def _drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, a random defense draws what `seed` gives: a resumed run makes the same rows. The caller's draws stay."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 @torch.no_grad()
 def _answers(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     """(predictions, confidence in the label), `(N,)` each."""
@@ -128,9 +148,10 @@ def _answers(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> tu
 
 
 @torch.no_grad()
-def _purified(defense: Defense, images: Tensor, batch: int) -> tuple[Tensor, float]:
+def _purified(defense: Defense, images: Tensor, batch: int, seed: int) -> tuple[Tensor, float]:
     start = time.perf_counter()
-    out = torch.cat([defense.purify(x) for x in images.split(batch)])
+    with _drawing(seed, images.device):
+        out = torch.cat([defense.purify(x) for x in images.split(batch)])
     return out, (time.perf_counter() - start) / len(images)
 
 
@@ -145,7 +166,8 @@ def _judge(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Columns and images of one shard. `made`: what the adversarial images are; `known`: the shard's memory."""
     x, labels = grid.data.batch(rows, grid.device)
-    classifier, defense = grid.classifiers[cell.classifier], grid.defenses[cell.defense]
+    bare, classifier, defense = grid.classifiers[cell.classifier], grid.behind(cell), grid.defenses[cell.defense]
+    draw = grid.seed * 1_000_003 + int(rows[0])
 
     def once(key: Any, make: Callable[[], Any]) -> Any:
         if key not in known:
@@ -155,22 +177,22 @@ def _judge(
     def quality(images: Tensor) -> tuple[Tensor, Tensor]:
         return metrics.psnr(images, x).cpu(), metrics.ssim(images, x).cpu()
 
-    def answers(images: Tensor) -> tuple[Tensor, Tensor]:
-        return _answers(classifier, images, labels, grid.batch)
+    def answers(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        return _answers(model, images, labels, grid.batch)
 
     at, by = cell.classifier, cell.defense
-    clean, _ = once(("purified", by), lambda: _purified(defense, x, grid.batch))
-    pred_clean, conf_clean = once(("clean", at), lambda: answers(x))
-    pred_pure_clean, conf_pure_clean = once(("clean", at, by), lambda: answers(clean))
+    clean, _ = once(("purified", by), lambda: _purified(defense, x, grid.batch, draw))
+    pred_clean, conf_clean = once(("clean", at), lambda: answers(bare, x))
+    pred_pure_clean, conf_pure_clean = once(("clean", at, by), lambda: answers(classifier, clean))
     quality_clean = once(("clean quality", by), lambda: quality(clean))
-    pred_adv, conf_adv = once(("adv", at, made), lambda: answers(x_adv))
+    pred_adv, conf_adv = once(("adv", at, made), lambda: answers(bare, x_adv))
     quality_adv = once(("adv quality", made), lambda: quality(x_adv))
     far = once(("distances", made), lambda: metrics.distances(x_adv, x))
-    restored, seconds_purify = _purified(defense, x_adv, grid.batch)
-    bare = by == "none"
-    pred_pure, conf_pure = (pred_adv, conf_adv) if bare else answers(restored)
-    quality_pure = quality_adv if bare else quality(restored)
-    with torch.no_grad():
+    restored, seconds_purify = _purified(defense, x_adv, grid.batch, draw + 1)
+    undefended = by == "none"
+    pred_pure, conf_pure = (pred_adv, conf_adv) if undefended else answers(classifier, restored)
+    quality_pure = quality_adv if undefended else quality(restored)
+    with torch.no_grad(), _drawing(draw, grid.device):
         scores = [
             torch.cat([defense.scores(part, classifier) for part in images.split(grid.batch)]) for images in (x, x_adv)
         ]

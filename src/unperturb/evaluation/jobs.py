@@ -63,10 +63,13 @@ def grid_of(recipe: EvaluationRecipe, device: str = "auto") -> Grid:
     """The grid that `recipe` describes, its classifiers and defenses rebuilt from their run folders."""
     splits = load_dataset(recipe.dataset, size=recipe.size)
     data = splits.test if recipe.split == "test" else splits.val
+    defenses = _by_name(recipe.defenses, recipe.dataset)
+    instead = {k: load_classifier(d) for k, d in defenses.items() if (Path(d) / "classifier.json").exists()}
     return Grid(
         data=data.subset(recipe.n) if recipe.n else data,
-        classifiers={_name(c, recipe.dataset): load_classifier(c) for c in recipe.classifiers},
-        defenses={_name(d, recipe.dataset): load_defense(d) for d in recipe.defenses},
+        classifiers={k: load_classifier(c) for k, c in _by_name(recipe.classifiers, recipe.dataset).items()},
+        defenses={k: load_defense("none" if k in instead else d) for k, d in defenses.items()},
+        instead=instead,
         attacks=_attacks(recipe),
         surrogate=(_name(recipe.surrogate, recipe.dataset), load_classifier(recipe.surrogate))
         if recipe.surrogate
@@ -82,8 +85,19 @@ def grid_of(recipe: EvaluationRecipe, device: str = "auto") -> Grid:
 
 def _name(folder: str, dataset: str) -> str:
     """A run folder's name in tables: without the data set, which the table names already."""
-    name = Path(folder).name
-    return name.removeprefix(f"{dataset}-").removesuffix(f"-{dataset}") or name
+    names = [Path(part).name for part in folder.split("+")]
+    return "+".join(n.removeprefix(f"{dataset}-").removesuffix(f"-{dataset}") or n for n in names)
+
+
+def _by_name(folders: Sequence[str], dataset: str) -> dict[str, str]:
+    """Run folders by their names in tables."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        name = _name(folder, dataset)
+        if name in found:
+            raise ValueError(f"{found[name]} and {folder} would both be called {name!r}; rename one of the folders")
+        found[name] = folder
+    return found
 
 
 def estimate(grid: Grid) -> Cost:
@@ -92,13 +106,13 @@ def estimate(grid: Grid) -> Cost:
     total = 0.0
     made = set()
     for cell in grid.cells():
-        function = grid.target(cell, grid.classifiers)
+        function = grid.target(cell)
         with FlopCounter() as counter:
             if (key := (id(function) if cell.knowledge == "oblivious" else cell, cell.attack)) not in made:
                 made.add(key)
                 cell.attack(function, images, labels)
             with torch.no_grad():
-                Protected(grid.classifiers[cell.classifier], grid.defenses[cell.defense])(images)
+                Protected(grid.behind(cell), grid.defenses[cell.defense])(images)
         total += counter.total / len(images)
     pflop = total * len(grid.data) / 1e15
     rate = max(v for k, v in probe(grid.device.type).rates.items() if k[0] == "float32")
@@ -130,7 +144,7 @@ def _run(grid: Grid, out: Path, recipe: Mapping[str, Any], resume: bool, progres
     what = {
         "data": grid.data.fingerprint,
         "classifiers": {k: fingerprint(v) for k, v in grid.classifiers.items()},
-        "defenses": {k: fingerprint(v) for k, v in grid.defenses.items()},
+        "defenses": {k: fingerprint(grid.instead.get(k, v)) for k, v in grid.defenses.items()},
         "surrogate": fingerprint(grid.surrogate[1]) if grid.surrogate else None,
     }
     with runs.lock(out):
@@ -162,9 +176,10 @@ def evaluate(
     """Attack models and keep a row per image.
 
     data: the images to judge on, such as `load_dataset("mnist").test`. models: by name; a `Protected` is judged behind
-    its defense, anything else as a bare classifier. attacks: a list, or by the name they are to have in tables.
-    knowledge: what the attacker sees. n: a fixed, named random subset of this many images. out: run folder
-    (default: a temporary one). Returns the rows (`unperturb.runs.ROW_COLUMNS`); `unperturb.table` makes a table.
+    its defense, anything else as a bare classifier, or, beside one called "none", in that one's place. attacks: a list,
+    or by the name they are to have in tables. knowledge: what the attacker sees. n: a fixed, named random subset of
+    this many images. out: run folder (default: a temporary one). Returns the rows (`unperturb.runs.ROW_COLUMNS`);
+    `unperturb.table` makes a table.
     """
     for kind in knowledge:
         if kind not in KNOWLEDGE:
@@ -178,7 +193,14 @@ def evaluate(
             pairs[name] = (model.classifier, model.defense)
         else:
             pairs[name] = (model, create_defense("none"))
-    bare = {fingerprint(c): c for c, _ in pairs.values()}
+    # Beside the bare classifier called "none", another one is a defense of its own that stands in its place.
+    own = fingerprint(pairs["none"][0]) if "none" in pairs else None
+    instead = {
+        name: m
+        for name, m in models.items()
+        if own is not None and not isinstance(m, Protected) and fingerprint(m) != own
+    }
+    bare = {fingerprint(c): c for name, (c, _) in pairs.items() if name not in instead}
     if len(bare) > 1:
         raise ValueError(
             f"models stand on {len(bare)} different classifiers; evaluate them in one call each, or write a recipe "
@@ -189,7 +211,11 @@ def evaluate(
     grid = Grid(
         data=data.subset(n) if n else data,
         classifiers={spec.get("name", "classifier"): classifier},
-        defenses={("none" if d.spec == {"name": "none", "options": {}} else name): d for name, (_, d) in pairs.items()},
+        defenses={
+            ("none" if d.spec == {"name": "none", "options": {}} and name not in instead else name): d
+            for name, (_, d) in pairs.items()
+        },
+        instead=instead,
         attacks={k: (a, list(knowledge)) for k, a in labeled.items()},
         surrogate=("surrogate", surrogate) if surrogate is not None else None,
         seed=seed,

@@ -36,6 +36,8 @@ def write_report(source: str | Path | Iterable[str | Path] | pd.DataFrame, out: 
         "quality": tables.quality_table(rows),
         "conditions": tables.conditions(rows, *environments),
     }
+    detectors = {"detectors": tables.detector_table(rows), "rejections": tables.rejection_table(rows)}
+    frames |= {name: frame for name, frame in detectors.items() if len(frame)}
     written: dict[str, Path] = {}
     for name, frame in frames.items():
         written[f"tables/{name}.csv"] = path = out / "tables" / f"{name}.csv"
@@ -132,6 +134,7 @@ def _page(frames: Mapping[str, pd.DataFrame], pictures: list[dict[str, Any]]) ->
             {"title": key, "lines": [_quality(line) for _, line in records(part)]}
             for key, part in groups(quality, BLOCK)
         ],
+        detectors=_detectors(frames) if "detectors" in frames else [],
         conditions=[line for _, line in records(frames["conditions"])],
         pictures=pictures,
     )
@@ -206,3 +209,31 @@ def _quality(line: dict[str, Any]) -> dict[str, Any]:
         "psnr": [quality_number(line, "psnr", when) for when in whens],
         "ssim": [quality_number(line, "ssim", when) for when in whens],
     }
+
+
+def _detectors(frames: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    """Per classifier, a line per cell: what was rejected and how accuracy is counted, and each detector's own marks."""
+    own = frames["detectors"]
+    found = []
+    for key, part in groups(frames["rejections"], BLOCK):
+        lines = []
+        for _, line in records(part):
+            cell = [*BLOCK, "defense", "attack", "knowledge"]
+            mine = own[(own[cell] == [line[k] for k in cell]).all(axis=1) & _same(own["eps"], line["eps"])]
+            lines.append(
+                line
+                | {
+                    "name": attack_name(line["attack"], line["eps"]),
+                    "attacker": attacker_name(line["knowledge"]),
+                    "auroc": [f"{value:.3f}" for value in mine["auroc"]],
+                    "tpr_1": [f"{100 * value:.1f}" for value in mine["tpr_1"]],
+                    "tpr_5": [f"{100 * value:.1f}" for value in mine["tpr_5"]],
+                }
+            )
+        found.append({"title": key, "lines": lines})
+    return found
+
+
+def _same(column: pd.Series[Any], value: float) -> Any:
+    """Where `column` is `value`; NaN, no budget, is itself."""
+    return column.eq(value) if value == value else column.isna()

@@ -1,7 +1,9 @@
-"""Tables from rows: accuracy with its interval, the worst case per image, image quality, and the conditions of it all.
+"""Tables from rows: accuracy with its interval, the worst case per image, image quality, what detectors are worth, and
+the conditions of it all.
 
 Accuracy is over all images given, also those that the bare classifier gets wrong; what a detector rejected does not
-enter. Where a defense is random, an image counts with its mean over the draws, so that n is a number of images.
+enter but in the tables of detectors. Where a defense is random, an image counts with its mean over the draws, so that n
+is a number of images.
 """
 
 from __future__ import annotations
@@ -152,7 +154,7 @@ def quality_table(rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for number, cell in records(cells[cells["defense"] != "none"]):
         group = rows[numbers == number]
-        line = {k: cell[k] for k in [*BLOCK, "defense", "knowledge", "eps"]} | {"attack": cell["short"]}
+        line = _of_cell(cell)
         line["n"] = group["index"].nunique()
         for name, source in (("before", "adv"), ("after", "pure_adv"), ("clean", "pure_clean")):
             values = group[f"psnr_{source}"].to_numpy(np.float64)
@@ -165,6 +167,74 @@ def quality_table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=[*BLOCK, "defense", "attack", "knowledge", "eps", "n", *measured]).astype(
         {"eps": "float32"}
     )
+
+
+def detector_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """How well each detector tells adversarial images from clean ones, one line per cell and detector.
+
+    Every image of the cell counts once clean and once attacked, also where the attack changed no prediction. Columns:
+    the cell, detector (its number, in the order of its defense), n, auroc, and tpr_1 and tpr_5: the share of attacked
+    images found at a threshold that at most 1 % and 5 % of the clean ones pass. Empty where nothing detects.
+    """
+    import numpy as np
+    import pandas as pd
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    cells, _ = _cells(rows)
+    numbers = _number(rows, cells)
+    lines = []
+    for number, cell in records(cells):
+        group = rows[numbers == number]
+        if not len(group["scores_clean"].iloc[0]):
+            continue
+        clean, attacked = (np.array(group[k].tolist(), np.float64) for k in ("scores_clean", "scores_adv"))
+        truth = np.repeat([0, 1], len(group))
+        for detector in range(clean.shape[1]):
+            scores = np.concatenate([clean[:, detector], attacked[:, detector]])
+            false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
+            found = {f"tpr_{share}": float(true[false <= share / 100].max()) for share in (1, 5)}
+            line = _of_cell(cell) | {"detector": detector, "n": group["index"].nunique()}
+            lines.append(line | {"auroc": float(roc_auc_score(truth, scores))} | found)
+    columns = [*BLOCK, "defense", "attack", "knowledge", "eps", "detector", "n", "auroc", "tpr_1", "tpr_5"]
+    return pd.DataFrame(lines, columns=columns).astype({"eps": "float32"})
+
+
+def rejection_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """What rejecting is worth, one line per cell of a defense that detects: shares of all images, Wilson intervals.
+
+    rejected_clean, rejected_adv: found too suspicious. clean_strict, adv_strict: correct and not rejected. adv_magnet:
+    correct or rejected, which is how MagNet counts (Meng and Chen 2017): a detector that rejects everything has 100 %
+    there, and 0 % when clean. Each has `_low` and `_high` beside it. Empty where nothing detects.
+    """
+    import pandas as pd
+
+    cells, _ = _cells(rows)
+    numbers = _number(rows, cells)
+    right = {k: rows[f"pred_pure_{k}"] == rows["label"] for k in ("clean", "adv")}
+    counted = pd.DataFrame(
+        {
+            "index": rows["index"],
+            "rejected_clean": rows["rejected_clean"],
+            "rejected_adv": rows["rejected_adv"],
+            "clean_strict": right["clean"] & ~rows["rejected_clean"],
+            "adv_strict": right["adv"] & ~rows["rejected_adv"],
+            "adv_magnet": right["adv"] | rows["rejected_adv"],
+        }
+    )
+    names = [str(k) for k in counted.columns[1:]]
+    lines = []
+    for number, cell in records(cells):
+        mine = numbers == number
+        if not len(rows["scores_clean"][mine].iloc[0]):
+            continue
+        line = _of_cell(cell) | {"n": rows["index"][mine].nunique()}
+        for name, share in counted[mine].groupby("index")[names].mean().items():
+            found = _accuracy(share)
+            line |= {str(name): found["accuracy"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+        lines.append(line)
+    measured = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+    columns = [*BLOCK, "defense", "attack", "knowledge", "eps", "n", *measured]
+    return pd.DataFrame(lines, columns=columns).astype({"eps": "float32"})
 
 
 def conditions(rows: pd.DataFrame, *environments: Mapping[str, Any]) -> pd.DataFrame:
@@ -252,6 +322,10 @@ def _number(rows: pd.DataFrame, cells: pd.DataFrame) -> Any:
     """Each row's cell, by its number in `cells`."""
     numbered = cells[CELL_KEYS].assign(cell=cells.index)
     return rows[CELL_KEYS].merge(numbered, on=CELL_KEYS, how="left")["cell"].to_numpy()
+
+
+def _of_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: cell[k] for k in [*BLOCK, "defense", "knowledge", "eps"]} | {"attack": cell["short"]}
 
 
 def _accuracy(right: pd.Series[Any]) -> dict[str, Any]:

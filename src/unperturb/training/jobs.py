@@ -40,6 +40,8 @@ class Cost:
 
 def estimate(task: Task, settings: Training, device: str = "cpu") -> Cost:
     """The cost of `task`, from its first few steps on a small batch and a probe of this machine."""
+    if not task.networks():
+        return Cost(0, 0.0, 0.0, 0.0)
     steps = total_steps(settings, len(task.sampler.data))
     pflop = flop_per_image(task) * settings.batch * steps / 1e15
     rates = probe(pick_device(device).type).rates
@@ -63,6 +65,8 @@ def decided(recipe: Any, task: Task, out: Path, resume: bool) -> Any:
     if resume and (out / "recipe.json").exists():
         there = runs.read_json(out / "recipe.json")["training"]
         precision, layout = there["precision"], there["memory_format"]
+    elif not task.networks():
+        precision, layout = "float32", "contiguous"
     else:
         precision, layout = fastest(task, settings.precision, settings.memory_format)
     return recipe.model_copy(
@@ -133,10 +137,8 @@ def train_classifier(
     task = classifier_task(plan, data, device)
     plan = decided(plan, task, out, resume)
 
-    def validate() -> dict[str, float]:
-        return {"score": accuracy(task.classifier.eval(), data.val, pick_device(device))}
-
     with _run_folder(out, plan, resume):
+        validate = _classifier_validation(plan, data, task, pick_device(device))
         outcome = train(
             task, plan.training, out, seed=plan.seed, device=device, devices=devices,
             validate=validate, show=show, progress=progress,
@@ -148,6 +150,27 @@ def train_classifier(
         assert isinstance(task.classifier, Classifier)
         save_classifier(out, task.classifier, about)
     return task.classifier.eval(), outcome
+
+
+def _classifier_validation(
+    recipe: ClassifierRecipe, data: Splits, task: PlainClassifier, device: torch.device
+) -> Validate:
+    """Accuracy on validation images; where the objective names attacks, also under each of them on a part of those
+    images, and the score is then the lowest: a robustness that is lost overnight shows nowhere else."""
+    held_out = data.val.subset(min(VALIDATION_IMAGES, len(data.val)), seed=recipe.seed)
+
+    def validate() -> dict[str, float]:
+        classifier = task.classifier.eval()
+        clean = accuracy(classifier, data.val, device)
+        figures = {}
+        for name, attack in task.judges().items():
+            images, labels = held_out.batch(torch.arange(len(held_out)), device)
+            x_adv = attack(classifier, images, labels, index=held_out.index, seed=recipe.seed)
+            with torch.no_grad():
+                figures[name] = float((classifier(x_adv).argmax(1) == labels).float().mean())
+        return {"clean": clean, **figures, "score": min(clean, *figures.values())} if figures else {"score": clean}
+
+    return validate
 
 
 # Defenses -----------------------------------------------------------------------------------------------------------
@@ -189,6 +212,8 @@ def train_defense(
 ) -> Defense:
     """Train a defense into the run folder `out` (default `runs/RECIPE`); `unperturb.load_defense(out)` rebuilds it.
 
+    A defense that has nothing to learn is judged on validation images and kept with the options of its recipe.
+
     recipe: a name, a path, or the recipe itself. classifier: one or several to protect, taken in turn (default: the
     recipe's run folders); they are not changed. data: what `load_dataset` returns (default: the recipe's). Returns the
     defense in eval mode; what it cost is in its `outcome`.
@@ -204,16 +229,27 @@ def train_defense(
     plan = decided(plan, task, out, resume)
     with _run_folder(out, plan, resume):
         validate = _defense_validation(plan, data, task, twins, pick_device(device))
-        outcome = train(
-            task, plan.training, out, seed=plan.seed, device=device, devices=devices,
-            validate=validate, show=show, progress=progress,
-        )  # fmt: skip
+        if task.networks():
+            outcome = train(
+                task, plan.training, out, seed=plan.seed, device=device, devices=devices,
+                validate=validate, show=show, progress=progress,
+            )  # fmt: skip
+        else:
+            outcome = _untrained(validate, out)
         _calibrate(task.defense, data.val, twins, plan.seed, pick_device(device))
         about = {"dataset": plan.dataset, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
         save_defense(out, task.defense, about)
     defense = task.defense.eval()
     defense.outcome = outcome
     return defense
+
+
+def _untrained(validate: Validate, out: Path) -> Outcome:
+    """The outcome of a defense that has nothing to learn: what it is worth on validation images, at no cost."""
+    figures = {k: round(float(v), 5) for k, v in validate().items()}
+    outcome = Outcome(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "float32", "contiguous", 0, figures)
+    runs.write_json(out / "training.json", asdict(outcome))
+    return outcome
 
 
 def _held_out(data: ImageSet, most: int | None, seed: int) -> ImageSet:

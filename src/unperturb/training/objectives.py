@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unperturb import draws, runs
+from unperturb.attacks.base import Attack, attacks, frozen
+from unperturb.classifiers import load_classifier
 from unperturb.config import Thing
+from unperturb.contract import budget
 from unperturb.defenses.base import Batch, Defense
 from unperturb.registry import Registry
-from unperturb.training.pairs import Mixture, PairSource, Sampler
+from unperturb.training.pairs import Mixture, PairSource, Sampler, hardest
 
 objectives: Registry[Task] = Registry("objective")
 
@@ -52,10 +58,22 @@ class DefenseTask:
 
 @objectives.register("plain")
 class PlainClassifier:
-    """A classifier learns its labels: cross-entropy, smoothed by `label_smoothing` (Szegedy et al. 2016)."""
+    """A classifier learns its labels: cross-entropy, smoothed by `label_smoothing` (Szegedy et al. 2016).
 
-    def __init__(self, classifier: nn.Module, sampler: Sampler, *, label_smoothing: float = 0.0) -> None:
-        self.classifier, self.sampler, self.label_smoothing = classifier, sampler, label_smoothing
+    temperature: what logits are divided by while it learns; above 1 it makes a teacher for `distilled`.
+    """
+
+    def __init__(
+        self, classifier: nn.Module, sampler: Sampler, *, label_smoothing: float = 0.0, temperature: float = 1.0
+    ) -> None:
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {temperature}")
+        self.classifier, self.sampler = classifier, sampler
+        self.label_smoothing, self.temperature = label_smoothing, temperature
+
+    def judges(self) -> dict[str, Attack]:
+        """The attacks that validation images are judged under, by name; none where clean accuracy is all there is."""
+        return {}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"classifier": self.classifier}
@@ -68,23 +86,127 @@ class PlainClassifier:
         self, batch: tuple[Tensor, Tensor], networks: dict[str, nn.Module]
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         images, labels = batch
-        logits = networks["classifier"](images).float()
+        logits = networks["classifier"](images).float() / self.temperature
         yield "classifier", {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
+
+
+@objectives.register("distilled")
+class DistilledClassifier(PlainClassifier):
+    """A classifier learns what a teacher says of the images, both at `temperature`; it is used at temperature 1.
+
+    teacher: run folder of a classifier of the same classes, trained by `plain` at this temperature.
+
+    Raises `ValueError` where the teacher was trained at another temperature, or knows other classes.
+
+    Source: Papernot et al. 2016, "Distillation as a defense to adversarial perturbations against deep neural
+    networks".
+    """
+
+    def __init__(self, classifier: nn.Module, sampler: Sampler, *, teacher: str, temperature: float = 100.0) -> None:
+        super().__init__(classifier, sampler, temperature=temperature)
+        self.teacher = load_classifier(teacher).freeze().to(sampler.device)
+        known = (self.teacher.spec or {}).get("classes")
+        if known != sampler.data.classes:
+            raise ValueError(f"the teacher in {teacher} knows {known} classes, the data has {sampler.data.classes}")
+        objective = runs.read_json(Path(teacher) / "recipe.json")["objective"]
+        if float(objective.get("temperature", 1.0)) != temperature:
+            raise ValueError(
+                f"the teacher in {teacher} was trained at temperature {objective.get('temperature', 1.0)}, not at "
+                f'{temperature}; train one with objective = {{ name = "plain", temperature = {temperature:g} }}'
+            )
+
+    @torch.no_grad()
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """Images and, in place of their labels, the teacher's probabilities `(N, K)`."""
+        images, _ = super().batch(step, rank, world)
+        return images, (self.teacher(images) / self.temperature).softmax(1)
 
 
 @objectives.register("adversarial")
 class AdversarialClassifier(PlainClassifier):
     """A classifier learns its labels on images attacked against itself, as it stands at each step.
 
-    attacks: a mixture as in a defense's pairs. Source: Madry et al. 2018, equation (2.1).
+    attacks: a mixture as in a defense's pairs. judge: the attack on validation images, by which keep = "best" chooses
+    (default: PGD-20 at the mixture's highest budget). ramp: steps in which perturbations grow to their whole size; a
+    small net that meets 0.3 at once on MNIST learns to say nothing. Source: Madry et al. 2018, equation (2.1).
     """
 
     def __init__(
-        self, classifier: nn.Module, sampler: Sampler, *, attacks: list[dict[str, Any]], label_smoothing: float = 0.0
+        self,
+        classifier: nn.Module,
+        sampler: Sampler,
+        *,
+        attacks: list[dict[str, Any]],
+        judge: dict[str, Any] | None = None,
+        ramp: int = 0,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(classifier, sampler, label_smoothing=label_smoothing)
-        self.mixture = Mixture([Thing(**a) for a in attacks], sampler.seed)
+        self.ramp = ramp
+        things = [Thing(**a) for a in attacks]
+        self.mixture = Mixture(things, sampler.seed)
+        if judge is None:
+            strongest = max((hardest(t)[1] for t in things), key=lambda o: budget(o.get("eps", 0.0)))
+            judge = _judge(strongest.get("eps", 0.0), strongest.get("norm", "linf"))
+        self.judge = _named(judge)
+
+    def judges(self) -> dict[str, Attack]:
+        return self.judge
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         images, labels, index = self.sampler.images(step, rank, world)
-        return self.mixture(self.classifier, images, labels, index, step), labels
+        x_adv = self.mixture(self.classifier, images, labels, index, step)
+        if step < self.ramp:
+            x_adv = images + (step + 1) / self.ramp * (x_adv - images)
+        return x_adv, labels
+
+
+@objectives.register("nfgsm")
+class NFGSMClassifier(PlainClassifier):
+    """A classifier learns its labels one signed step away from a noisy image; cheap adversarial training.
+
+    eps: the budget to be robust at. The noise is uniform in [-noise * eps, noise * eps], the step `alpha * eps` along
+    the sign of the gradient there, and what comes out is cut to [0, 1] but not to the ball, which is why this is a
+    way of training and no attack. judge: as in `adversarial` (default: PGD-20 at `eps`).
+
+    Source: de Jorge et al. 2022, "Make some noise", N-FGSM, and the authors' code (k = 2, alpha = eps). There the
+    gradient is taken in train mode, here in eval mode, as everywhere in this program.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        sampler: Sampler,
+        *,
+        eps: float | str,
+        noise: float = 2.0,
+        alpha: float = 1.0,
+        judge: dict[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(classifier, sampler, label_smoothing=label_smoothing)
+        self.eps, self.noise, self.alpha = budget(eps), noise, alpha
+        self.judge = _named(judge or _judge(self.eps, "linf"))
+
+    def judges(self) -> dict[str, Attack]:
+        return self.judge
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        images, labels, index = self.sampler.images(step, rank, world)
+        # A seed of its own: the order and the augmentation of the images are drawn from the sampler's.
+        noise = draws.uniform(self.sampler.seed + 7_919, index, step, images.shape[1:]) * 2 - 1
+        start = (images + self.noise * self.eps * noise).clamp(0, 1)
+        with frozen(self.classifier), torch.enable_grad():
+            at = start.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(self.classifier(at).float(), labels, reduction="sum"), at)
+        return (start + self.alpha * self.eps * gradient.sign()).clamp(0, 1), labels
+
+
+def _judge(eps: float | str, norm: str) -> dict[str, Any]:
+    return {"name": "pgd", "eps": eps, "norm": norm, "steps": 20}
+
+
+def _named(thing: dict[str, Any]) -> dict[str, Attack]:
+    options = dict(thing)
+    name = options.pop("name")
+    return {name: attacks.create(name, **options)}
