@@ -48,7 +48,7 @@ SHARED = {
     "classifiers": {"base"},
 }
 ORDER = {
-    "training": ["pairs", "objectives", "loop", "jobs"],
+    "training": ["pairs", "objectives", "muon", "loop", "jobs"],
     "evaluation": ["adversarials", "grid", "jobs"],
 }
 # An arrow from one attack to another: a cascade is made of its members.
@@ -255,7 +255,7 @@ HOUSE = {
         (
             "training/pairs.py",
             "from unperturb.training.loop import train",
-            "up in training/: pairs < objectives < loop",
+            "up in training/: pairs < objectives < muon < loop",
         ),
         ("training/pairs.py", "from unperturb.evaluation import grid", "imports evaluation: across floor 5"),
         ("utils.py", "from unperturb import draws", "utils stands on no floor"),
