@@ -97,7 +97,10 @@ def test_an_unknown_key_gives_the_nearest() -> None:
     [
         ({"steps": 3, "batch": "many"}, "training.batch: Input should be a valid integer"),
         ({"steps": 3, "lr": -1}, "training.lr: Input should be greater than 0, not -1"),
-        ({"steps": 3, "optimizer": "lion"}, "training.optimizer: Input should be 'adam', 'adamw', 'sgd' or 'muon', not 'lion'"),
+        (
+            {"steps": 3, "optimizer": "lion"},
+            "training.optimizer: Input should be 'adam', 'adamw', 'sgd' or 'muon', not 'lion'",
+        ),
         ({"steps": 3, "epochs": 2}, "training: give either epochs or steps"),
         ({}, "training: give either epochs or steps"),
         ({"steps": 3, "keep": "best"}, "training: keep = 'best' needs validate_every"),

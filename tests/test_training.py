@@ -564,6 +564,20 @@ def test_a_run_folder_rebuilds_what_was_trained(data: Splits, classifier: nn.Mod
     assert terms <= set(records(tmp_path / "d")[0])
 
 
+def test_a_run_starts_with_the_weights_of_another(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
+    first = jobs.train_defense(defense_recipe(steps=2), classifier, data, out=tmp_path / "first", device="cpu")
+    recipe = defense_recipe().model_copy(update={"start": str(tmp_path / "first")})
+    task, _ = jobs.defense_task(recipe, data, [classifier], "cpu")
+    assert {k: v.tolist() for k, v in task.defense.state_dict().items()} == {
+        k: v.tolist() for k, v in first.state_dict().items()
+    }
+    wider = recipe.defense.model_copy(update={"generator": {"name": "ape", "width": 8}})
+    with pytest.raises(runs.RunError, match=r"first: its networks are not those of this recipe"):
+        jobs.defense_task(recipe.model_copy(update={"defense": wider}), data, [classifier], "cpu")
+    with pytest.raises(runs.RunError, match=r"nothing holds no trained defense"):
+        jobs.defense_task(recipe.model_copy(update={"start": str(tmp_path / "nothing")}), data, [classifier], "cpu")
+
+
 def test_validation_judges_the_mixture_at_its_hardest(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
     recipe = defense_recipe(steps=2, keep="last", validate_every=None)
     defense = jobs.train_defense(recipe, classifier, data, out=tmp_path, device="cpu")

@@ -112,6 +112,7 @@ class DefenseRecipe(_Settings):
         min_length=1, description="Run folders of the classifiers to protect, taken in turn."
     )
     defense: Thing = Field(description="Which defense.")
+    start: str | None = Field(None, description="Run folder of a defense like it, whose weights training begins with.")
     pairs: Pairs
     training: Training
     seed: int = Field(0, ge=0, description="Of weights, order, augmentation and attacks.")

@@ -17,7 +17,7 @@ from unperturb.attacks.base import attacks
 from unperturb.classifiers import Classifier, create_classifier, load_classifier, save_classifier, twin
 from unperturb.config import ClassifierRecipe, DefenseRecipe, Training, read_recipe, snapshot
 from unperturb.data import ImageSet, Splits, load_dataset
-from unperturb.defenses.base import Defense, create_defense, save_defense
+from unperturb.defenses.base import Defense, create_defense, load_defense, save_defense
 from unperturb.devices import pick_device, probe
 from unperturb.training.loop import Outcome, Validate, fastest, flop_per_image, total_steps, train
 from unperturb.training.objectives import DefenseTask, PlainClassifier, Task, objectives
@@ -189,12 +189,24 @@ def defense_task(
             f"{recipe.defense.name} is made for {defense.size}x{defense.size} images, but those of "
             f"{recipe.dataset} are {height}x{width}; set defense.size={height}"
         )
+    if recipe.start is not None:
+        begin_with(defense, recipe.start)
     sampler = Sampler(data.train, recipe.training.batch, recipe.seed, recipe.pairs.augment, where)
     example, _ = data.train.batch(torch.arange(2), where)
     # The layout is given, not probed: a resumed run must draw the same pairs to the last bit.
     twins = [twin(c.to(where), example, channels_last=True) for c in classifiers]
     attacked = [threats.target(t, defense, recipe.pairs.knowledge) for t in twins]
     return DefenseTask(defense, PairSource(sampler, recipe.pairs, attacked, twins)), twins
+
+
+def begin_with(defense: Defense, folder: str) -> None:
+    """Give `defense` the weights of the run in `folder`; raises `RunError` where its networks are not the same."""
+    try:
+        defense.load_state_dict(load_defense(folder).state_dict())
+    except RuntimeError as error:
+        raise runs.RunError(
+            f"training cannot start with {folder}: its networks are not those of this recipe ({error})"
+        ) from None
 
 
 def train_defense(
