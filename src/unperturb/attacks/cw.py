@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import Attack, Best, Problem, attacks, margin
+from unperturb.attacks.base import Attack, Best, Problem, attacks, l2_norm, margin
 
 _CHECKS = 10  # how often per search step the loss is asked whether it still falls
 _SHARPNESS = 40.0  # of the smooth maximum over rivals, times the label's lead on the clean image
@@ -93,12 +93,12 @@ class CW(Attack):
         lowest = torch.full_like(const, torch.inf)
         for step in range(1, self.steps + 1):
             bend = torch.tanh(w)
-            x = (bend / self.smoothing).add_(1).div_(2).clamp_(0, 1)
+            x = (bend * (0.5 / self.smoothing)).add_(0.5).clamp_(0, 1)
             point, logits = problem.forward(x)
             logits_now = logits.detach()
             fallen, lead = self._fallen(problem, logits_now)
             delta = x - problem.images
-            distance = delta.flatten(1).square().sum(1)
+            distance = l2_norm(delta).square_()
             best.update(x, torch.where(fallen, -distance, -torch.inf), rows)
             hit[rows] |= fallen
 
@@ -110,14 +110,15 @@ class CW(Attack):
             pull = torch.where(lead < 0, -const if problem.targeted else const, 0.0)[:, None]
             rivals = (logits_now.scatter(1, labels, -torch.inf) * sharpness[:, None]).softmax(1)
             weights = (rivals * -pull).scatter_(1, labels, pull)
-            slope = problem.backward(point, logits, weights).add_(delta, alpha=2).mul_(1 - bend.square_())
+            slope = problem.backward(point, logits, weights).add_(delta, alpha=2)
+            slope.addcmul_(slope, bend.square_(), value=-1)
 
             # Adam, with the two bias corrections.
             m.lerp_(slope, 0.1)
             v.mul_(0.999).addcmul_(slope, slope, value=0.001)
             share = 0.525 + 0.475 * math.cos(math.pi * step / self.steps) if decay else 1.0
-            size = lr * (share / (1 - 0.9**step))
-            w.addcdiv_(m * size[:, None, None, None], (v / (1 - 0.999**step)).sqrt_().add_(1e-8), value=-1)
+            size, grown = lr * (share / (1 - 0.9**step)), math.sqrt(1 - 0.999**step)
+            w.addcdiv_(m, v.sqrt().add_(1e-8 * grown).div_((grown * size)[:, None, None, None]), value=-1)
 
             if self.abort_early and step % max(self.steps // _CHECKS, 1) == 0 and step < self.steps:
                 loss = distance - const * lead.clamp(max=0)

@@ -55,10 +55,11 @@ class DeepFool(Attack):
             standing = (~fooled).nonzero().squeeze(1)
             if not len(standing):
                 return found
-            # The images just fooled would sit through every backward pass of this graph. Where that costs more than
-            # another forward pass of the others, start over without them; else they leave after this step.
+            # The images just fooled would sit through every backward pass of this graph, each worth some two forward
+            # passes. Where that costs more than another forward pass of the others, start over without them; else they
+            # leave after this step.
             passes = 1 if problem.targeted else rivals.shape[1]
-            if (len(x) - len(standing)) * passes > len(standing):
+            if 2 * (len(x) - len(standing)) * passes > len(standing):
                 problem, x, rows, rivals = problem.take(standing), x[standing], rows[standing], rivals[standing]
                 standing = torch.arange(len(x), device=x.device)
                 point, logits = problem.forward(x)
