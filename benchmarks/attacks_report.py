@@ -95,7 +95,7 @@ def print_table(record: dict[str, Any]) -> None:
 
     console = Console(width=None if Console().is_terminal else 132)
     for model in record["models"]:
-        table = Table(title=f"{model['name']}, {model['images'][0]} images, median of {record['repeat']}")
+        table = Table(title=f"{model['name']}, median of the rounds")
         for head in ("attack", "library"):
             table.add_column(head)
         for head in ("seconds", "min-max", "images/s", "x ours", "overhead", "success", "distance", "outside"):
