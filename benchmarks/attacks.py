@@ -3,6 +3,7 @@
     python benchmarks/attacks.py                                    # nets trained on the spot, 28x28 and 32x32
     python benchmarks/attacks.py --model runs/mnist-lenet5 --model runs/cifar10-airbench
     python benchmarks/attacks.py --attacks fgsm,jsma --sizes 28,128 --quick
+    python benchmarks/attacks.py --attacks jsma --n 16 --keep       # this attack anew, the others as they were
 
 Same model, same images, same settings, one thread, CPU seconds of `attack(...)`; the libraries take turns in each of
 `--repeat` rounds, so that a busy moment meets them all. The overhead is
@@ -26,7 +27,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from attacks_report import OURS, TWIN, loses, marks, plot, print_table
 from unperturb.attacks.base import BallAttack
 from unperturb.attacks.deepfool import DeepFool
 from unperturb.attacks.jsma import JSMA
-from unperturb.runs import environment, write_json
+from unperturb.runs import environment, read_json, write_json
 
 HERE = Path(__file__).resolve().parent
 # Measuring ----------------------------------------------------------------------------------------------------------
@@ -113,15 +114,24 @@ def judge(case: Case, net: nn.Module, x: Tensor, images: Tensor, labels: Tensor,
     return {"fell": fooled(x), "fell_8bit": fooled((x * 255).round() / 255), "outside": ~inside, "distance": distance}
 
 
-def contenders(case: Case, net: nn.Module, fast: nn.Module, peers: dict[str, Makers]) -> dict[str, Run | str]:
-    """Those who take part, ready to run, or why they cannot."""
+def contenders(
+    case: Case,
+    net: nn.Module,
+    fast: nn.Module,
+    peers: dict[str, Makers],
+    attack: str = "",
+    left_out: Collection[str] = (),
+) -> dict[str, Run | str]:
+    """Those who take part, ready to run, or why they do not; `attack` is the name of the case."""
     found: dict[str, Run | str] = {
         OURS: lambda x, y, t: case.attack(net, x, y, targets=t if case.aimed else None),
         TWIN: lambda x, y, t: case.attack(fast, x, y, targets=t if case.aimed else None),
     }
     for name, makers in peers.items():
         maker = makers.get(type(case.attack).__name__)
-        if maker is not None:
+        if maker is not None and f"{name}:{attack}" in left_out:
+            found[name] = "left out: it would take too long"
+        elif maker is not None:
             try:
                 found[name] = maker(case.attack)
             except Exception as error:  # a peer that cannot is part of the result
@@ -129,11 +139,11 @@ def contenders(case: Case, net: nn.Module, fast: nn.Module, peers: dict[str, Mak
     return found
 
 
-def measure(case: Case, field: Field, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(attack: str, case: Case, field: Field, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per library: seconds, overhead, success, distance; or the error of one that failed."""
     net, images, labels = field.net, field.images, field.labels
     targets = (labels + 1) % field.classes
-    runs = contenders(case, net, field.fast, field.peers)
+    runs = contenders(case, net, field.fast, field.peers, attack, options.leave_out)
     passes = least(case, net, images, labels, targets)
     seconds: dict[str, list[float]] = {who: [] for who in runs}
     overheads: dict[str, list[float]] = {who: [] for who in runs}
@@ -159,7 +169,7 @@ def measure(case: Case, field: Field, options: argparse.Namespace) -> list[dict[
             judged[who] = judge(case, net, x, images, labels, targets)
     rows = []
     for who, run in runs.items():
-        row: dict[str, Any] = {"model": field.name, "size": images.shape[-1], "library": who}
+        row: dict[str, Any] = {"model": field.name, "size": images.shape[-1], "n": len(images), "library": who}
         if isinstance(run, str):
             rows.append(row | {"error": run})
             continue
@@ -211,6 +221,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, help="rounds (default 5)")
     parser.add_argument("--patience", type=float, default=60.0, help="CPU seconds after which none is run once more")
     parser.add_argument("--freeze", action="store_true", help="spare the peers the gradients of the parameters")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of other models and attacks in --out")
+    parser.add_argument("--leave-out", type=listed, default=[], help="LIBRARY:ATTACK,... that would take too long")
     parser.add_argument("--quick", action="store_true", help="16 images, one round: does it run?")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "attacks.json", help="and a .png beside")
     options = parser.parse_args()
@@ -228,17 +240,20 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
+    old = read_json(options.out) if options.keep and options.out.exists() else {"models": [], "rows": []}
+    rows: list[dict[str, Any]] = old["rows"]
+    order = list(cases(0.1))
     record: dict[str, Any] = {
         "what": "attacks, ours and other libraries', in CPU seconds",
         "clock": "time.process_time",
     }
     record |= {k: getattr(options, k) for k in ("n", "repeat", "patience", "freeze", "quick")}
-    record |= {"libraries": versions(options.peers), "absent": options.absent, "models": [], "rows": rows}
+    record |= {"libraries": versions(options.peers), "absent": options.absent, "models": old["models"], "rows": rows}
     record["environment"] = environment()
     for name, make in line_up(options):
         field = prepare(name, make, options)
         shape = tuple(field.images.shape)
+        record["models"] = [m for m in record["models"] if m["name"] != name]
         record["models"].append(
             {"name": name, "images": shape, "classes": field.classes}
             | {"folded": field.fast.folded, "channels_last": field.fast.channels_last}
@@ -248,8 +263,11 @@ def main() -> None:
             case = cases(eps)[attack]
             print(f"{name}: {attack}", file=sys.stderr, flush=True)
             kind = "spent" if attack in SPENT else "least"
-            found = measure(case, field, options)
+            found = measure(attack, case, field, options)
+            rows[:] = [row for row in rows if (row["model"], row["attack"]) != (name, attack)]
             rows += [{"attack": attack, "settings": repr(case.attack), "passes_are": kind} | row for row in found]
+            record["models"].sort(key=lambda m: m["images"][-1])
+            rows.sort(key=lambda r: (r["size"], r["model"], order.index(r["attack"])))
             record |= {"marks": marks(record), "loses": loses(rows)}
             write_json(options.out, record)  # after each attack: a long run may be broken off
     plot(rows, options.out.with_suffix(".png"))

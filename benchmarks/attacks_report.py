@@ -95,7 +95,7 @@ def print_table(record: dict[str, Any]) -> None:
 
     console = Console(width=None if Console().is_terminal else 132)
     for model in record["models"]:
-        table = Table(title=f"{model['name']}, {model['images'][0]} images, median of {record['repeat']}")
+        table = Table(title=f"{model['name']}, median of the rounds")
         for head in ("attack", "library"):
             table.add_column(head)
         for head in ("seconds", "min-max", "images/s", "x ours", "overhead", "success", "distance", "outside"):
@@ -150,7 +150,11 @@ def plot(rows: list[Row], path: Path) -> None:
         return
     widest = max(sum(len(v) + 1 for (m, _), v in lines.items() if m == model) for model in models)
     size = (max(7.0, 0.36 * widest + 1.5), 3.7 * len(models) + 0.4)
-    figure, panels = plt.subplots(len(models), 1, figsize=size, squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(len(models), 1, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    values = [row["overhead"] for line in lines.values() for row in line.values()]
+    lowest, highest = min(v["min"] for v in values), max(v["max"] for v in values)
+    panels[0, 0].set_yscale("log")
+    panels[0, 0].set_ylim(min(0.6, 0.9 * lowest), 6 * max(1.0, highest))  # room for the legend
     for axes, model in zip(panels[:, 0], models):
         _panel(axes, model, {attack: line for (m, attack), line in lines.items() if m == model})
     shown = {name: bar for axes in panels[:, 0] for bar, name in zip(*axes.get_legend_handles_labels())}
@@ -162,7 +166,6 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def _panel(axes: Any, model: str, attacks: dict[str, dict[str, Row]]) -> None:
     at, ticks = 0.0, []
-    lowest, highest = 1.0, 1.0
     for line in attacks.values():
         ticks.append(at + (len(line) - 1) / 2)
         for name, row in line.items():
@@ -173,21 +176,19 @@ def _panel(axes: Any, model: str, attacks: dict[str, dict[str, Row]]) -> None:
             if name not in (OURS, TWIN):
                 times = row["times_ours"]
                 axes.annotate(
-                    f"{times:.0f}x" if times >= 9.95 else f"{times:.2g}x",
+                    f"{times:.0f}x" if times >= 9.95 else f"{times:.2f}x",
                     (at, max(value["max"], 1)),
                     (0, 3),
                     textcoords="offset points",
                     ha="center",
                     fontsize=7.5,
                 )
-            lowest, highest = min(lowest, value["min"]), max(highest, value["max"])
             at += 1
         at += 1
     axes.axhline(1, color="#222222", linewidth=0.9, linestyle="--")
-    axes.set_yscale("log")
-    axes.set_ylim(min(0.6, 0.9 * lowest), 6 * highest)  # room for the legend
     axes.set_xlim(-1, at - 1)
-    axes.set_xticks(ticks, list(attacks), fontsize=9)
+    counts = [f"{attack}\nn = {line[OURS]['n']}" for attack, line in attacks.items()]
+    axes.set_xticks(ticks, counts, fontsize=9)
     axes.tick_params(axis="x", length=0)
     axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unperturb import threats
 from unperturb.attacks import Attack, attacks, budget, create_attack
 from unperturb.attacks.base import BallAttack, NonFiniteLogitsError, frozen
 from unperturb.registry import UnknownNameError
@@ -321,6 +322,90 @@ def test_no_budget_no_change(name: str) -> None:
 def test_unknown_norm(name: str) -> None:
     with pytest.raises(ValueError, match="norm must be"):
         make(name, norm="l7")
+
+
+# What a model may do inside, and what an attacker may put around it --------------------------------------------------
+
+BY_GRADIENT = [(name, norm) for name, norm in CASES if name not in ("noise", "rays", "square")]
+every_gradient_attack = pytest.mark.parametrize(
+    ("name", "norm"), BY_GRADIENT, ids=[f"{name}-{norm}" if norm else name for name, norm in BY_GRADIENT]
+)
+
+
+@every_attack
+def test_bfloat16_inside_the_model(name: str, norm: str | None) -> None:
+    class Half(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return F.linear(x.flatten(1), self.weight, self.bias)
+
+    model = Half()
+    images, _ = batch()
+    labels = model(images).argmax(1)
+    assert model(images).dtype == torch.bfloat16
+    attack = of(name, norm)
+    result = attack.run(model, images, labels)
+    assert_valid(attack, result.images, images)
+    plain = attack.run(Linear(), images, labels)
+    # bfloat16 rounds logits to three digits: a boundary is met a little earlier or later, not elsewhere.
+    assert abs(int(result.success.sum()) - int(plain.success.sum())) <= 1
+
+
+@every_gradient_attack
+def test_every_adapter_fits_every_gradient_attack(name: str, norm: str | None) -> None:
+    model = Linear()
+    images, _ = batch()
+    labels = model(images).argmax(1)
+    attack = of(name, norm)
+    plain = attack.run(model, images, labels)
+
+    # Adapters around what hides nothing change nothing: an exact copy with a stand-in, a mean of equal draws.
+    def copied(x: Tensor) -> Tensor:
+        return x.clone()
+
+    for seen in (
+        nn.Sequential(threats.BPDA(copied), model),
+        nn.Sequential(threats.BPDA(copied, stand_in=lambda x: 1.0 * x), model),
+        threats.EOT(model, draws=2),
+        threats.EOT(model, draws=2, seed=7),
+    ):
+        torch.testing.assert_close(attack(seen, images, labels), plain.images, rtol=0, atol=2e-5)
+
+    # Rounding hides the gradient from every one of them, and the adapter gives it back.
+    hidden = attack.run(lambda x: model((x * 255).round() / 255), images, labels)
+    assert int(hidden.zero_gradients.min()) > 0
+    seen = nn.Sequential(threats.rounding(), model)
+    found = attack.run(seen, images, labels)
+    assert_valid(attack, found.images, images)
+    if name != "cw":  # whose own weight on the model is 0 wherever an image has fallen
+        assert int(found.zero_gradients.sum()) == 0
+    assert int(found.success.sum()) >= int(plain.success.sum()) - 1
+    assert torch.equal(found.success, found.success_8bit)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["pgd", "mim", "apgd", "apgd-t", "ddn", "patch"])
+def test_no_step_waits_for_the_device(name: str, norm: str) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Waits(TorchDispatchMode):
+        """Counts what would stop a GPU's queue: numbers read by Python, and results whose shape depends on data."""
+
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func._overloadpacket._qualified_op_name in ("aten::_local_scalar_dense", "aten::nonzero")
+            return func(*args, **(kwargs or {}))
+
+    model = Linear()
+    images, labels = batch()
+    counts = []
+    for steps in (3, 9):
+        attack = make(name, steps=steps, **({"norm": norm} if "norm" in fields(name) else {}))
+        with Waits() as waits:
+            attack(model, images, labels)
+        counts.append(waits.count)
+    assert counts[0] == counts[1] > 0  # the checks of the input and the answer do wait
 
 
 # What is wrong with the input, said for every attack by the one `__call__` -------------------------------------------

@@ -1,4 +1,4 @@
-"""The benchmark of the attacks runs, and writes what it says it writes."""
+"""The benchmarks of the attacks run, and write what they say they write."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from unperturb.attacks import attacks
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attacks.py"
 
@@ -41,3 +43,18 @@ def test_the_attack_benchmark_runs_ours_beside_the_peers(tmp_path: Path) -> None
         told = [line for line in record["loses"] if f"against {name}: slower" in line]
         assert len(told) == (rows[name]["times_ours"] < 1)
     assert "ours, twin" in done.stdout
+
+
+@pytest.mark.slow
+def test_no_attack_takes_more_memory_than_two_passes_and_a_few_copies(tmp_path: Path) -> None:
+    out = tmp_path / "memory.json"
+    command = [sys.executable, SCRIPT.with_name("attacks_memory.py"), "--sizes", "28", "--n", "16", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert {row["attack"] for row in rows} == set(attacks)
+    images = 16 * 28 * 28 * 4
+    for row in rows:
+        assert row["pass_bytes"] > 4 * images, row  # the activations of a LeNet alone are more
+        assert row["bytes"] >= images, row
+        assert row["met"], row

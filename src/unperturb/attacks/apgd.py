@@ -18,7 +18,7 @@ from unperturb.attacks.base import (
     dlr,
     l2_norm,
     margin,
-    project_,
+    projection,
 )
 
 _MOMENTUM = 0.75  # alpha of algorithm 1: the weight of the new step against the last one
@@ -97,7 +97,7 @@ def climb(
     judge: the loss that the answer is chosen by (default: `loss`); the climb itself goes back to the highest `loss`.
     Costs `steps` passes forward and backward and one forward, each `eot` times.
     """
-    images, marks = problem.images, set(checkpoints(steps))
+    project, marks = projection(problem.images, eps, norm), set(checkpoints(steps))
     x, before = start, start
     value, gradient, logits = mean_gradient(problem, x, loss, eot)
     top, top_gradient = Best(x), gradient
@@ -113,10 +113,10 @@ def climb(
             ahead = torch.addcmul(x, gradient.sign(), size)
         else:
             ahead = torch.addcmul(x, gradient, size / l2_norm(gradient).clamp(min=1e-30)[:, None, None, None])
-        ahead = project_(ahead, images, eps, norm)
+        ahead = project(ahead)
         if step > 1:  # z moves on, pulled along by the last move: x + a (z - x) + (1 - a) (x - x_before)
             ahead = ahead.sub_(x).mul_(_MOMENTUM).add_(x).add_(x - before, alpha=1 - _MOMENTUM)
-            ahead = project_(ahead, images, eps, norm)
+            ahead = project(ahead)
         before, x, value_before = x, ahead, value
         if step < steps:
             value, gradient, logits = mean_gradient(problem, x, loss, eot)

@@ -85,7 +85,7 @@ def project_(x: Tensor, center: Tensor, eps: float, norm: Norm) -> Tensor:
     that are still off the box until no more of them reach it.
     """
     if norm == "linf":
-        return torch.minimum(torch.maximum(x, (center - eps).clamp_(min=0)), (center + eps).clamp_(max=1))
+        return torch.clamp(x, (center - eps).clamp_(min=0), (center + eps).clamp_(max=1))
     delta = (x - center).flatten(1)
     flat = center.flatten(1)
     room = torch.where(delta > 0, 1 - flat, flat)  # how far each coordinate can go before it meets the box
@@ -102,6 +102,14 @@ def project_(x: Tensor, center: Tensor, eps: float, norm: Norm) -> Tensor:
     length = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
     moved = moved * (eps / length.clamp(min=1e-30)).clamp(max=1)
     return (flat + moved * delta.sign()).reshape_as(x).clamp_(0, 1)
+
+
+def projection(center: Tensor, eps: float, norm: Norm) -> Callable[[Tensor], Tensor]:
+    """`project_` onto the one set again and again: it may work in place, and in Linf the walls are built once."""
+    if norm != "linf":
+        return lambda x: project_(x, center, eps, norm)
+    low, high = (center - eps).clamp_(min=0), (center + eps).clamp_(max=1)
+    return lambda x: torch.clamp(x, low, high, out=x)
 
 
 # The problem --------------------------------------------------------------------------------------------------------
@@ -437,7 +445,7 @@ class BallAttack(Attack):
     def ascend(self, x: Tensor, direction: Tensor, step: float) -> Tensor:
         """`x` moved by `step` along the steepest ascent of this norm; a zero direction moves nothing."""
         if self.norm == "linf":
-            return torch.add(x, direction.sign(), alpha=step)
+            return direction.sign().mul_(step).add_(x)
         # First to a size whose square float32 can hold: of a nearly saturated softmax the gradient is tiny, not zero.
         unit = direction / direction.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-37)
         return x + unit * _column(step / l2_norm(unit).clamp(min=1e-12), unit)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import Attack, Best, Problem, attacks, margin
+from unperturb.attacks.base import Attack, Best, Problem, attacks, l2_norm, margin
 
 _CHECKS = 10  # how often per search step the loss is asked whether it still falls
 _SHARPNESS = 40.0  # of the smooth maximum over rivals, times the label's lead on the clean image
@@ -19,11 +19,12 @@ _SHARPNESS = 40.0  # of the smooth maximum over rivals, times the label's lead o
 class CW(Attack):
     """Least squared L2 distance plus `const` times the lead that the label still has; a minimal-norm attack.
 
-    confidence: by how much the wrong logit must lead. steps: passes per search step, by Adam with `lr`, which decays
-    within each (cosine, to a twentieth): the best images are met while it comes to rest on the boundary.
-    search_steps: how often the weight of the second term is changed per image, tenfold up from `initial_const` until
-    the image falls, then by bisection; each search step begins where the last one ended. smoothing: pixels are
-    `(tanh(w) / smoothing + 1) / 2`, cut to [0, 1], so that those at exactly 0 or 1 begin where tanh still has a slope.
+    confidence: by how much the wrong logit must lead. steps: passes per search step, by Adam with `lr`, which in the
+    last third of the search decays within each (cosine, to a twentieth): the first search steps are to come far, the
+    last ones to meet their best images while coming to rest on the boundary. search_steps: how often the weight of the
+    second term is changed per image, tenfold up from `initial_const` until the image falls, then by bisection; each
+    search step begins where the last one ended. smoothing: pixels are `(tanh(w) / smoothing + 1) / 2`, cut to [0, 1],
+    so that those at exactly 0 or 1 begin where tanh still has a slope.
     abort_early: an image whose loss has not fallen over a tenth of a search step leaves it.
 
     Source: Carlini & Wagner 2017, sections V.B-D, f6; smoothing, warm start, decay and the smooth maximum in f6's
@@ -59,10 +60,11 @@ class CW(Attack):
         w = torch.atanh((2 * problem.images - 1) * self.smoothing)
         const = torch.full_like(best.value, self.initial_const)
         low, high = torch.zeros_like(const), torch.full_like(const, torch.inf)
-        for _ in range(self.search_steps):
+        for search in range(self.search_steps):
             # Adam moves every pixel, by up to lr / 2: no step may be longer than half the distance already met.
             lr = (best.value.neg().sqrt() / math.sqrt(w[0].numel())).clamp(max=self.lr)
-            w, hit = self._descend(problem, w, const, lr, sharpness, best)
+            decay = search >= self.search_steps - max(self.search_steps // 3, 1)
+            w, hit = self._descend(problem, w, const, lr, sharpness, best, decay=decay)
             low, high = torch.where(hit, low, const), torch.where(hit, const, high)
             const = torch.where(high < torch.inf, (low + high) / 2, const * 10)
         found[standing] = best.images
@@ -74,7 +76,15 @@ class CW(Attack):
         return lead > 1e-5 * logits.abs().amax(1), lead
 
     def _descend(
-        self, problem: Problem, start: Tensor, const: Tensor, lr: Tensor, sharpness: Tensor, best: Best
+        self,
+        problem: Problem,
+        start: Tensor,
+        const: Tensor,
+        lr: Tensor,
+        sharpness: Tensor,
+        best: Best,
+        *,
+        decay: bool,
     ) -> tuple[Tensor, Tensor]:
         """One search step from `start`: where each image's w came to, and whether the image fell on the way."""
         end, hit = start.clone(), torch.zeros_like(const, dtype=torch.bool)
@@ -83,12 +93,12 @@ class CW(Attack):
         lowest = torch.full_like(const, torch.inf)
         for step in range(1, self.steps + 1):
             bend = torch.tanh(w)
-            x = (bend / self.smoothing).add_(1).div_(2).clamp_(0, 1)
+            x = (bend * (0.5 / self.smoothing)).add_(0.5).clamp_(0, 1)
             point, logits = problem.forward(x)
             logits_now = logits.detach()
             fallen, lead = self._fallen(problem, logits_now)
             delta = x - problem.images
-            distance = delta.flatten(1).square().sum(1)
+            distance = l2_norm(delta).square_()
             best.update(x, torch.where(fallen, -distance, -torch.inf), rows)
             hit[rows] |= fallen
 
@@ -100,13 +110,15 @@ class CW(Attack):
             pull = torch.where(lead < 0, -const if problem.targeted else const, 0.0)[:, None]
             rivals = (logits_now.scatter(1, labels, -torch.inf) * sharpness[:, None]).softmax(1)
             weights = (rivals * -pull).scatter_(1, labels, pull)
-            slope = problem.backward(point, logits, weights).add_(delta, alpha=2).mul_(1 - bend.square_())
+            slope = problem.backward(point, logits, weights).add_(delta, alpha=2)
+            slope.addcmul_(slope, bend.square_(), value=-1)
 
             # Adam, with the two bias corrections.
             m.lerp_(slope, 0.1)
             v.mul_(0.999).addcmul_(slope, slope, value=0.001)
-            size = lr * ((0.525 + 0.475 * math.cos(math.pi * step / self.steps)) / (1 - 0.9**step))
-            w.addcdiv_(m * size[:, None, None, None], (v / (1 - 0.999**step)).sqrt_().add_(1e-8), value=-1)
+            share = 0.525 + 0.475 * math.cos(math.pi * step / self.steps) if decay else 1.0
+            size, grown = lr * (share / (1 - 0.9**step)), math.sqrt(1 - 0.999**step)
+            w.addcdiv_(m, v.sqrt().add_(1e-8 * grown).div_((grown * size)[:, None, None, None]), value=-1)
 
             if self.abort_early and step % max(self.steps // _CHECKS, 1) == 0 and step < self.steps:
                 loss = distance - const * lead.clamp(max=0)

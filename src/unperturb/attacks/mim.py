@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import LOSSES, BallAttack, Best, Problem, attacks, project_
+from unperturb.attacks.base import LOSSES, BallAttack, Best, Problem, attacks, projection
 from unperturb.contract import budget
 
 
@@ -36,7 +36,7 @@ class MIM(BallAttack):
     def perturb(self, problem: Problem) -> Tensor:
         loss = LOSSES[self.loss]
         alpha = self.eps / self.steps if self.alpha is None else self.alpha
-        best = Best(problem.images)
+        best, project = Best(problem.images), projection(problem.images, self.eps, self.norm)
         x, momentum = problem.images, torch.zeros_like(problem.images)
         for step in range(self.steps):
             value, gradient, _ = problem.gradient(x, loss)
@@ -45,6 +45,6 @@ class MIM(BallAttack):
             # Clamped: a zero gradient adds nothing, where a division by zero would add NaN.
             gradient /= gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
             momentum = momentum.mul_(self.decay).add_(gradient)
-            x = project_(self.ascend(x, momentum, alpha), problem.images, self.eps, self.norm)
+            x = project(self.ascend(x, momentum, alpha))
         best.update(x, problem.value(problem.logits(x), loss))
         return best.images

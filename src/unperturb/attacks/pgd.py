@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unperturb.attacks.base import LOSSES, BallAttack, Best, Problem, attacks, project_
+from unperturb.attacks.base import LOSSES, BallAttack, Best, Problem, attacks, projection
 from unperturb.contract import budget
 
 
@@ -37,7 +37,7 @@ class PGD(BallAttack):
     def perturb(self, problem: Problem) -> Tensor:
         loss = LOSSES[self.loss]
         alpha = 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
-        best = Best(problem.images)
+        best, project = Best(problem.images), projection(problem.images, self.eps, self.norm)
         for restart in range(self.restarts):
             x = problem.images
             if self.random_start or restart:
@@ -46,6 +46,6 @@ class PGD(BallAttack):
                 value, gradient, _ = problem.gradient(x, loss)
                 if step or restart:  # the start itself is not an answer, unless nothing else was met
                     best.update(x, value)
-                x = project_(self.ascend(x, gradient, alpha), problem.images, self.eps, self.norm)
+                x = project(self.ascend(x, gradient, alpha))
             best.update(x, problem.value(problem.logits(x), loss))
         return best.images
