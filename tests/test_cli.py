@@ -87,7 +87,12 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     command = ["train-classifier", "classifier-digits", "--out", str(out), "--threads", "1"]
     command += ["--set", "training.epochs=9999", "--set", "training.checkpoint_seconds=0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "unperturb.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "unperturb.cli", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell starts what runs in its background deaf to Ctrl-C, and deafness is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 90
     while not (out / "checkpoint.pt").exists():
