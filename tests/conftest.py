@@ -17,8 +17,13 @@ os.environ.update(
     }
 )
 
+import functools
+
 import pytest
 import torch
+
+from unperturb.data import Splits, load_dataset
+from unperturb.devices import Speed
 
 torch.set_num_threads(1)
 
@@ -26,3 +31,18 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast a large convolution is on this machine is beside the point of most tests, and takes seconds."""
+    from unperturb.training import loop
+
+    known = functools.cache(lambda device="cpu": Speed({("float32", "contiguous"): 10.0}))
+    monkeypatch.setattr(loop, "probe", known)
+
+
+@pytest.fixture(scope="session")
+def tiny_digits() -> Splits:
+    """The embedded digits at 8x8."""
+    return load_dataset("digits", size=8)

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from unperturb import runs, threats
 from unperturb.classifiers import create_classifier
 from unperturb.config import read_recipe, resolve
-from unperturb.data import Splits, load_dataset
+from unperturb.data import Splits
 from unperturb.defenses import Batch, Defense, Protected, create_defense, defenses, load_defense, save_defense, vary
-from unperturb.devices import Speed
-from unperturb.training import jobs, loop, pairs
+from unperturb.training import jobs, pairs
 
 # A defense that cannot be made from channels alone, or is large without, has small options here, one set a variant.
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
@@ -278,15 +277,12 @@ def test_varied() -> None:
 LEARNED = [c for c in CASES if made(c).networks()]
 
 
-@pytest.fixture(autouse=True)
-def _no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = functools.cache(lambda device="cpu": Speed({("float32", "contiguous"): 10.0}))
-    monkeypatch.setattr(loop, "probe", known)
+pytestmark = pytest.mark.usefixtures("no_probe")
 
 
-@pytest.fixture(scope="module")
-def data() -> Splits:
-    return load_dataset("digits", size=8)
+@pytest.fixture
+def data(tiny_digits: Splits) -> Splits:
+    return tiny_digits
 
 
 def recipe(case: str, **training: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from unperturb import draws, runs
 from unperturb.attacks import create_attack
 from unperturb.classifiers import create_classifier, save_classifier
 from unperturb.config import Augmentation, read_recipe, resolve
-from unperturb.data import Splits, load_dataset
-from unperturb.devices import Speed
+from unperturb.data import Splits
 from unperturb.training import jobs, loop
 from unperturb.training.objectives import (
     AdversarialClassifier,
@@ -30,15 +28,12 @@ from unperturb.training.pairs import Sampler
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "digits")
 
 
-@pytest.fixture(autouse=True)
-def _no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = functools.cache(lambda device="cpu": Speed({("float32", "contiguous"): 10.0}))
-    monkeypatch.setattr(loop, "probe", known)
+pytestmark = pytest.mark.usefixtures("no_probe")
 
 
-@pytest.fixture(scope="module")
-def data() -> Splits:
-    return load_dataset("digits", size=8)
+@pytest.fixture
+def data(tiny_digits: Splits) -> Splits:
+    return tiny_digits
 
 
 def net(seed: int = 0) -> Any:

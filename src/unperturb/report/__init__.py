@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unperturb.report.detectors import detector_table as detector_table
+from unperturb.report.detectors import rejection_table as rejection_table
 from unperturb.report.figures import accuracy_figure as accuracy_figure
 from unperturb.report.figures import confidence_figure as confidence_figure
 from unperturb.report.figures import restored_figure as restored_figure
@@ -9,9 +11,7 @@ from unperturb.report.figures import save as save
 from unperturb.report.page import write_report as write_report
 from unperturb.report.tables import accuracy_table as accuracy_table
 from unperturb.report.tables import conditions as conditions
-from unperturb.report.tables import detector_table as detector_table
 from unperturb.report.tables import quality_table as quality_table
-from unperturb.report.tables import rejection_table as rejection_table
 from unperturb.report.tables import wide_table as wide_table
 from unperturb.report.tables import worst_case as worst_case
 from unperturb.report.text import table as table

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unperturb.report import figures, tables
+from unperturb.report import detectors, figures, tables
 from unperturb.report.tables import BLOCK, attack_name, attacker_name, groups, records
 from unperturb.report.text import quality_number, to_markdown
 from unperturb.runs import read_json, read_rows, read_samples, write_text
@@ -36,8 +36,8 @@ def write_report(source: str | Path | Iterable[str | Path] | pd.DataFrame, out: 
         "quality": tables.quality_table(rows),
         "conditions": tables.conditions(rows, *environments),
     }
-    detectors = {"detectors": tables.detector_table(rows), "rejections": tables.rejection_table(rows)}
-    frames |= {name: frame for name, frame in detectors.items() if len(frame)}
+    of_detectors = {"detectors": detectors.detector_table(rows), "rejections": detectors.rejection_table(rows)}
+    frames |= {name: frame for name, frame in of_detectors.items() if len(frame)}
     written: dict[str, Path] = {}
     for name, frame in frames.items():
         written[f"tables/{name}.csv"] = path = out / "tables" / f"{name}.csv"

@@ -1,9 +1,7 @@
-"""Tables from rows: accuracy with its interval, the worst case per image, image quality, what detectors are worth, and
-the conditions of it all.
+"""Tables from rows: accuracy with its interval, the worst case per image, image quality, and the conditions of it all.
 
 Accuracy is over all images given, also those that the bare classifier gets wrong; what a detector rejected does not
-enter but in the tables of detectors. Where a defense is random, an image counts with its mean over the draws, so that n
-is a number of images.
+enter. Where a defense is random, an image counts with its mean over the draws, so that n is a number of images.
 """
 
 from __future__ import annotations
@@ -66,14 +64,14 @@ def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    cells, images = _cells(rows)
+    cells, images = cells_of(rows)
     lines: list[dict[str, Any]] = []
     nothing = dict.fromkeys(["knowledge", "surrogate", "attack_repr"], "")
     for key, group in groups(cells, [*BLOCK, "defense"]):
         seen = images[images["cell"].isin(group.index)].groupby("index")["clean"].mean()
-        lines.append(dict(zip([*BLOCK, "defense"], key)) | {"attack": "clean"} | nothing | _accuracy(seen))
+        lines.append(dict(zip([*BLOCK, "defense"], key)) | {"attack": "clean"} | nothing | share(seen))
         for number, cell in records(group):
-            lines.append(cell | {"attack": cell["short"]} | _accuracy(images[images["cell"] == number]["adv"]))
+            lines.append(cell | {"attack": cell["short"]} | share(images[images["cell"] == number]["adv"]))
     first = [*BLOCK, "defense", "attack", "knowledge", "eps", "n", "accuracy", "low", "high"]
     return pd.DataFrame(lines, columns=[*first, "surrogate", "seed", "attack_repr"]).astype(
         {"eps": "float32", "seed": "Int64"}
@@ -89,7 +87,7 @@ def worst_case(rows: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    cells, images = _cells(rows)
+    cells, images = cells_of(rows)
     images = images.assign(right=images["adv_always"] & images["clean_always"])
     lines = []
     for key, group in groups(cells, [*BLOCK, "defense", "eps"]):
@@ -104,7 +102,7 @@ def worst_case(rows: pd.DataFrame) -> pd.DataFrame:
             parts = groups(covered, "knowledge")
             covers = "; ".join(f"{attacker_name(k)}: {', '.join(part['short'])}" for k, part in parts)
             line = dict(zip([*BLOCK, "defense", "eps"], key)) | {"knowledge": knowledge}
-            lines.append(line | _accuracy(common) | {"covers": covers})
+            lines.append(line | share(common) | {"covers": covers})
     return pd.DataFrame(lines).astype({"eps": "float32"})
 
 
@@ -116,7 +114,7 @@ def wide_table(rows: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    cells, images = _cells(rows)
+    cells, images = cells_of(rows)
     worst = worst_case(rows)
     table: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}
     order: dict[tuple[str, ...], None] = {}
@@ -129,9 +127,9 @@ def wide_table(rows: pd.DataFrame) -> pd.DataFrame:
             column = table.setdefault(_column(defense, knowledge), {})
             seen = images[images["cell"].isin(group.index)]
             column[(*key, "images")] = _counts(seen.groupby("cell").size())
-            column[(*key, "clean")] = percent(_accuracy(seen.groupby("index")["clean"].mean()))
+            column[(*key, "clean")] = percent(share(seen.groupby("index")["clean"].mean()))
             for number, cell in records(group):
-                column[(*key, cell["name"])] = percent(_accuracy(seen[seen["cell"] == number]["adv"]))
+                column[(*key, cell["name"])] = percent(share(seen[seen["cell"] == number]["adv"]))
             mine = (worst[[*BLOCK, "defense", "knowledge"]] == [*key, defense, knowledge]).all(axis=1)
             for _, line in records(worst[mine & worst["eps"].notna()]):
                 column[(*key, ends[line["eps"]])] = percent(line)
@@ -149,12 +147,12 @@ def quality_table(rows: pd.DataFrame) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
-    cells, _ = _cells(rows)
-    numbers = _number(rows, cells)
+    cells, _ = cells_of(rows)
+    numbers = numbered(rows, cells)
     lines = []
     for number, cell in records(cells[cells["defense"] != "none"]):
         group = rows[numbers == number]
-        line = _of_cell(cell)
+        line = of_cell(cell)
         line["n"] = group["index"].nunique()
         for name, source in (("before", "adv"), ("after", "pure_adv"), ("clean", "pure_clean")):
             values = group[f"psnr_{source}"].to_numpy(np.float64)
@@ -169,74 +167,6 @@ def quality_table(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def detector_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """How well each detector tells adversarial images from clean ones, one line per cell and detector.
-
-    Every image of the cell counts once clean and once attacked, also where the attack changed no prediction. Columns:
-    the cell, detector (its number, in the order of its defense), n, auroc, and tpr_1 and tpr_5: the share of attacked
-    images found at a threshold that at most 1 % and 5 % of the clean ones pass. Empty where nothing detects.
-    """
-    import numpy as np
-    import pandas as pd
-    from sklearn.metrics import roc_auc_score, roc_curve
-
-    cells, _ = _cells(rows)
-    numbers = _number(rows, cells)
-    lines = []
-    for number, cell in records(cells):
-        group = rows[numbers == number]
-        if not len(group["scores_clean"].iloc[0]):
-            continue
-        clean, attacked = (np.array(group[k].tolist(), np.float64) for k in ("scores_clean", "scores_adv"))
-        truth = np.repeat([0, 1], len(group))
-        for detector in range(clean.shape[1]):
-            scores = np.concatenate([clean[:, detector], attacked[:, detector]])
-            false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
-            found = {f"tpr_{share}": float(true[false <= share / 100].max()) for share in (1, 5)}
-            line = _of_cell(cell) | {"detector": detector, "n": group["index"].nunique()}
-            lines.append(line | {"auroc": float(roc_auc_score(truth, scores))} | found)
-    columns = [*BLOCK, "defense", "attack", "knowledge", "eps", "detector", "n", "auroc", "tpr_1", "tpr_5"]
-    return pd.DataFrame(lines, columns=columns).astype({"eps": "float32"})
-
-
-def rejection_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """What rejecting is worth, one line per cell of a defense that detects: shares of all images, Wilson intervals.
-
-    rejected_clean, rejected_adv: found too suspicious. clean_strict, adv_strict: correct and not rejected. adv_magnet:
-    correct or rejected, which is how MagNet counts (Meng and Chen 2017): a detector that rejects everything has 100 %
-    there, and 0 % when clean. Each has `_low` and `_high` beside it. Empty where nothing detects.
-    """
-    import pandas as pd
-
-    cells, _ = _cells(rows)
-    numbers = _number(rows, cells)
-    right = {k: rows[f"pred_pure_{k}"] == rows["label"] for k in ("clean", "adv")}
-    counted = pd.DataFrame(
-        {
-            "index": rows["index"],
-            "rejected_clean": rows["rejected_clean"],
-            "rejected_adv": rows["rejected_adv"],
-            "clean_strict": right["clean"] & ~rows["rejected_clean"],
-            "adv_strict": right["adv"] & ~rows["rejected_adv"],
-            "adv_magnet": right["adv"] | rows["rejected_adv"],
-        }
-    )
-    names = [str(k) for k in counted.columns[1:]]
-    lines = []
-    for number, cell in records(cells):
-        mine = numbers == number
-        if not len(rows["scores_clean"][mine].iloc[0]):
-            continue
-        line = _of_cell(cell) | {"n": rows["index"][mine].nunique()}
-        for name, share in counted[mine].groupby("index")[names].mean().items():
-            found = _accuracy(share)
-            line |= {str(name): found["accuracy"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
-        lines.append(line)
-    measured = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
-    columns = [*BLOCK, "defense", "attack", "knowledge", "eps", "n", *measured]
-    return pd.DataFrame(lines, columns=columns).astype({"eps": "float32"})
-
-
 def conditions(rows: pd.DataFrame, *environments: Mapping[str, Any]) -> pd.DataFrame:
     """What the numbers hold for: columns `what` and `value`.
 
@@ -245,7 +175,7 @@ def conditions(rows: pd.DataFrame, *environments: Mapping[str, Any]) -> pd.DataF
     """
     import pandas as pd
 
-    cells, images = _cells(rows)
+    cells, images = cells_of(rows)
     sizes = images.groupby("cell").size()
     lines: list[tuple[str, str]] = []
     for (dataset, split, name, record, seed), same in groups(
@@ -285,7 +215,7 @@ def records(frame: pd.DataFrame) -> Iterator[tuple[Any, dict[str, Any]]]:
 # Cells --------------------------------------------------------------------------------------------------------------
 
 
-def _cells(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def cells_of(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The cells in the order of reading, by number; and per image of each: cell, index, share of draws that were right
     (clean, adv) and whether all were (clean_always, adv_always)."""
     if not len(rows):
@@ -309,7 +239,7 @@ def _cells(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     cells["name"] = [attack_name(attack, eps) + i for attack, eps, i in zip(cells["attack"], cells["eps"], again)]
 
     images = rows[["index"]].assign(
-        cell=_number(rows, cells),
+        cell=numbered(rows, cells),
         clean=(rows["pred_pure_clean"] == rows["label"]),
         adv=(rows["pred_pure_adv"] == rows["label"]),
     )
@@ -318,17 +248,19 @@ def _cells(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return cells, per_image.reset_index()
 
 
-def _number(rows: pd.DataFrame, cells: pd.DataFrame) -> Any:
+def numbered(rows: pd.DataFrame, cells: pd.DataFrame) -> Any:
     """Each row's cell, by its number in `cells`."""
     numbered = cells[CELL_KEYS].assign(cell=cells.index)
     return rows[CELL_KEYS].merge(numbered, on=CELL_KEYS, how="left")["cell"].to_numpy()
 
 
-def _of_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
+def of_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """What names a cell in a table."""
     return {k: cell[k] for k in [*BLOCK, "defense", "knowledge", "eps"]} | {"attack": cell["short"]}
 
 
-def _accuracy(right: pd.Series[Any]) -> dict[str, Any]:
+def share(right: pd.Series[Any]) -> dict[str, Any]:
+    """n, accuracy and its interval, of one number in [0, 1] per image."""
     n = len(right)
     low, high = wilson(round(float(right.sum())), n)
     return {"n": n, "accuracy": float(right.mean()) if n else float("nan"), "low": low, "high": high}
