@@ -123,6 +123,20 @@ def test_report_without_rows_says_how_to_make_them(tmp_path: Path) -> None:
     assert "unperturb evaluate" in run("report", str(tmp_path), "--out", str(tmp_path / "report"), code=2)
 
 
+def test_an_error_on_the_way_out_of_ctrl_c_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped_while_saving(**_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(cli, "app", stopped_while_saving)
+    monkeypatch.setattr(sys, "argv", ["unperturb", "train", "protect-mnist"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+
+
 def test_our_errors_are_told_from_bugs() -> None:
     def ours() -> None:
         from unperturb.registry import Registry

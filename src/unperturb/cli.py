@@ -276,19 +276,29 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
-        if hasattr(error, "show"):  # a wrong verb or option, in the words of the parser
+        if _interrupted(error):
+            code = 130
+        elif hasattr(error, "show"):  # a wrong verb or option, in the words of the parser
             error.show()
+            raise SystemExit(2) from None
         elif isinstance(error, ValueError | TypeError | OSError | RuntimeError) and _is_ours(error):
             errors.print(f"error: {error}", style="red", markup=False)
+            raise SystemExit(2) from None
         else:
             raise
-        raise SystemExit(2) from None
     if code == 130:
         again = " ".join(shlex.quote(a) for a in ["unperturb", *sys.argv[1:]])
         if sys.argv[1:2] and sys.argv[1] in RESUMABLE and "--resume" not in sys.argv:
             again += " --resume"
         errors.print(f"\nstopped. Go on with: {again}", markup=False)
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C began it: torch, stopped while it writes a checkpoint, raises an error of its own on the way out."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _is_ours(error: BaseException) -> bool:
