@@ -295,7 +295,7 @@ def main() -> None:
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C began it: torch, stopped while it writes a checkpoint, raises an error of its own on the way out."""
+    """Whether Ctrl-C began it: torch, stopped while it writes a checkpoint, ends in an error of its own."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
