@@ -18,6 +18,7 @@ from unperturb.classifiers import (
     load_classifier,
     macs,
     save_classifier,
+    twin,
     wrap,
 )
 from unperturb.registry import UnknownNameError
@@ -132,6 +133,18 @@ def test_options_are_kept(tmp_path: Path) -> None:
     assert again.spec is not None
     assert again.spec["options"] == {"widths": [8, 16], "activation": "relu"}
     assert [m.out_channels for m in again.modules() if isinstance(m, nn.Conv2d)] == [24, 8, 8, 16, 16]
+
+
+def test_a_mirrored_net_judges_an_image_and_its_mirror_image_together() -> None:
+    one, both = make("airbench").eval(), make("airbench", mirror=True).eval()
+    both.load_state_dict(one.state_dict())
+    images = images_for(one)
+    expected = (one(images) + one(images.flip(-1))) / 2
+    assert (one(images) - one(images.flip(-1))).abs().max() > 1e-3 * one(images).abs().max()
+    torch.testing.assert_close(both(images), expected)
+    torch.testing.assert_close(both(images.flip(-1)), expected)
+    assert twin(both).folded == twin(one).folded == 6
+    torch.testing.assert_close(both.train()(images), one.train()(images))  # learns as the plain net does
 
 
 def test_macs_have_the_closed_form() -> None:
