@@ -129,7 +129,7 @@ def prepare(
 
     with _bar("preparing") as update:
         done = run(name, out=out, size=size, progress=update)
-    console.print(done, markup=False)
+    console.print(str(done), markup=False)  # rich would take the record apart
 
 
 @app.command()
