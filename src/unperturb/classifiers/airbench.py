@@ -33,9 +33,12 @@ class Mirrored(nn.Sequential):
     so that each layer is called once and a twin can still fold its norms."""
 
     def forward(self, x: Tensor) -> Tensor:
+        both = x if self.training else torch.cat([x, x.flip(-1)])
+        for layer in self:
+            both = layer(both)
         if self.training:
-            return super().forward(x)
-        plain, mirrored = super().forward(torch.cat([x, x.flip(-1)])).chunk(2)
+            return both
+        plain, mirrored = both.chunk(2)
         return (plain + mirrored) / 2
 
 
