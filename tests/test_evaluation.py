@@ -311,6 +311,75 @@ def test_rows_against_one_image_at_a_time(tmp_path: Path) -> None:
     assert 0.2 < fooled.mean() <= 1
 
 
+def gan() -> Any:
+    options = {"size": 8, "width": 2, "latent": 4, "steps": 3, "restarts": 2}
+    torch.manual_seed(3)
+    return create_defense("defense_gan", channels=1, **options).eval().requires_grad_(False)
+
+
+def magnet() -> Any:
+    torch.manual_seed(4)
+    defense = create_defense("magnet", channels=1, detectors=[{"error": 2}, {"temperature": 10}, {"error": 1}])
+    defense.limits.fill_(0.09)
+    return defense.eval()
+
+
+def test_what_detects_is_judged_as_purifying_and_scoring_apart_would(tmp_path: Path) -> None:
+    chain = create_defense("pipeline", parts=[magnet(), create_defense("bit_depth", bits=2), gan()])
+    made = {"none": create_defense("none"), "gan": gan(), "magnet": magnet(), "chain": chain}
+    two = {"linear": Linear(), "other": Linear(5)}
+    run_grid(grid(defenses=made, classifiers=two, batch=4, shard=5, samples=0), tmp_path)
+    rows = runs.read_rows(tmp_path)
+    assert len(rows) == 2 * 10 * (1 + 2 * 3)
+    x, _ = toy().batch(torch.arange(10))
+    for (at, by, knowledge), part in rows.groupby(["classifier", "defense", "knowledge"]):
+        with torch.no_grad():
+            purified, scores = made[by].purify(x), made[by].scores(x, two[at])
+            predicted = two[at](purified).argmax(1)
+        mine = part.sort_values("index")
+        assert (mine["pred_pure_clean"].to_numpy() == predicted.numpy()).all(), (at, by, knowledge)
+        kept = np.stack(mine["scores_clean"].to_numpy()) if scores.shape[1] else np.zeros((10, 0))
+        np.testing.assert_allclose(kept, scores.numpy(), rtol=1e-5, atol=1e-7)
+        rejected = (scores > made[by].thresholds).any(1).numpy()
+        assert (mine["rejected_clean"].to_numpy() == rejected).all()
+    # The classifier is asked by one of magnet's detectors: what it says in front of one is not said of the other.
+    clean = rows[rows["defense"] == "magnet"].groupby("classifier")["scores_clean"].apply(lambda s: np.stack(s)[:, 1])
+    assert np.abs(clean["linear"][:10] - clean["other"][:10]).max() > 1e-4
+
+
+def test_each_image_is_reconstructed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unperturb.defenses.defense_gan import DefenseGAN
+
+    seen, whole = list[int](), DefenseGAN.reconstruct
+
+    def counted(self: DefenseGAN, images: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(len(images))
+        return whole(self, images)
+
+    monkeypatch.setattr(DefenseGAN, "reconstruct", counted)
+    fgsm, pgd = create_attack("fgsm", eps=0.1), create_attack("pgd", eps=0.1, steps=2)
+    kinds = {"a": (fgsm, ["oblivious"]), "b": (pgd, ["oblivious"])}
+    run_grid(grid(defenses={"none": create_defense("none"), "gan": gan()}, attacks=kinds), tmp_path)
+    assert sum(seen) == 10 * (1 + 2)  # clean images once, and those of each attack
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_random_defense_draws_the_same_when_resumed(lost: int, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    drawn = create_defense("defense_gan", channels=1, size=8, width=2, latent=4, steps=2, restarts=2, seed=None).eval()
+    fgsm, pgd = create_attack("fgsm", eps=0.1), create_attack("pgd", eps=0.1, steps=2)
+    many = grid(
+        defenses={"none": create_defense("none"), "drawn": drawn},
+        attacks={"a": (fgsm, ["oblivious"]), "b": (pgd, ["oblivious"])},
+        samples=0,
+    )
+    run_grid(many, tmp_path)
+    first = runs.read_rows(tmp_path)
+    sorted(tmp_path.glob("rows/linear.drawn.*"))[lost].joinpath("0001.parquet").unlink()
+    run_grid(many, tmp_path)
+    pd.testing.assert_frame_equal(without_clock(runs.read_rows(tmp_path)), without_clock(first))
+
+
 def test_samples_are_the_first_images_with_what_was_thought_of_them(tmp_path: Path) -> None:
     run_grid(grid(), tmp_path)
     found = {(cell["defense"], cell["knowledge"]): tensors for cell, tensors in runs.read_samples(tmp_path)}

@@ -63,7 +63,7 @@ ROW_COLUMNS: dict[str, str] = {
     "scores_clean": "list<float32>",
     "scores_adv": "list<float32>",
     "seconds_attack": "float32",  # per image
-    "seconds_purify": "float32",
+    "seconds_purify": "float32",  # per attacked image; of its detectors too where the defense has some
 }
 CELL_KEYS = [
     "dataset",

@@ -104,15 +104,18 @@ def estimate(grid: Grid) -> Cost:
     """Count the operations of each cell on two images, for all of them."""
     images, labels = grid.data.batch(torch.arange(min(2, len(grid.data))), grid.device)
     total = 0.0
-    made = set()
+    made, cleaned = set(), set()
     for cell in grid.cells():
-        function = grid.target(cell)
+        function, defense = grid.target(cell), grid.defenses[cell.defense]
         with FlopCounter() as counter:
             if (key := (id(function) if cell.knowledge == "oblivious" else cell, cell.attack)) not in made:
                 made.add(key)
                 cell.attack(function, images, labels)
             with torch.no_grad():
-                Protected(grid.behind(cell), grid.defenses[cell.defense])(images)
+                grid.behind(cell)(defense.judge(images, grid.behind(cell))[0])
+                if defense.networks() and (clean := (cell.classifier, cell.defense)) not in cleaned:
+                    cleaned.add(clean)  # clean images are purified once for all cells
+                    defense.judge(images, grid.behind(cell))
         total += counter.total / len(images)
     pflop = total * len(grid.data) / 1e15
     rate = max(v for k, v in probe(grid.device.type).rates.items() if k[0] == "float32")
