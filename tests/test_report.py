@@ -227,6 +227,19 @@ def test_wide_table_puts_the_two_attackers_side_by_side() -> None:
     assert block["ours", "white box"]["pgd-40, eps 0.3"] == ""
 
 
+def test_the_direct_attack_has_a_name_where_others_stand_beside_it() -> None:
+    transfer = {"defense": "none", "knowledge": "transfer", "right_clean": [1] * 4, "right_adv": [1] * 4}
+    noise = transfer | {"knowledge": "none", "attack": "noise", "right_adv": [0] * 4}
+    wide = tables.wide_table(frame(*TINY, transfer, noise))
+    named = [("undefended", "noise"), ("undefended", "transfer"), ("undefended", "direct")]
+    assert list(wide.columns) == [*named, ("ours", "oblivious"), ("ours", "white box")]
+    block = wide.droplevel([0, 1, 2])
+    assert block["undefended", "direct"]["fgsm, eps 0.3"].startswith("25.0 %")
+    assert block["undefended", "transfer"]["fgsm, eps 0.3"].startswith("100.0 %")
+    assert "direct" in report.table(frame(*TINY, transfer))
+    assert "direct" not in report.table(frame(*TINY))
+
+
 def test_quality_averages_decibels_and_counts_identical_images_apart() -> None:
     psnr = {"psnr_adv": [10.0, 14.0, 12.0, 12.0], "psnr_pure_adv": [20, 30, np.inf, 25], "psnr_pure_clean": np.inf}
     ssim = {"ssim_adv": [0.1, 0.2, 0.3, 0.4], "ssim_pure_adv": 0.5, "ssim_pure_clean": np.nan}

@@ -113,7 +113,7 @@ def estimate(grid: Grid) -> Cost:
                 cell.attack(function, images, labels)
             with torch.no_grad():
                 grid.behind(cell)(defense.judge(images, grid.behind(cell))[0])
-                if defense.networks() and (clean := (cell.classifier, cell.defense)) not in cleaned:
+                if (clean := (cell.classifier, cell.defense)) not in cleaned:
                     cleaned.add(clean)  # clean images are purified once for all cells
                     defense.judge(images, grid.behind(cell))
         total += counter.total / len(images)

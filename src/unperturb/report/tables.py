@@ -26,6 +26,7 @@ KNOWLEDGE = {
     "all": "all together",
 }
 UNDEFENDED = "undefended"
+DIRECT = "direct"  # an attack on the bare classifier, made on itself, where others stand beside it
 _ORDER = ("noise", "fgsm", "pgd", "mim", "jsma", "cw", "deepfool")  # the paper's, then whatever else there is
 BLOCK = ["dataset", "split", "classifier"]
 
@@ -110,7 +111,8 @@ def wide_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The table to read: a line per attack, and side by side what each attacker leaves of each defense.
 
     Index: dataset, split, classifier, attack (with "images", "clean" and "worst case"). Columns: (defense, attacker),
-    the bare classifier first. Entries are text: `97.1 % [96.0, 98.0]`, or empty where there is no such cell.
+    the bare classifier first; its own attacker has no name, or is "direct" beside noise or transfer. Entries are text:
+    `97.1 % [96.0, 98.0]`, or empty where there is no such cell.
     """
     import pandas as pd
 
@@ -133,6 +135,8 @@ def wide_table(rows: pd.DataFrame) -> pd.DataFrame:
             mine = (worst[[*BLOCK, "defense", "knowledge"]] == [*key, defense, knowledge]).all(axis=1)
             for _, line in records(worst[mine & worst["eps"].notna()]):
                 column[(*key, ends[line["eps"]])] = percent(line)
+    if len(bare := [column for column in table if column[0] == UNDEFENDED]) > 1 and (UNDEFENDED, "") in bare:
+        table[UNDEFENDED, DIRECT] = table.pop((UNDEFENDED, ""))
     frame = pd.DataFrame(table, index=pd.MultiIndex.from_tuples(list(order), names=[*BLOCK, "attack"])).fillna("")
     columns: list[tuple[str, str]] = sorted(table, key=lambda column: column[0] != UNDEFENDED)
     return frame[columns]
