@@ -24,7 +24,7 @@ from unperturb.config import resolve
 from unperturb.data import ImageSet, load_dataset
 from unperturb.defenses import Defense, Protected, create_defense, save_defense
 from unperturb.devices import Speed
-from unperturb.evaluation import jobs
+from unperturb.evaluation import jobs, spent
 from unperturb.evaluation.adversarials import AdversarialStore, fingerprint, from_16_bit, to_16_bit
 from unperturb.evaluation.grid import Grid, run_grid
 from unperturb.evaluation.jobs import estimate, evaluate, grid_of, label_of, run_evaluation
@@ -610,3 +610,61 @@ def test_every_attack_has_a_label() -> None:
             made.append(make(**needs))
     labels = [label_of(a) for a in made]
     assert len(set(labels)) == len(labels)
+
+
+# What training has cost ----------------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, kind: str, pflop: float | None, where: str = "training.json", **recipe: Any) -> str:
+    """A run folder as far as its cost goes."""
+    outcome = {"pflop": pflop, "seconds": 10.0}
+    place = {"defense": "about", "classifier": "extra"}[kind]
+    kept = {place: {"outcome": outcome}} if where == "inside" and pflop is not None else {}
+    runs.write_json(folder / f"{kind}.json", {"name": "paired_gan", **kept})
+    if where == "training.json" and pflop is not None:
+        runs.write_json(folder / "training.json", outcome)
+    runs.write_json(folder / "recipe.json", recipe)
+    return str(folder)
+
+
+@pytest.mark.parametrize("where", ["training.json", "inside"])
+def test_what_a_folder_has_cost(where: str, tmp_path: Path) -> None:
+    first = trained(tmp_path / "first", "defense", 0.5, where)
+    second = trained(tmp_path / "second", "defense", 0.25, where, start=first)
+    teacher = trained(tmp_path / "teacher", "classifier", 1.0, where)
+    pupil = trained(tmp_path / "pupil", "classifier", 2.0, where, objective={"teacher": "runs/elsewhere/teacher"})
+    assert spent.of_folder(first) == (0.5, 10.0)
+    assert spent.of_folder(second) == (0.75, 20.0)  # with what it started from
+    assert spent.of_folder(teacher) == (1.0, 10.0)
+    assert spent.of_folder(pupil) == (3.0, 20.0)  # the teacher has moved along with it
+    assert spent.of_folder(f"{first}+jpeg") == (0.5, 10.0)
+    assert spent.of_folder(f"{first}+{second}") == (1.25, 30.0)
+    assert spent.of_folder("median") == spent.of_folder("none") == (0.0, 0.0)
+    unknown = trained(tmp_path / "unknown", "classifier", None, where)
+    assert spent.of_folder(unknown) == (None, None)
+    assert spent.of_folder(f"{first}+{unknown}") == (None, None)
+    orphan = trained(tmp_path / "orphan", "defense", 0.25, where, start="runs/gone")
+    assert spent.of_folder(orphan) == (None, None)
+
+
+def test_an_evaluation_keeps_what_its_defenses_have_cost(recipe: Any, tmp_path: Path) -> None:
+    runs.write_json(Path(recipe.defenses[1]) / "training.json", {"pflop": 0.125, "seconds": 7.0})
+    small = recipe.model_copy(update={"n": 2, "defenses": [*recipe.defenses, f"{recipe.defenses[1]}+bit_depth"]})
+    run_evaluation(small, tmp_path / "out", device="cpu")
+    kept = runs.read_costs(tmp_path / "out")
+    assert [name for _, name in kept] == ["none", "ours", "ours+bit_depth"]
+    (source,) = {dataset for dataset, _ in kept}
+    assert source == runs.read_rows(tmp_path / "out")["dataset"].iloc[0]
+    assert [about["pflop"] for about in kept.values()] == [0.0, 0.125, 0.125]
+    assert [about["differentiable"] for about in kept.values()] == [True, True, False]
+    assert kept[source, "ours"]["spec"]["name"] == "paired_gan"
+    assert kept[source, "ours"]["folder"] == recipe.defenses[1]
+    # Models in hand: what was just trained knows its cost, what comes from elsewhere does not.
+    models = {"none": Linear(), "ours": Protected(Linear(), purifier()), "robust": Linear(1)}
+    pgd = create_attack("pgd", eps=0.1, steps=1)
+    evaluate(toy(), models, [pgd], ["oblivious"], out=tmp_path / "hand", device="cpu")
+    assert {name: about["pflop"] for (_, name), about in runs.read_costs(tmp_path / "hand").items()} == {
+        "none": 0.0,
+        "ours": None,
+        "robust": None,
+    }

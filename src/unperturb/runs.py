@@ -295,6 +295,21 @@ def read_rows(*runs: str | Path) -> pd.DataFrame:
     return rows
 
 
+def read_costs(*runs: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What one or more run folders keep of their defenses, by (data set, name), in the order that they were asked for:
+    folder, spec, differentiable, random, and pflop and seconds of training (None: not known). Nothing of folders that
+    were written without. Where two folders mean different things by one name, its training cost is not known.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in runs:
+        path = Path(run) / "defenses.json"
+        for name, about in read_json(path).items() if path.exists() else ():
+            key = (about["dataset"], name)
+            same = found.setdefault(key, about)["pflop"] == about["pflop"]
+            found[key] = about if same else {**about, "pflop": None, "seconds": None}
+    return found
+
+
 SAMPLE_TENSORS = ("clean", "adversarial", "restored", "restored_clean", "index", "label", "confidence", "prediction")
 
 

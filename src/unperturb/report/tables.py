@@ -89,7 +89,6 @@ def worst_case(rows: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     cells, images = cells_of(rows)
-    images = images.assign(right=images["adv_always"] & images["clean_always"])
     lines = []
     for key, group in groups(cells, [*BLOCK, "defense", "eps"]):
         found = list(group["knowledge"].unique())
@@ -98,8 +97,7 @@ def worst_case(rows: pd.DataFrame) -> pd.DataFrame:
         seen = {k: k for k in found} | ({"white_box": "oblivious"} if bare else {}) | {"all": "all"}
         for knowledge, shown in seen.items():
             covered = group if shown == "all" else group[group["knowledge"] == shown]
-            per_image = images[images["cell"].isin(covered.index)].groupby("index")["right"].agg(["size", "min"])
-            common = per_image[per_image["size"] == len(covered)]["min"]
+            common = survivors(images, list(covered.index))
             parts = groups(covered, "knowledge")
             covers = "; ".join(f"{attacker_name(k)}: {', '.join(part['short'])}" for k, part in parts)
             line = dict(zip([*BLOCK, "defense", "eps"], key)) | {"knowledge": knowledge}
@@ -250,6 +248,17 @@ def cells_of(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     per_image = images.groupby(["cell", "index"], sort=True)[["clean", "adv"]].agg(["mean", "min"])
     per_image.columns = ["clean", "clean_always", "adv", "adv_always"]
     return cells, per_image.reset_index()
+
+
+def survivors(images: pd.DataFrame, cells: list[int]) -> pd.Series[Any]:
+    """Of the images that all of `cells` have in common, by index: right when clean and in each of them, in every draw.
+
+    images: as `cells_of` gives them.
+    """
+    images = images[images["cell"].isin(cells)]
+    right = images["adv_always"] & images["clean_always"]
+    per_image = right.groupby(images["index"]).agg(["size", "min"])
+    return per_image[per_image["size"] == len(cells)]["min"]
 
 
 def numbered(rows: pd.DataFrame, cells: pd.DataFrame) -> Any:
