@@ -262,6 +262,51 @@ def test_cells() -> None:
     assert len({c.folder for c in cells}) == len(cells)
 
 
+def test_cells_that_would_be_the_same_are_asked_once() -> None:
+    fgsm = create_attack("fgsm", eps=0.1)
+    kinds = {"a": (fgsm, ["bpda", "white_box"])}
+    made = {"none": create_defense("none"), "ours": purifier(), "robust": create_defense("none")}
+    cells = grid(attacks=kinds, defenses=made, instead={"robust": Linear(1)}).cells()
+    assert [(c.defense, c.knowledge) for c in cells] == [
+        ("none", "oblivious"),
+        ("ours", "bpda"),
+        ("robust", "white_box"),
+        ("ours", "white_box"),
+    ]
+
+
+def test_what_cannot_be_asked_is_refused_before_anything_is_written(recipe: Any, tmp_path: Path) -> None:
+    alone = recipe.model_copy(update={"surrogate": None})
+    with pytest.raises(ValueError, match="needs a surrogate"):
+        run_evaluation(alone, tmp_path / "out", device="cpu")
+    large = create_defense("defense_gan", channels=1, size=28, width=2, latent=4)
+    with pytest.raises(ValueError, match="gan purifies 28x28 images, but those of toy are 8x8"):
+        evaluate(toy(), {"none": Linear(), "gan": Protected(Linear(), large)}, [create_attack("fgsm", eps=0.1)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_defense_without_a_gradient_is_still_asked_by_the_white_box_attacker(tmp_path: Path) -> None:
+    fgsm = create_attack("fgsm", eps=0.1)
+    made = {"none": create_defense("none"), "bits": create_defense("bit_depth", bits=3)}
+    run_grid(grid(defenses=made, attacks={"fgsm": (fgsm, ["oblivious", "white_box"])}), tmp_path)
+    rows = runs.read_rows(tmp_path)
+    kinds = set(zip(rows["defense"], rows["knowledge"]))
+    assert kinds == {("none", "oblivious"), ("bits", "oblivious"), ("bits", "white_box")}
+    assert (rows["linf"] > 0.05).all()  # through the stand-in's gradient the budget is spent
+
+
+def test_a_random_defense_is_averaged_over_as_many_draws_as_the_recipe_says(recipe: Any) -> None:
+    drawn = create_defense("denoised_smoothing", channels=1, denoiser={"width": 2}).eval()
+    cell = grid(defenses={"drawn": drawn}).cells()[1]
+    assert cell.knowledge == "white_box"
+    for draws in (20, 3):
+        function = grid(defenses={"drawn": drawn}, **({} if draws == 20 else {"eot": draws})).target(cell)
+        assert isinstance(function, threats.EOT)
+        assert function.draws == draws
+    assert grid_of(recipe, "cpu").eot == 20
+    assert grid_of(recipe.model_copy(update={"eot": 5}), "cpu").eot == 5
+
+
 def psnr(a: Tensor, b: Tensor) -> float:
     error = float((a.double() - b.double()).square().mean())
     return math.inf if error == 0 else -10 * math.log10(error)

@@ -46,7 +46,7 @@ class Grid:
     classifiers, defenses: by the name they have in tables. attacks: by label, each with the kinds of knowledge it is
     given. instead: classifiers that are defenses themselves, such as an adversarially trained one, by the name of their
     defense, whose purifier is the identity: they stand in every classifier's place. surrogate: name and classifier of a
-    transfer attack. batch: images attacked at once. shard: rows a file. note: what is wrong with this copy of the data,
+    transfer attack. eot: draws that the gradient of a random defense is averaged over. batch: images attacked at once. shard: rows a file. note: what is wrong with this copy of the data,
     if anything.
     """
 
@@ -56,6 +56,7 @@ class Grid:
     attacks: Mapping[str, tuple[Attack, Sequence[str]]]
     instead: Mapping[str, nn.Module] = field(default_factory=dict)
     surrogate: tuple[str, nn.Module] | None = None
+    eot: int = 20
     seed: int = 0
     batch: int = 200
     shard: int = 1000
@@ -64,14 +65,19 @@ class Grid:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def cells(self) -> list[Cell]:
-        """Every cell; cells that share adversarial images are neighbors. With no defense, oblivious and white box are
-        one and the same, kept once as oblivious."""
+        """Every cell; cells that share adversarial images are neighbors. With no defense, oblivious, white box and BPDA
+        are one and the same, kept once as oblivious; with a classifier in the bare one's place, which has no purifier
+        to stand in for, BPDA is white box."""
         found = []
         for classifier in self.classifiers:
             for label, (attack, kinds) in self.attacks.items():
                 for knowledge in kinds:
                     for defense in self.defenses:
-                        seen = "oblivious" if defense == "none" and knowledge == "white_box" else knowledge
+                        seen = knowledge
+                        if defense == "none" and knowledge in ("white_box", "bpda"):
+                            seen = "oblivious"
+                        elif defense in self.instead and knowledge == "bpda":
+                            seen = "white_box"
                         cell = Cell(classifier, defense, label, attack, seen)
                         if cell not in found:
                             found.append(cell)
@@ -86,7 +92,20 @@ class Grid:
         bare, surrogate = self.classifiers[cell.classifier], self.surrogate[1] if self.surrogate else None
         # Who knows nothing of a defense attacks the bare classifier, also where another one stands in its place.
         seen = bare if cell.knowledge in ("none", "transfer", "oblivious") else self.behind(cell)
-        return threats.target((fast or {}).get(seen, seen), self.defenses[cell.defense], cell.knowledge, surrogate)
+        function = (fast or {}).get(seen, seen)
+        return threats.target(function, self.defenses[cell.defense], cell.knowledge, surrogate, eot=self.eot)
+
+    def check(self) -> None:
+        """Raise `ValueError` where a cell cannot be asked: before anything is computed or written."""
+        height, width = self.data.shape[1:]
+        for name, defense in self.defenses.items():
+            if defense.size is not None and (height, width) != (defense.size, defense.size):
+                raise ValueError(
+                    f"{name} purifies {defense.size}x{defense.size} images, but those of {self.data.source} are "
+                    f"{height}x{width}; leave it out of the recipe's defenses, or train one for that size"
+                )
+        for cell in self.cells():
+            self.target(cell)
 
 
 def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:

@@ -75,6 +75,7 @@ def grid_of(recipe: EvaluationRecipe, device: str = "auto") -> Grid:
         surrogate=(_name(recipe.surrogate, recipe.dataset), load_classifier(recipe.surrogate))
         if recipe.surrogate
         else None,
+        eot=recipe.eot or 20,
         seed=recipe.seed,
         batch=recipe.batch,
         shard=recipe.shard,
@@ -103,6 +104,7 @@ def _by_name(folders: Sequence[str], dataset: str) -> dict[str, str]:
 
 def estimate(grid: Grid) -> Cost:
     """Count the operations of each cell on two images, for all of them."""
+    grid.check()
     images, labels = grid.data.batch(torch.arange(min(2, len(grid.data))), grid.device)
     total = 0.0
     made, cleaned = set(), set()
@@ -153,6 +155,7 @@ def _run(
     resume: bool,
     progress: Progress | None,
 ) -> pd.DataFrame:
+    grid.check()
     # The folder's run is fixed by the recipe and by what its names stood for: the same names retrained are another run.
     what = {
         "data": grid.data.fingerprint,
