@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from unperturb import report, runs
 from unperturb.intervals import wilson
@@ -548,3 +549,40 @@ def test_costs_are_read_where_they_are_kept(small_run: Path, tmp_path: Path) -> 
     rows = frame(*TINY)
     rows.attrs["runs"] = [str(tmp_path / "a")]
     assert only(report.comparison_table(rows), defense="ours")["pflop"] == 0.5
+
+
+def test_the_pareto_front_is_what_nothing_beats() -> None:
+    costs, values = [0.0, 1.0, 1.0, 2.0, 3.0, 3.0], [0.2, 0.5, 0.4, 0.5, 0.9, 0.9]
+    assert figures.pareto(costs, values) == [0, 1, 4, 5]
+
+
+def several(*marks: tuple[str, float, float, float]) -> pd.DataFrame:
+    """One table of defenses, each with its name, milliseconds, worst oblivious accuracy and PFLOP."""
+    worst = figures.WORST_OBLIVIOUS
+    table = {"dataset": "mnist", "split": "test", "classifier": "a", "eps": 0.3, f"{worst} n": 1000}
+    ends = [{worst: v, f"{worst} low": v * 0.95, f"{worst} high": v + 0.05 * (1 - v)} for _, _, v, _ in marks]
+    return pd.DataFrame(
+        [{**table, **end, "defense": d, "ms": ms, "pflop": p} for (d, ms, _, p), end in zip(marks, ends)]
+    )
+
+
+def test_cost_figure_names_every_defense_where_it_can_be_read() -> None:
+    close = [(f"defense_{i}", 0.4 + 0.01 * i, 0.9 + 0.01 * i, 0.07) for i in range(6)]
+    marks = [("undefended", 1e-6, 0.0, 0.0), *close, ("slow", 2000.0, 0.88, float("nan"))]
+    figure = figures.cost_figure(several(*marks))
+    assert figure is not None
+    (axes,) = figure.axes
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    found = {t.get_text(): figures._words(t, renderer) for t in axes.texts if t.get_text() != "no purifier"}
+    assert set(found) == {name for name, *_ in marks}
+    boxes = list(found.values())
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert figures.cost_figure(several(*marks[:3])) is None
+
+
+def test_cost_figures_are_saved_where_there_are_three_defenses(tmp_path: Path) -> None:
+    others = [TINY[2] | {"defense": d, "seconds_purify": 0.001} for d in ("b", "c")]
+    written = report.write_report(frame(*TINY, *others), tmp_path)
+    assert "figures/cost-digits-test-a-0.3.png" in written
+    assert "Worst oblivious accuracy against cost" in written["page"].read_text(encoding="utf-8")
+    assert not any("cost" in name for name in report.write_report(frame(*TINY), tmp_path / "few"))

@@ -46,7 +46,8 @@ class Grid:
     classifiers, defenses: by the name they have in tables. attacks: by label, each with the kinds of knowledge it is
     given. instead: classifiers that are defenses themselves, such as an adversarially trained one, by the name of their
     defense, whose purifier is the identity: they stand in every classifier's place. surrogate: name and classifier of a
-    transfer attack. eot: draws that the gradient of a random defense is averaged over. batch: images attacked at once. shard: rows a file. note: what is wrong with this copy of the data,
+    transfer attack. eot: draws that the gradient of a random defense is averaged
+    over. batch: images attacked at once. shard: rows a file. note: what is wrong with this copy of the data,
     if anything.
     """
 

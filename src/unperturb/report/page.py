@@ -45,7 +45,7 @@ def write_report(source: str | Path | Iterable[str | Path] | pd.DataFrame, out: 
         write_text(path, frame.to_csv(index=name == "side-by-side"))
         written[f"tables/{name}.md"] = path = out / "tables" / f"{name}.md"
         write_text(path, to_markdown(frame))
-    pictures = _pictures(rows, folders, out / "figures")
+    pictures = _cost_pictures(frames["comparison"], out / "figures") + _pictures(rows, folders, out / "figures")
     written |= {f"figures/{picture['path'].name}": picture["path"] for picture in pictures}
     written["page"] = out / "report.html"
     write_text(written["page"], _page(frames, pictures))
@@ -98,6 +98,19 @@ def _pictures(rows: pd.DataFrame, folders: list[Path], out: Path) -> list[dict[s
             first = group not in opened
             made.append({"path": figures.save(figure, path), "kind": kind, "caption": caption, "first": first})
         opened.add(group)
+    return made
+
+
+def _cost_pictures(frame: pd.DataFrame, out: Path) -> list[dict[str, Any]]:
+    """Accuracy against cost, of each table that has defenses enough."""
+    made = []
+    for key, part in groups(frame, comparison.TABLE):
+        figure = figures.cost_figure(part)
+        if figure is not None:
+            dataset, split, classifier, eps = key
+            path = figures.save(figure, out / f"{_slug('cost', dataset, split, classifier, float(eps))}.png")
+            caption = f"Worst oblivious accuracy against cost, {dataset} before {classifier}."
+            made.append({"path": path, "kind": "cost", "caption": caption, "first": True})
     return made
 
 
