@@ -203,7 +203,7 @@ def _label(axes: Any, at: list[tuple[float, float]], names: list[str], colors: l
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
-    renderer = FigureCanvasAgg(axes.figure).get_renderer()
+    renderer = FigureCanvasAgg(axes.figure).get_renderer()  # type: ignore[no-untyped-call]
     points = [axes.transData.transform(p) for p in at]
     taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in points]
     for part in line:
