@@ -138,7 +138,7 @@ def cost_figure(table: pd.DataFrame) -> Figure | None:
     cost, names = shown["ms"].to_numpy(float), shown["defense"].tolist()
     at = [max(ms, FREE_MS / 2) for ms in cost]
     front = pareto([ms if ms > FREE_MS else 0.0 for ms in cost], value.tolist())
-    figure = Figure(figsize=(8.6, 5.6), dpi=DPI)
+    figure = Figure(figsize=(9.6, 5.6), dpi=DPI)
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.set_xlim(FREE_MS / 4, max(*at, 1.0) * 4)
@@ -157,7 +157,9 @@ def cost_figure(table: pd.DataFrame) -> Figure | None:
         )  # fmt: skip
     for pflop in (0.0, 0.05, 0.5):
         axes.scatter([], [], s=_area(pflop), color=BARE, label=f"{pflop:g} PFLOP")
-    axes.legend(title="training", loc="lower right", frameon=False, fontsize=10, title_fontsize=10)
+    axes.legend(
+        title="training", loc="lower left", bbox_to_anchor=(1.0, 0.0), frameon=False, fontsize=10, title_fontsize=10
+    )
     axes.axvline(FREE_MS, color="#dddddd", linewidth=0.8)
     axes.text(
         FREE_MS / 2, -0.022, "no purifier", transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=10
@@ -212,7 +214,7 @@ def _label(axes: Any, at: list[tuple[float, float]], names: list[str], colors: l
     if legend := axes.get_legend():
         taken.append(legend.get_window_extent(renderer))
     inside = axes.get_window_extent(renderer)
-    distances = [(d * dx, d * dy) for d in (12, 24, 38, 54, 72, 92, 114) for dx, dy in _AROUND]
+    distances = [(d * dx, d * dy) for d in (12, 24, 38, 54, 72, 92, 114, 140, 170) for dx, dy in _AROUND]
     for i in sorted(range(len(names)), key=lambda i: -at[i][1]):
         text = None
         for dx, dy in distances:
@@ -225,7 +227,11 @@ def _label(axes: Any, at: list[tuple[float, float]], names: list[str], colors: l
             )  # fmt: skip
             box = _words(text, renderer)
             others = [b for j, b in enumerate(taken) if j != i]
-            if inside.x0 <= box.x0 and box.x1 <= inside.x1 and not any(box.overlaps(b) for b in others):
+            if (
+                inside.contains(box.x0, box.y0)
+                and inside.contains(box.x1, box.y1)
+                and not any(box.overlaps(b) for b in others)
+            ):
                 break
         taken.append(_words(text, renderer))
 
