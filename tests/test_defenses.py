@@ -152,6 +152,18 @@ def test_an_image_does_not_depend_on_the_rest_of_the_batch(case: str) -> None:
     assert bool(torch.isfinite(scores).all())
 
 
+@every_case
+def test_judging_is_purifying_and_scoring(case: str) -> None:
+    defense = made(case)
+    images = images_for(defense)
+    torch.manual_seed(7)
+    purified, scores = defense.judge(images, classifier())
+    assert torch.equal(purified, seeded(defense, images))
+    assert scores.shape == (5, len(defense.thresholds))
+    if not defense.random:
+        assert torch.equal(scores, defense.scores(images, classifier()))
+
+
 def test_a_batch_norm_in_training_mode_would_depend_on_it() -> None:
     defense = made("ape_gan-rmse").train()  # that the test above can fail
     images = torch.rand(5, 1, 8, 8)

@@ -24,7 +24,7 @@ from unperturb.config import resolve
 from unperturb.data import ImageSet, load_dataset
 from unperturb.defenses import Defense, Protected, create_defense, save_defense
 from unperturb.devices import Speed
-from unperturb.evaluation import jobs
+from unperturb.evaluation import jobs, spent
 from unperturb.evaluation.adversarials import AdversarialStore, fingerprint, from_16_bit, to_16_bit
 from unperturb.evaluation.grid import Grid, run_grid
 from unperturb.evaluation.jobs import estimate, evaluate, grid_of, label_of, run_evaluation
@@ -262,6 +262,51 @@ def test_cells() -> None:
     assert len({c.folder for c in cells}) == len(cells)
 
 
+def test_cells_that_would_be_the_same_are_asked_once() -> None:
+    fgsm = create_attack("fgsm", eps=0.1)
+    kinds = {"a": (fgsm, ["bpda", "white_box"])}
+    made = {"none": create_defense("none"), "ours": purifier(), "robust": create_defense("none")}
+    cells = grid(attacks=kinds, defenses=made, instead={"robust": Linear(1)}).cells()
+    assert [(c.defense, c.knowledge) for c in cells] == [
+        ("none", "oblivious"),
+        ("ours", "bpda"),
+        ("robust", "white_box"),
+        ("ours", "white_box"),
+    ]
+
+
+def test_what_cannot_be_asked_is_refused_before_anything_is_written(recipe: Any, tmp_path: Path) -> None:
+    alone = recipe.model_copy(update={"surrogate": None})
+    with pytest.raises(ValueError, match="needs a surrogate"):
+        run_evaluation(alone, tmp_path / "out", device="cpu")
+    large = create_defense("defense_gan", channels=1, size=28, width=2, latent=4)
+    with pytest.raises(ValueError, match="gan purifies 28x28 images, but those of toy are 8x8"):
+        evaluate(toy(), {"none": Linear(), "gan": Protected(Linear(), large)}, [create_attack("fgsm", eps=0.1)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_defense_without_a_gradient_is_still_asked_by_the_white_box_attacker(tmp_path: Path) -> None:
+    fgsm = create_attack("fgsm", eps=0.1)
+    made = {"none": create_defense("none"), "bits": create_defense("bit_depth", bits=3)}
+    run_grid(grid(defenses=made, attacks={"fgsm": (fgsm, ["oblivious", "white_box"])}), tmp_path)
+    rows = runs.read_rows(tmp_path)
+    kinds = set(zip(rows["defense"], rows["knowledge"]))
+    assert kinds == {("none", "oblivious"), ("bits", "oblivious"), ("bits", "white_box")}
+    assert (rows["linf"] > 0.05).all()  # through the stand-in's gradient the budget is spent
+
+
+def test_a_random_defense_is_averaged_over_as_many_draws_as_the_recipe_says(recipe: Any) -> None:
+    drawn = create_defense("denoised_smoothing", channels=1, denoiser={"width": 2}).eval()
+    cell = grid(defenses={"drawn": drawn}).cells()[1]
+    assert cell.knowledge == "white_box"
+    for draws in (20, 3):
+        function = grid(defenses={"drawn": drawn}, **({} if draws == 20 else {"eot": draws})).target(cell)
+        assert isinstance(function, threats.EOT)
+        assert function.draws == draws
+    assert grid_of(recipe, "cpu").eot == 20
+    assert grid_of(recipe.model_copy(update={"eot": 5}), "cpu").eot == 5
+
+
 def psnr(a: Tensor, b: Tensor) -> float:
     error = float((a.double() - b.double()).square().mean())
     return math.inf if error == 0 else -10 * math.log10(error)
@@ -309,6 +354,75 @@ def test_rows_against_one_image_at_a_time(tmp_path: Path) -> None:
         assert row["seconds_attack"] > 0
     fooled = rows["pred_adv"] != rows["label"]
     assert 0.2 < fooled.mean() <= 1
+
+
+def gan() -> Any:
+    options = {"size": 8, "width": 2, "latent": 4, "steps": 3, "restarts": 2}
+    torch.manual_seed(3)
+    return create_defense("defense_gan", channels=1, **options).eval().requires_grad_(False)
+
+
+def magnet() -> Any:
+    torch.manual_seed(4)
+    defense = create_defense("magnet", channels=1, detectors=[{"error": 2}, {"temperature": 10}, {"error": 1}])
+    defense.limits.fill_(0.09)
+    return defense.eval()
+
+
+def test_what_detects_is_judged_as_purifying_and_scoring_apart_would(tmp_path: Path) -> None:
+    chain = create_defense("pipeline", parts=[magnet(), create_defense("bit_depth", bits=2), gan()])
+    made = {"none": create_defense("none"), "gan": gan(), "magnet": magnet(), "chain": chain}
+    two = {"linear": Linear(), "other": Linear(5)}
+    run_grid(grid(defenses=made, classifiers=two, batch=4, shard=5, samples=0), tmp_path)
+    rows = runs.read_rows(tmp_path)
+    assert len(rows) == 2 * 10 * (1 + 2 * 3)
+    x, _ = toy().batch(torch.arange(10))
+    for (at, by, knowledge), part in rows.groupby(["classifier", "defense", "knowledge"]):
+        with torch.no_grad():
+            purified, scores = made[by].purify(x), made[by].scores(x, two[at])
+            predicted = two[at](purified).argmax(1)
+        mine = part.sort_values("index")
+        assert (mine["pred_pure_clean"].to_numpy() == predicted.numpy()).all(), (at, by, knowledge)
+        kept = np.stack(mine["scores_clean"].to_numpy()) if scores.shape[1] else np.zeros((10, 0))
+        np.testing.assert_allclose(kept, scores.numpy(), rtol=1e-5, atol=1e-7)
+        rejected = (scores > made[by].thresholds).any(1).numpy()
+        assert (mine["rejected_clean"].to_numpy() == rejected).all()
+    # The classifier is asked by one of magnet's detectors: what it says in front of one is not said of the other.
+    clean = rows[rows["defense"] == "magnet"].groupby("classifier")["scores_clean"].apply(lambda s: np.stack(s)[:, 1])
+    assert np.abs(clean["linear"][:10] - clean["other"][:10]).max() > 1e-4
+
+
+def test_each_image_is_reconstructed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unperturb.defenses.defense_gan import DefenseGAN
+
+    seen, whole = list[int](), DefenseGAN.reconstruct
+
+    def counted(self: DefenseGAN, images: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(len(images))
+        return whole(self, images)
+
+    monkeypatch.setattr(DefenseGAN, "reconstruct", counted)
+    fgsm, pgd = create_attack("fgsm", eps=0.1), create_attack("pgd", eps=0.1, steps=2)
+    kinds = {"a": (fgsm, ["oblivious"]), "b": (pgd, ["oblivious"])}
+    run_grid(grid(defenses={"none": create_defense("none"), "gan": gan()}, attacks=kinds), tmp_path)
+    assert sum(seen) == 10 * (1 + 2)  # clean images once, and those of each attack
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_random_defense_draws_the_same_when_resumed(lost: int, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    drawn = create_defense("defense_gan", channels=1, size=8, width=2, latent=4, steps=2, restarts=2, seed=None).eval()
+    fgsm, pgd = create_attack("fgsm", eps=0.1), create_attack("pgd", eps=0.1, steps=2)
+    many = grid(
+        defenses={"none": create_defense("none"), "drawn": drawn},
+        attacks={"a": (fgsm, ["oblivious"]), "b": (pgd, ["oblivious"])},
+        samples=0,
+    )
+    run_grid(many, tmp_path)
+    first = runs.read_rows(tmp_path)
+    sorted(tmp_path.glob("rows/linear.drawn.*"))[lost].joinpath("0001.parquet").unlink()
+    run_grid(many, tmp_path)
+    pd.testing.assert_frame_equal(without_clock(runs.read_rows(tmp_path)), without_clock(first))
 
 
 def test_samples_are_the_first_images_with_what_was_thought_of_them(tmp_path: Path) -> None:
@@ -541,3 +655,61 @@ def test_every_attack_has_a_label() -> None:
             made.append(make(**needs))
     labels = [label_of(a) for a in made]
     assert len(set(labels)) == len(labels)
+
+
+# What training has cost ----------------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, kind: str, pflop: float | None, where: str = "training.json", **recipe: Any) -> str:
+    """A run folder as far as its cost goes."""
+    outcome = {"pflop": pflop, "seconds": 10.0}
+    place = {"defense": "about", "classifier": "extra"}[kind]
+    kept = {place: {"outcome": outcome}} if where == "inside" and pflop is not None else {}
+    runs.write_json(folder / f"{kind}.json", {"name": "paired_gan", **kept})
+    if where == "training.json" and pflop is not None:
+        runs.write_json(folder / "training.json", outcome)
+    runs.write_json(folder / "recipe.json", recipe)
+    return str(folder)
+
+
+@pytest.mark.parametrize("where", ["training.json", "inside"])
+def test_what_a_folder_has_cost(where: str, tmp_path: Path) -> None:
+    first = trained(tmp_path / "first", "defense", 0.5, where)
+    second = trained(tmp_path / "second", "defense", 0.25, where, start=first)
+    teacher = trained(tmp_path / "teacher", "classifier", 1.0, where)
+    pupil = trained(tmp_path / "pupil", "classifier", 2.0, where, objective={"teacher": "runs/elsewhere/teacher"})
+    assert spent.of_folder(first) == (0.5, 10.0)
+    assert spent.of_folder(second) == (0.75, 20.0)  # with what it started from
+    assert spent.of_folder(teacher) == (1.0, 10.0)
+    assert spent.of_folder(pupil) == (3.0, 20.0)  # the teacher has moved along with it
+    assert spent.of_folder(f"{first}+jpeg") == (0.5, 10.0)
+    assert spent.of_folder(f"{first}+{second}") == (1.25, 30.0)
+    assert spent.of_folder("median") == spent.of_folder("none") == (0.0, 0.0)
+    unknown = trained(tmp_path / "unknown", "classifier", None, where)
+    assert spent.of_folder(unknown) == (None, None)
+    assert spent.of_folder(f"{first}+{unknown}") == (None, None)
+    orphan = trained(tmp_path / "orphan", "defense", 0.25, where, start="runs/gone")
+    assert spent.of_folder(orphan) == (None, None)
+
+
+def test_an_evaluation_keeps_what_its_defenses_have_cost(recipe: Any, tmp_path: Path) -> None:
+    runs.write_json(Path(recipe.defenses[1]) / "training.json", {"pflop": 0.125, "seconds": 7.0})
+    small = recipe.model_copy(update={"n": 2, "defenses": [*recipe.defenses, f"{recipe.defenses[1]}+bit_depth"]})
+    run_evaluation(small, tmp_path / "out", device="cpu")
+    kept = runs.read_costs(tmp_path / "out")
+    assert [name for _, name in kept] == ["none", "ours", "ours+bit_depth"]
+    (source,) = {dataset for dataset, _ in kept}
+    assert source == runs.read_rows(tmp_path / "out")["dataset"].iloc[0]
+    assert [about["pflop"] for about in kept.values()] == [0.0, 0.125, 0.125]
+    assert [about["differentiable"] for about in kept.values()] == [True, True, False]
+    assert kept[source, "ours"]["spec"]["name"] == "paired_gan"
+    assert kept[source, "ours"]["folder"] == recipe.defenses[1]
+    # Models in hand: what was just trained knows its cost, what comes from elsewhere does not.
+    models = {"none": Linear(), "ours": Protected(Linear(), purifier()), "robust": Linear(1)}
+    pgd = create_attack("pgd", eps=0.1, steps=1)
+    evaluate(toy(), models, [pgd], ["oblivious"], out=tmp_path / "hand", device="cpu")
+    assert {name: about["pflop"] for (_, name), about in runs.read_costs(tmp_path / "hand").items()} == {
+        "none": 0.0,
+        "ours": None,
+        "robust": None,
+    }

@@ -49,7 +49,7 @@ SHARED = {
 }
 ORDER = {
     "training": ["pairs", "objectives", "muon", "loop", "jobs"],
-    "evaluation": ["adversarials", "grid", "jobs"],
+    "evaluation": ["adversarials", "spent", "grid", "jobs"],
 }
 # An arrow from one attack to another: a cascade is made of its members.
 FAMILIES = {("attacks", "autoattack"): {"apgd", "fab", "square"}, ("attacks", "fab"): {"apgd"}}

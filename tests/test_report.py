@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from unperturb import report, runs
 from unperturb.intervals import wilson
@@ -227,6 +228,19 @@ def test_wide_table_puts_the_two_attackers_side_by_side() -> None:
     assert block["ours", "white box"]["pgd-40, eps 0.3"] == ""
 
 
+def test_the_direct_attack_has_a_name_where_others_stand_beside_it() -> None:
+    transfer = {"defense": "none", "knowledge": "transfer", "right_clean": [1] * 4, "right_adv": [1] * 4}
+    noise = transfer | {"knowledge": "none", "attack": "noise", "right_adv": [0] * 4}
+    wide = tables.wide_table(frame(*TINY, transfer, noise))
+    named = [("undefended", "noise"), ("undefended", "transfer"), ("undefended", "direct")]
+    assert list(wide.columns) == [*named, ("ours", "oblivious"), ("ours", "white box")]
+    block = wide.droplevel([0, 1, 2])
+    assert block["undefended", "direct"]["fgsm, eps 0.3"].startswith("25.0 %")
+    assert block["undefended", "transfer"]["fgsm, eps 0.3"].startswith("100.0 %")
+    assert "direct" in report.table(frame(*TINY, transfer))
+    assert "direct" not in report.table(frame(*TINY))
+
+
 def test_quality_averages_decibels_and_counts_identical_images_apart() -> None:
     psnr = {"psnr_adv": [10.0, 14.0, 12.0, 12.0], "psnr_pure_adv": [20, 30, np.inf, 25], "psnr_pure_clean": np.inf}
     ssim = {"ssim_adv": [0.1, 0.2, 0.3, 0.4], "ssim_pure_adv": 0.5, "ssim_pure_clean": np.nan}
@@ -415,3 +429,160 @@ def test_the_report_loads_nothing_heavy_before_it_is_used() -> None:
     code = f"import sys, unperturb.report; print(sorted({heavy!r} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# Defenses side by side -----------------------------------------------------------------------------------------------
+
+FREE = {"attack": "cw", "attack_repr": "CW()", "eps": np.nan}
+MARGIN = {"attack": "margin-40", "attack_repr": "PGD(loss='margin')"}
+SIDE_BY_SIDE = (
+    *TINY,
+    FREE | {"defense": "none", "right_clean": [1, 1, 1, 0], "right_adv": [0, 0, 0, 0]},
+    FREE | {"defense": "ours", "right_clean": [1, 1, 0, 1], "right_adv": [0, 1, 1, 1]},
+    MARGIN | {"defense": "none", "right_clean": [1, 1, 1, 0], "right_adv": [1, 1, 1, 0]},
+    MARGIN
+    | {"defense": "ours", "right_clean": [1, 1, 0, 1], "right_adv": [1, 1, 0, 0], "knowledge": "white_box"}
+    | {"seconds_purify": 0.25},
+)
+
+
+def side_by_side(*more: dict[str, Any], costs: Any = None) -> pd.DataFrame:
+    return report.comparison_table(frame(*SIDE_BY_SIDE, *more), costs or {})
+
+
+def test_side_by_side_counted_by_hand() -> None:
+    table = side_by_side()
+    assert list(table["defense"]) == ["undefended", "ours"]
+    bare, ours = (line for _, line in table.iterrows())
+    measures = [
+        "clean",
+        "oblivious: fgsm",
+        "oblivious: pgd-40",
+        "oblivious: cw",
+        "worst: oblivious",
+        "white box: fgsm",
+        "white box: margin-40",
+        "worst: white box",
+        "worst: all",
+    ]
+    assert [c.removesuffix(" n") for c in table if c.endswith(" n")] == measures  # margin-40 is no oblivious attack
+    assert [4 * ours[m] for m in measures] == [3, 3, 3, 3, 0, 1, 2, 0, 0]
+    # Direct attacks stand in both attackers' columns: white box is what was tried so on the others, FGSM and margin.
+    assert [4 * bare[m] for m in measures] == [3, 1, 1, 0, 0, 1, 3, 1, 0]
+    assert (ours["clean low"], ours["clean high"]) == pytest.approx(wilson(3, 4))
+    assert (table[[f"{m} n" for m in measures]] == 4).all(axis=None)
+
+
+def test_side_by_side_joins_parts_of_a_split_and_says_their_n() -> None:
+    part = {"defense": "gan", "split": "test:2@0", "right_clean": [1, 1], "right_adv": [1, 0]}
+    whole = [cell | {"split": "test:4@0"} for cell in SIDE_BY_SIDE]
+    table = report.comparison_table(frame(*whole, part), {})
+    assert list(table["defense"]) == ["undefended", "ours", "gan"]
+    assert set(table["split"]) == {"test"}
+    line = only(table, defense="gan")
+    assert (line["clean n"], line["oblivious: fgsm n"], line["oblivious: pgd-40 n"]) == (2, 2, 0)
+    assert line["worst: oblivious"] == 0.5
+    text = report.compare(frame(*whole, part), {})
+    assert "50.0 [9.5, 90.5] n 2" in text
+    assert "n 4" not in text
+    # The same cell of another part is one more image of it, not another cell.
+    more = SIDE_BY_SIDE[2] | {"split": "test:5@0", "index": np.array([9]), "right_clean": [1], "right_adv": [1]}
+    joined = only(report.comparison_table(frame(*whole, more), {}), defense="ours")
+    assert (joined["oblivious: fgsm n"], joined["oblivious: fgsm"]) == (5, 4 / 5)
+
+
+def test_side_by_side_has_a_table_for_each_budget() -> None:
+    small = SIDE_BY_SIDE[2] | {"eps": 0.1, "attack": "fgsm-small"}
+    table = side_by_side(small)
+    assert table["eps"].tolist() == pytest.approx([0.1, 0.3, 0.3])
+    line = only(table[table["eps"] < 0.2], defense="ours")
+    assert line["oblivious: fgsm-small"] == 0.75
+    assert line["oblivious: cw"] == 0.75  # without a budget: in each table
+    assert line["oblivious: fgsm n"] is pd.NA or line["oblivious: fgsm n"] == 0
+    assert report.compare(frame(*SIDE_BY_SIDE, small), {}).count("undefended") >= 1
+
+
+def test_side_by_side_likeness_time_and_cost() -> None:
+    psnr = {"psnr_pure_adv": [20.0, 30.0, np.inf, 25.0], "ssim_pure_adv": 0.5, "seconds_purify": 0.004}
+    again = {"psnr_pure_adv": 35.0, "ssim_pure_adv": 0.7, "seconds_purify": 0.002}
+    cells = [TINY[2] | psnr, TINY[3] | again, TINY[4] | {"psnr_pure_adv": 1.0, "seconds_purify": 9.0}]
+    costs = {
+        ("digits", "ours"): {"pflop": 0.25, "differentiable": False, "random": True},
+        ("mnist", "ours"): {"pflop": 7.0, "differentiable": True, "random": False},
+    }
+    line = only(report.comparison_table(frame(*TINY[:2], *cells), costs), defense="ours")
+    assert line["psnr"] == pytest.approx((25 + 35) / 2)
+    assert line["ssim"] == pytest.approx(0.6)
+    assert line["ms"] == pytest.approx(4)  # the median of cells: one that had to wait does not count
+    assert (line["pflop"], line["gradient"]) == (0.25, "stand-in, averaged")
+    bare = only(report.comparison_table(frame(*TINY), {}), defense="undefended")
+    assert np.isnan(bare["pflop"])
+
+
+def test_side_by_side_keeps_the_order_that_was_asked_for() -> None:
+    others = [TINY[2] | {"defense": d} for d in ("b", "a")]
+    asked = {("digits", d): {"pflop": 0.0, "differentiable": True, "random": False} for d in ("none", "b", "ours", "a")}
+    assert list(side_by_side(*others, costs=asked)["defense"]) == ["undefended", "b", "ours", "a"]
+
+
+def test_side_by_side_fits_a_terminal_and_stands_on_the_page(small_run: Path, tmp_path: Path) -> None:
+    rows = frame(*SIDE_BY_SIDE, TINY[2] | {"defense": "another", "seconds_purify": 2.0})
+    text = report.compare(rows, {})
+    assert max(map(len, text.splitlines())) <= 100
+    for said in ("a on digits (test), eps 0.3", "white box: margin-40", "75.0 [30.1, 95.4]", "2,000"):
+        assert said in text
+    written = report.write_report(rows, tmp_path / "many")
+    found = pd.read_csv(written["tables/comparison.csv"])
+    assert found["worst: oblivious"].tolist() == [0, 0, 0.5]  # "another" was shown FGSM alone
+    page_text = written["page"].read_text(encoding="utf-8")
+    assert "Defenses side by side" in page_text
+    assert "Defenses side by side" not in report.write_report(small_run, tmp_path / "few")["page"].read_text()
+
+
+def test_costs_are_read_where_they_are_kept(small_run: Path, tmp_path: Path) -> None:
+    assert runs.read_costs(small_run) == {}  # written before there were any
+    entry = {"dataset": "digits", "folder": "runs/ours", "spec": None, "differentiable": True, "random": False}
+    for folder, pflop in (("a", 0.5), ("b", 0.5), ("c", 0.7)):
+        runs.write_json(tmp_path / folder / "defenses.json", {"ours": {**entry, "pflop": pflop, "seconds": 3.0}})
+    assert runs.read_costs(tmp_path / "a", tmp_path / "b", small_run)["digits", "ours"]["pflop"] == 0.5
+    assert runs.read_costs(tmp_path / "a", tmp_path / "c")["digits", "ours"]["pflop"] is None
+    rows = frame(*TINY)
+    rows.attrs["runs"] = [str(tmp_path / "a")]
+    assert only(report.comparison_table(rows), defense="ours")["pflop"] == 0.5
+
+
+def test_the_pareto_front_is_what_nothing_beats() -> None:
+    costs, values = [0.0, 1.0, 1.0, 2.0, 3.0, 3.0], [0.2, 0.5, 0.4, 0.5, 0.9, 0.9]
+    assert figures.pareto(costs, values) == [0, 1, 4, 5]
+
+
+def several(*marks: tuple[str, float, float, float]) -> pd.DataFrame:
+    """One table of defenses, each with its name, milliseconds, worst oblivious accuracy and PFLOP."""
+    worst = figures.WORST_OBLIVIOUS
+    table = {"dataset": "mnist", "split": "test", "classifier": "a", "eps": 0.3, f"{worst} n": 1000}
+    ends = [{worst: v, f"{worst} low": v * 0.95, f"{worst} high": v + 0.05 * (1 - v)} for _, _, v, _ in marks]
+    return pd.DataFrame(
+        [{**table, **end, "defense": d, "ms": ms, "pflop": p} for (d, ms, _, p), end in zip(marks, ends)]
+    )
+
+
+def test_cost_figure_names_every_defense_where_it_can_be_read() -> None:
+    close = [(f"defense_{i}", 0.4 + 0.01 * i, 0.9 + 0.01 * i, 0.07) for i in range(6)]
+    marks = [("undefended", 1e-6, 0.0, 0.0), *close, ("slow", 2000.0, 0.88, float("nan"))]
+    figure = figures.cost_figure(several(*marks))
+    assert figure is not None
+    (axes,) = figure.axes
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    found = {t.get_text(): figures._words(t, renderer) for t in axes.texts if t.get_text() != "no purifier"}
+    assert set(found) == {name for name, *_ in marks}
+    boxes = list(found.values())
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert figures.cost_figure(several(*marks[:3])) is None
+
+
+def test_cost_figures_are_saved_where_there_are_three_defenses(tmp_path: Path) -> None:
+    others = [TINY[2] | {"defense": d, "seconds_purify": 0.001} for d in ("b", "c")]
+    written = report.write_report(frame(*TINY, *others), tmp_path)
+    assert "figures/cost-digits-test-a-0.3.png" in written
+    assert "Worst oblivious accuracy against cost" in written["page"].read_text(encoding="utf-8")
+    assert not any("cost" in name for name in report.write_report(frame(*TINY), tmp_path / "few"))

@@ -19,6 +19,8 @@ _WHERE = {
     "Splits": "data",
     "budget": "attacks",
     "catalog": "catalog",
+    "compare": "report",
+    "comparison_table": "report",
     "create_attack": "attacks",
     "create_classifier": "classifiers",
     "create_defense": "defenses",
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from unperturb.data import ImageSet, Splits, known_copy_note, load_dataset, prepare
     from unperturb.defenses import Defense, Protected, create_defense, load_defense
     from unperturb.evaluation.jobs import evaluate, run_evaluation
-    from unperturb.report import table, write_report
+    from unperturb.report import compare, comparison_table, table, write_report
     from unperturb.runs import read_rows
     from unperturb.training.jobs import train_classifier, train_defense
 

@@ -260,11 +260,14 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("report"),
 ) -> None:
     """Remake every table, figure and the page from rows and samples alone."""
-    from unperturb.report import table, write_report
+    from unperturb.report import compare, table, write_report
     from unperturb.runs import read_rows
 
     written = write_report(list(runs), out)
-    console.print(table(read_rows(*runs)), markup=False)
+    rows = read_rows(*runs)
+    console.print(table(rows), markup=False)
+    if rows["defense"].nunique() > 2:
+        console.print(compare(rows), markup=False)
     for path in written.values():
         console.print(f"wrote {path}", markup=False)
 

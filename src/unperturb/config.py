@@ -138,6 +138,9 @@ class EvaluationRecipe(_Settings):
     knowledge: list[Knowledge] = Field(
         ["oblivious", "white_box"], description="For attacks without a list of their own."
     )
+    eot: int | None = Field(
+        None, gt=0, description="Draws of a random defense that a gradient is averaged over; None means 20."
+    )
     seed: int = Field(0, ge=0, description="Of the attacks' draws.")
     batch: int = Field(200, gt=0, description="Images attacked at once.")
     shard: int = Field(1000, gt=0, description="Rows a file; a killed run goes on at the next missing one.")

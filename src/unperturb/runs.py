@@ -63,7 +63,7 @@ ROW_COLUMNS: dict[str, str] = {
     "scores_clean": "list<float32>",
     "scores_adv": "list<float32>",
     "seconds_attack": "float32",  # per image
-    "seconds_purify": "float32",
+    "seconds_purify": "float32",  # per attacked image; of its detectors too where the defense has some
 }
 CELL_KEYS = [
     "dataset",
@@ -293,6 +293,21 @@ def read_rows(*runs: str | Path) -> pd.DataFrame:
     rows = pd.concat(frames, ignore_index=True)
     rows.attrs["runs"] = [str(r) for r in runs]  # where the samples and the environment lie
     return rows
+
+
+def read_costs(*runs: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What one or more run folders keep of their defenses, by (data set, name), in the order that they were asked for:
+    folder, spec, differentiable, random, and pflop and seconds of training (None: not known). Nothing of folders that
+    were written without. Where two folders mean different things by one name, its training cost is not known.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in runs:
+        path = Path(run) / "defenses.json"
+        for name, about in read_json(path).items() if path.exists() else ():
+            key = (about["dataset"], name)
+            same = found.setdefault(key, about)["pflop"] == about["pflop"]
+            found[key] = about if same else {**about, "pflop": None, "seconds": None}
+    return found
 
 
 SAMPLE_TENSORS = ("clean", "adversarial", "restored", "restored_clean", "index", "label", "confidence", "prediction")

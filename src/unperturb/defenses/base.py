@@ -71,6 +71,10 @@ class Defense(nn.Module):
         """How suspicious each image is, `(N, detectors)`; a defense without detectors gives `(N, 0)`."""
         return images.new_zeros(len(images), 0)
 
+    def judge(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """(`purify(images)`, `scores(images, logits_fn)`); a defense whose two share work does it once here."""
+        return self.purify(images), self.scores(images, logits_fn)
+
     def add_detectors(self, count: int, drop_rate: float) -> None:
         """Keep a threshold for each of `count` detectors, to be set by `calibrate`; until then nothing is rejected."""
         if not 0 <= drop_rate < 1:

@@ -131,6 +131,10 @@ class DefenseGAN(Defense):
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
         return self.reconstruct(images)[1][:, None] if self.detect else images.new_zeros(len(images), 0)
 
+    def judge(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        found, errors = self.reconstruct(images)
+        return found, errors[:, None] if self.detect else images.new_zeros(len(images), 0)
+
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(nearest images that were found, `(N, C, H, W)`; their mean squared errors, `(N,)`), the best of all starts.
 

@@ -148,8 +148,17 @@ class MagNet(Defense):
         return out
 
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._scores(images, self.reformers.members[0](images)[-1], logits_fn)
+
+    def judge(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        purified = self.purify(images)
+        if self.random:  # drawn from the pack: not the first reformer's
+            return purified, self.scores(images, logits_fn)
+        return purified, self._scores(images, purified, logits_fn)
+
+    def _scores(self, images: Tensor, by_reformer: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """by_reformer: `images` as the first reformer restores them."""
         watchers = iter(self.watchers.members if self.watchers is not None else ())
-        by_reformer = self.reformers.members[0](images)[-1]
         restored = [next(watchers)(images)[-1] if "structure" in d else by_reformer for d in self.detectors]
         answers: dict[int, Tensor] = {}  # what several detectors ask the classifier is asked once
 

@@ -54,11 +54,14 @@ class Pipeline(Defense):
 
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
         """Every part's scores side by side, `(N, detectors)`, each of the image as it reaches that part."""
+        return self.judge(images, logits_fn)[1]
+
+    def judge(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         found = []
         for part in self._parts():
-            found.append(part.scores(images, logits_fn))
-            images = part.purify(images)
-        return torch.cat(found, 1)
+            images, scores = part.judge(images, logits_fn)
+            found.append(scores)
+        return images, torch.cat(found, 1)
 
     @property
     def thresholds(self) -> Tensor:

@@ -46,7 +46,8 @@ class Grid:
     classifiers, defenses: by the name they have in tables. attacks: by label, each with the kinds of knowledge it is
     given. instead: classifiers that are defenses themselves, such as an adversarially trained one, by the name of their
     defense, whose purifier is the identity: they stand in every classifier's place. surrogate: name and classifier of a
-    transfer attack. batch: images attacked at once. shard: rows a file. note: what is wrong with this copy of the data,
+    transfer attack. eot: draws that the gradient of a random defense is averaged
+    over. batch: images attacked at once. shard: rows a file. note: what is wrong with this copy of the data,
     if anything.
     """
 
@@ -56,6 +57,7 @@ class Grid:
     attacks: Mapping[str, tuple[Attack, Sequence[str]]]
     instead: Mapping[str, nn.Module] = field(default_factory=dict)
     surrogate: tuple[str, nn.Module] | None = None
+    eot: int = 20
     seed: int = 0
     batch: int = 200
     shard: int = 1000
@@ -64,14 +66,19 @@ class Grid:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def cells(self) -> list[Cell]:
-        """Every cell; cells that share adversarial images are neighbors. With no defense, oblivious and white box are
-        one and the same, kept once as oblivious."""
+        """Every cell; cells that share adversarial images are neighbors. With no defense, oblivious, white box and BPDA
+        are one and the same, kept once as oblivious; with a classifier in the bare one's place, which has no purifier
+        to stand in for, BPDA is white box."""
         found = []
         for classifier in self.classifiers:
             for label, (attack, kinds) in self.attacks.items():
                 for knowledge in kinds:
                     for defense in self.defenses:
-                        seen = "oblivious" if defense == "none" and knowledge == "white_box" else knowledge
+                        seen = knowledge
+                        if defense == "none" and knowledge in ("white_box", "bpda"):
+                            seen = "oblivious"
+                        elif defense in self.instead and knowledge == "bpda":
+                            seen = "white_box"
                         cell = Cell(classifier, defense, label, attack, seen)
                         if cell not in found:
                             found.append(cell)
@@ -86,7 +93,20 @@ class Grid:
         bare, surrogate = self.classifiers[cell.classifier], self.surrogate[1] if self.surrogate else None
         # Who knows nothing of a defense attacks the bare classifier, also where another one stands in its place.
         seen = bare if cell.knowledge in ("none", "transfer", "oblivious") else self.behind(cell)
-        return threats.target((fast or {}).get(seen, seen), self.defenses[cell.defense], cell.knowledge, surrogate)
+        function = (fast or {}).get(seen, seen)
+        return threats.target(function, self.defenses[cell.defense], cell.knowledge, surrogate, eot=self.eot)
+
+    def check(self) -> None:
+        """Raise `ValueError` where a cell cannot be asked: before anything is computed or written."""
+        height, width = self.data.shape[1:]
+        for name, defense in self.defenses.items():
+            if defense.size is not None and (height, width) != (defense.size, defense.size):
+                raise ValueError(
+                    f"{name} purifies {defense.size}x{defense.size} images, but those of {self.data.source} are "
+                    f"{height}x{width}; leave it out of the recipe's defenses, or train one for that size"
+                )
+        for cell in self.cells():
+            self.target(cell)
 
 
 def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:
@@ -147,12 +167,27 @@ def _answers(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> tu
     return logits.argmax(1).cpu(), logits.softmax(1).gather(1, labels[:, None]).squeeze(1).cpu()
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a defense makes of images: `(N, C, H, W)` purified, `(N, detectors)` scores, `(N,)` whether it rejects them,
+    and seconds per image: of purifying, and of scoring too where it has detectors (often one and the same work)."""
+
+    purified: Tensor
+    scores: Tensor
+    rejected: Tensor
+    seconds: float
+
+
 @torch.no_grad()
-def _purified(defense: Defense, images: Tensor, batch: int, seed: int) -> tuple[Tensor, float]:
+def _seen(defense: Defense, classifier: nn.Module, images: Tensor, batch: int, seed: int) -> _Seen:
     start = time.perf_counter()
     with _drawing(seed, images.device):
-        out = torch.cat([defense.purify(x) for x in images.split(batch)])
-    return out, (time.perf_counter() - start) / len(images)
+        parts = [defense.judge(x, classifier) for x in images.split(batch)]
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    seconds = (time.perf_counter() - start) / len(images)
+    purified, scores = (torch.cat(part) for part in zip(*parts))
+    return _Seen(purified, scores, (scores > defense.thresholds.to(scores)).any(1), seconds)
 
 
 def _judge(
@@ -181,22 +216,19 @@ def _judge(
         return _answers(model, images, labels, grid.batch)
 
     at, by = cell.classifier, cell.defense
-    clean, _ = once(("purified", by), lambda: _purified(defense, x, grid.batch, draw))
+    # Detectors may ask the classifier; where there are none, what is purified is the same in front of every one.
+    watched = (at,) if len(defense.thresholds) else ()
+    clean = once(("seen", by, *watched), lambda: _seen(defense, classifier, x, grid.batch, draw))
     pred_clean, conf_clean = once(("clean", at), lambda: answers(bare, x))
-    pred_pure_clean, conf_pure_clean = once(("clean", at, by), lambda: answers(classifier, clean))
-    quality_clean = once(("clean quality", by), lambda: quality(clean))
+    pred_pure_clean, conf_pure_clean = once(("clean", at, by), lambda: answers(classifier, clean.purified))
+    quality_clean = once(("clean quality", by), lambda: quality(clean.purified))
     pred_adv, conf_adv = once(("adv", at, made), lambda: answers(bare, x_adv))
     quality_adv = once(("adv quality", made), lambda: quality(x_adv))
     far = once(("distances", made), lambda: metrics.distances(x_adv, x))
-    restored, seconds_purify = _purified(defense, x_adv, grid.batch, draw + 1)
+    attacked = _seen(defense, classifier, x_adv, grid.batch, draw + 1)
     undefended = by == "none"
-    pred_pure, conf_pure = (pred_adv, conf_adv) if undefended else answers(classifier, restored)
-    quality_pure = quality_adv if undefended else quality(restored)
-    with torch.no_grad(), _drawing(draw, grid.device):
-        scores = [
-            torch.cat([defense.scores(part, classifier) for part in images.split(grid.batch)]) for images in (x, x_adv)
-        ]
-    rejected = [(s > defense.thresholds.to(s)).any(1) if s.shape[1] else s.new_zeros(len(s)).bool() for s in scores]
+    pred_pure, conf_pure = (pred_adv, conf_adv) if undefended else answers(classifier, attacked.purified)
+    quality_pure = quality_adv if undefended else quality(attacked.purified)
     columns = {
         "schema": runs.SCHEMA_VERSION,
         "dataset": grid.data.source,
@@ -227,14 +259,14 @@ def _judge(
         "ssim_adv": quality_adv[1].numpy(),
         "ssim_pure_adv": quality_pure[1].numpy(),
         "ssim_pure_clean": quality_clean[1].numpy(),
-        "rejected_clean": rejected[0].cpu().numpy(),
-        "rejected_adv": rejected[1].cpu().numpy(),
-        "scores_clean": scores[0].cpu().tolist(),
-        "scores_adv": scores[1].cpu().tolist(),
+        "rejected_clean": clean.rejected.cpu().numpy(),
+        "rejected_adv": attacked.rejected.cpu().numpy(),
+        "scores_clean": clean.scores.cpu().tolist(),
+        "scores_adv": attacked.scores.cpu().tolist(),
         "seconds_attack": seconds,
-        "seconds_purify": seconds_purify,
+        "seconds_purify": attacked.seconds,
     }
-    return columns, {"clean": x, "adversarial": x_adv, "restored": restored, "restored_clean": clean}
+    return columns, {"clean": x, "adversarial": x_adv, "restored": attacked.purified, "restored_clean": clean.purified}
 
 
 def _keep_samples(grid: Grid, cell: Cell, path: Path, views: Mapping[str, Tensor], columns: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from unperturb.config import EvaluationRecipe, Thing, read_recipe, snapshot
 from unperturb.data import ImageSet, known_copy_note, load_dataset
 from unperturb.defenses.base import Defense, Protected, create_defense, load_defense
 from unperturb.devices import FlopCounter, pick_device, probe
+from unperturb.evaluation import spent
 from unperturb.evaluation.adversarials import fingerprint
 from unperturb.evaluation.grid import Grid, Progress, run_grid
 from unperturb.registry import unknown
@@ -74,6 +75,7 @@ def grid_of(recipe: EvaluationRecipe, device: str = "auto") -> Grid:
         surrogate=(_name(recipe.surrogate, recipe.dataset), load_classifier(recipe.surrogate))
         if recipe.surrogate
         else None,
+        eot=recipe.eot or 20,
         seed=recipe.seed,
         batch=recipe.batch,
         shard=recipe.shard,
@@ -102,17 +104,21 @@ def _by_name(folders: Sequence[str], dataset: str) -> dict[str, str]:
 
 def estimate(grid: Grid) -> Cost:
     """Count the operations of each cell on two images, for all of them."""
+    grid.check()
     images, labels = grid.data.batch(torch.arange(min(2, len(grid.data))), grid.device)
     total = 0.0
-    made = set()
+    made, cleaned = set(), set()
     for cell in grid.cells():
-        function = grid.target(cell)
+        function, defense = grid.target(cell), grid.defenses[cell.defense]
         with FlopCounter() as counter:
             if (key := (id(function) if cell.knowledge == "oblivious" else cell, cell.attack)) not in made:
                 made.add(key)
                 cell.attack(function, images, labels)
             with torch.no_grad():
-                Protected(grid.behind(cell), grid.defenses[cell.defense])(images)
+                grid.behind(cell)(defense.judge(images, grid.behind(cell))[0])
+                if (clean := (cell.classifier, cell.defense)) not in cleaned:
+                    cleaned.add(clean)  # clean images are purified once for all cells
+                    defense.judge(images, grid.behind(cell))
         total += counter.total / len(images)
     pflop = total * len(grid.data) / 1e15
     rate = max(v for k, v in probe(grid.device.type).rates.items() if k[0] == "float32")
@@ -136,10 +142,20 @@ def run_evaluation(
     recipe = read_recipe(recipe, overrides, "evaluation") if isinstance(recipe, str) else recipe
     out = Path(out)
     grid = grid_of(recipe, device)
-    return _run(grid, out, snapshot(recipe), resume, progress)
+    folders = _by_name(recipe.defenses, recipe.dataset)
+    costs = {k: spent.about(grid.data.source, grid.defenses[k], spent.of_folder(f), f) for k, f in folders.items()}
+    return _run(grid, out, snapshot(recipe), costs, resume, progress)
 
 
-def _run(grid: Grid, out: Path, recipe: Mapping[str, Any], resume: bool, progress: Progress | None) -> pd.DataFrame:
+def _run(
+    grid: Grid,
+    out: Path,
+    recipe: Mapping[str, Any],
+    costs: Mapping[str, Any],
+    resume: bool,
+    progress: Progress | None,
+) -> pd.DataFrame:
+    grid.check()
     # The folder's run is fixed by the recipe and by what its names stood for: the same names retrained are another run.
     what = {
         "data": grid.data.fingerprint,
@@ -154,6 +170,7 @@ def _run(grid: Grid, out: Path, recipe: Mapping[str, Any], resume: bool, progres
             resume=resume,
             about={f"data {grid.data.source}": grid.note} if grid.note else None,
         )
+        runs.write_json(out / "defenses.json", costs)
         run_grid(grid, out, progress)
     return runs.read_rows(out)
 
@@ -230,10 +247,11 @@ def evaluate(
         "knowledge": list(knowledge),
         "seed": seed,
     }
+    costs = {k: spent.about(data.source, d, spent.of_model(d, grid.instead.get(k))) for k, d in grid.defenses.items()}
     if out is not None:
-        return _run(grid, Path(out), recipe, resume, progress)
+        return _run(grid, Path(out), recipe, costs, resume, progress)
     with tempfile.TemporaryDirectory() as folder:
-        return _run(grid, Path(folder) / "run", recipe, resume, progress)
+        return _run(grid, Path(folder) / "run", recipe, costs, resume, progress)
 
 
 __all__ = ["Cost", "Thing", "estimate", "evaluate", "grid_of", "label_of", "run_evaluation"]

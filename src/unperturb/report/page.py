@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unperturb.report import detectors, figures, tables
+from unperturb.report import comparison, detectors, figures, tables
 from unperturb.report.tables import BLOCK, attack_name, attacker_name, groups, records
 from unperturb.report.text import quality_number, to_markdown
-from unperturb.runs import read_json, read_rows, read_samples, write_text
+from unperturb.runs import read_costs, read_json, read_rows, read_samples, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +34,7 @@ def write_report(source: str | Path | Iterable[str | Path] | pd.DataFrame, out: 
         "worst-case": tables.worst_case(rows),
         "side-by-side": tables.wide_table(rows),
         "quality": tables.quality_table(rows),
+        "comparison": comparison.comparison_table(rows, read_costs(*folders)),
         "conditions": tables.conditions(rows, *environments),
     }
     of_detectors = {"detectors": detectors.detector_table(rows), "rejections": detectors.rejection_table(rows)}
@@ -44,7 +45,7 @@ def write_report(source: str | Path | Iterable[str | Path] | pd.DataFrame, out: 
         write_text(path, frame.to_csv(index=name == "side-by-side"))
         written[f"tables/{name}.md"] = path = out / "tables" / f"{name}.md"
         write_text(path, to_markdown(frame))
-    pictures = _pictures(rows, folders, out / "figures")
+    pictures = _cost_pictures(frames["comparison"], out / "figures") + _pictures(rows, folders, out / "figures")
     written |= {f"figures/{picture['path'].name}": picture["path"] for picture in pictures}
     written["page"] = out / "report.html"
     write_text(written["page"], _page(frames, pictures))
@@ -100,6 +101,19 @@ def _pictures(rows: pd.DataFrame, folders: list[Path], out: Path) -> list[dict[s
     return made
 
 
+def _cost_pictures(frame: pd.DataFrame, out: Path) -> list[dict[str, Any]]:
+    """Accuracy against cost, of each table that has defenses enough."""
+    made = []
+    for key, part in groups(frame, comparison.TABLE):
+        figure = figures.cost_figure(part)
+        if figure is not None:
+            dataset, split, classifier, eps = key
+            path = figures.save(figure, out / f"{_slug('cost', dataset, split, classifier, float(eps))}.png")
+            caption = f"Worst oblivious accuracy against cost, {dataset} before {classifier}."
+            made.append({"path": path, "kind": "cost", "caption": caption, "first": True})
+    return made
+
+
 def _slug(*parts: object) -> str:
     words = (tables.budget_name(p) if isinstance(p, float) else str(p) for p in parts)
     return "-".join(re.sub(r"[^a-z0-9.]+", "-", w.lower()).strip("-") for w in words if w)
@@ -129,6 +143,7 @@ def _page(frames: Mapping[str, pd.DataFrame], pictures: list[dict[str, Any]]) ->
     quality = frames["quality"]
     return environment.get_template("page.html.jinja").render(
         headlines=_headlines(frames["worst-case"]),
+        comparisons=_comparisons(frames["comparison"]) if "comparison" in frames else [],
         blocks=_blocks(frames["side-by-side"]),
         quality=[
             {"title": key, "lines": [_quality(line) for _, line in records(part)]}
@@ -183,6 +198,18 @@ def _range(lines: list[dict[str, Any]]) -> str:
     if not shares:
         return ""
     return f"{shares[0]} %" if shares[0] == shares[-1] else f"{shares[0]} to {shares[-1]} %"
+
+
+def _comparisons(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Tables of at least two defenses: title, n, heads (attacker over attack), and lines of entries."""
+    found = []
+    for title, n, heads, lines in comparison.comparisons(frame):
+        if len(lines) > 2:
+            split = [head.partition(": ") for head in heads]
+            over = [(attacker, attack) if attack else ("", attacker) for attacker, _, attack in split]
+            entries = [[entry.partition(" [") for entry in line] for line in lines]
+            found.append({"title": title, "n": n, "heads": over, "lines": entries})
+    return found
 
 
 def _blocks(wide: pd.DataFrame) -> list[dict[str, Any]]:

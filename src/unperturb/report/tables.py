@@ -26,6 +26,7 @@ KNOWLEDGE = {
     "all": "all together",
 }
 UNDEFENDED = "undefended"
+DIRECT = "direct"  # an attack on the bare classifier, made on itself, where others stand beside it
 _ORDER = ("noise", "fgsm", "pgd", "mim", "jsma", "cw", "deepfool")  # the paper's, then whatever else there is
 BLOCK = ["dataset", "split", "classifier"]
 
@@ -88,7 +89,6 @@ def worst_case(rows: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     cells, images = cells_of(rows)
-    images = images.assign(right=images["adv_always"] & images["clean_always"])
     lines = []
     for key, group in groups(cells, [*BLOCK, "defense", "eps"]):
         found = list(group["knowledge"].unique())
@@ -97,8 +97,7 @@ def worst_case(rows: pd.DataFrame) -> pd.DataFrame:
         seen = {k: k for k in found} | ({"white_box": "oblivious"} if bare else {}) | {"all": "all"}
         for knowledge, shown in seen.items():
             covered = group if shown == "all" else group[group["knowledge"] == shown]
-            per_image = images[images["cell"].isin(covered.index)].groupby("index")["right"].agg(["size", "min"])
-            common = per_image[per_image["size"] == len(covered)]["min"]
+            common = survivors(images, list(covered.index))
             parts = groups(covered, "knowledge")
             covers = "; ".join(f"{attacker_name(k)}: {', '.join(part['short'])}" for k, part in parts)
             line = dict(zip([*BLOCK, "defense", "eps"], key)) | {"knowledge": knowledge}
@@ -110,7 +109,8 @@ def wide_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The table to read: a line per attack, and side by side what each attacker leaves of each defense.
 
     Index: dataset, split, classifier, attack (with "images", "clean" and "worst case"). Columns: (defense, attacker),
-    the bare classifier first. Entries are text: `97.1 % [96.0, 98.0]`, or empty where there is no such cell.
+    the bare classifier first; its own attacker has no name, or is "direct" beside noise or transfer. Entries are text:
+    `97.1 % [96.0, 98.0]`, or empty where there is no such cell.
     """
     import pandas as pd
 
@@ -133,6 +133,8 @@ def wide_table(rows: pd.DataFrame) -> pd.DataFrame:
             mine = (worst[[*BLOCK, "defense", "knowledge"]] == [*key, defense, knowledge]).all(axis=1)
             for _, line in records(worst[mine & worst["eps"].notna()]):
                 column[(*key, ends[line["eps"]])] = percent(line)
+    if len(bare := [column for column in table if column[0] == UNDEFENDED]) > 1 and (UNDEFENDED, "") in bare:
+        table[UNDEFENDED, DIRECT] = table.pop((UNDEFENDED, ""))
     frame = pd.DataFrame(table, index=pd.MultiIndex.from_tuples(list(order), names=[*BLOCK, "attack"])).fillna("")
     columns: list[tuple[str, str]] = sorted(table, key=lambda column: column[0] != UNDEFENDED)
     return frame[columns]
@@ -246,6 +248,17 @@ def cells_of(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     per_image = images.groupby(["cell", "index"], sort=True)[["clean", "adv"]].agg(["mean", "min"])
     per_image.columns = ["clean", "clean_always", "adv", "adv_always"]
     return cells, per_image.reset_index()
+
+
+def survivors(images: pd.DataFrame, cells: list[int]) -> pd.Series[Any]:
+    """Of the images that all of `cells` have in common, by index: right when clean and in each of them, in every draw.
+
+    images: as `cells_of` gives them.
+    """
+    images = images[images["cell"].isin(cells)]
+    right = images["adv_always"] & images["clean_always"]
+    per_image = right.groupby(images["index"]).agg(["size", "min"])
+    return per_image[per_image["size"] == len(cells)]["min"]
 
 
 def numbered(rows: pd.DataFrame, cells: pd.DataFrame) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from unperturb.report.comparison import Costs, comparison_table, comparisons
 from unperturb.report.tables import BLOCK, attack_name, attacker_name, groups, quality_table, records, wide_table
 
 if TYPE_CHECKING:
@@ -35,6 +36,24 @@ def table(rows: pd.DataFrame, width: int = 100) -> str:
         if len(mine):
             parts.append(_quality(mine))
     return "\n".join([*parts, READING])
+
+
+def compare(rows: pd.DataFrame, costs: Costs | None = None, width: int = 100) -> str:
+    """Defenses side by side, a line each, as plain text for a terminal `width` columns wide (see `comparison_table`).
+
+    Columns that do not fit continue below.
+    """
+    parts = []
+    for title, n, heads, lines in comparisons(comparison_table(rows, costs)):
+        parts.append(f"{title}: accuracy, % [95 % Wilson interval] of {n:,} images\n")
+        columns = [[head, *column] for head, column in zip(heads, zip(*lines))]
+        pages = [columns[:1]]
+        for column in columns[1:]:
+            if len(pages[-1]) > 1 and sum(_widths([*pages[-1], column])) - 2 > width:
+                pages.append(columns[:1])
+            pages[-1].append(column)
+        parts += [_grid(page) for page in pages]
+    return "\n".join(parts)
 
 
 def to_markdown(frame: pd.DataFrame) -> str:
