@@ -386,8 +386,8 @@ def test_ddn_is_that_of_foolbox(cnn: tuple[nn.Module, Tensor, Tensor]) -> None:
 
 
 class ManyMeet(nn.Module):
-    """A label that eight rivals approach along one half of the image without ever passing it, while a ninth, which falls
-    there, passes it along the other half."""
+    """A label that eight rivals approach along one half of the image and never pass, while a ninth, which falls there,
+    passes it along the other half."""
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = x[..., :4].sum((1, 2, 3)), x[..., 4:].sum((1, 2, 3))

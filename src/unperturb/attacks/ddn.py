@@ -36,8 +36,8 @@ class DDN(Attack):
     radius. The smallest success met is returned, the original where there was none.
 
     Source: Rony et al. 2019, algorithm 1, without its quantization. Their gradient of cross-entropy is normalized, so
-    only its direction counts; here that of the log-odds, which is the same and does not vanish in float32, save where a
-    label leads with less than half of the probability: there the strongest rival is aimed at alone, which is not theirs.
+    only its direction counts; here that of the log-odds, which is the same and does not vanish in float32. Not theirs:
+    where a label leads with less than half of the probability, the strongest rival alone is aimed at.
     """
 
     steps: int = 100
