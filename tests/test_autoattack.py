@@ -202,8 +202,7 @@ def test_first_success_fells_the_same_images_in_fewer_passes(
     assert int((short.success != full.success).sum()) <= 1
     spent = short.queries.float() / full.queries
     assert float(spent[short.success].mean()) < 0.7
-    if name != "fab-t":  # whose standing images are spared the final search
-        assert bool((spent[~short.success] == 1).all())
+    assert bool((spent[~short.success] == 1).all())
     delta = (short.images - x).flatten(1)
     size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
     assert float(size.max()) <= eps * 1.00001

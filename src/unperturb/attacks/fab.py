@@ -98,8 +98,8 @@ class FAB(Attack):
                 if not len(left):
                     break
         images, radius = best.images, -best.value
-        if not self.first_success:
-            images, radius = self._shorten(part, images, radius)
+        if len(left):
+            images[left], radius[left] = self._shorten(part.take(left), images[left], radius[left])
         found[rows] = torch.where(self._near(radius)[:, None, None, None], images, part.images)
         return found
 
