@@ -19,6 +19,7 @@ COLORS = {  # Okabe and Ito's, told apart by the color-blind
 MINIMAL = ("l2", "l0")  # norms in which the attacks here look for the nearest image
 ONE_PASS = ("fgsm", "pgd", "mim", "deepfool", "cw-1x100", "cw-9x100")
 SIX = (*ONE_PASS, "jsma")
+_TICKS = (0.1, 0.2, 0.4, 0.6, 0.8, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def by_attack(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
@@ -190,7 +191,10 @@ def _panel(axes: Any, model: str, attacks: dict[str, dict[str, Row]]) -> None:
     counts = [f"{attack}\nn = {line[OURS]['n']}" for attack, line in attacks.items()]
     axes.set_xticks(ticks, counts, fontsize=9)
     axes.tick_params(axis="x", length=0)
-    axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    low, high = axes.get_ylim()
+    shown = [v for v in _TICKS if low <= v <= high]
+    axes.set_yticks(shown, [f"{v:g}" for v in shown], fontsize=9)
+    axes.set_yticks([], minor=True)  # else a narrow log axis writes 6 x 10^-1 between them
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
