@@ -43,7 +43,7 @@ def loses(rows: list[Row]) -> list[str]:
             where, why = f"{attack} on {model}, against {name}", []
             if row["times_ours"] < 1:
                 why.append(f"slower ({ours['seconds']['median']:.3g} s, {row['seconds']['median']:.3g} s)")
-            if row["success"] > ours["success"]:
+            if row["success"] > ours["success"] and row["n"] == ours["n"]:
                 why.append(f"fewer images fall ({ours['success']:.1%}, {row['success']:.1%})")
             both = row["distance_where_both_fell"]
             minimal = row["norm"] in MINIMAL and both["n"]
@@ -76,8 +76,8 @@ def marks(record: dict[str, Any]) -> list[dict[str, Any]]:
         if attack != "jsma" and TWIN in line and models[model]["folded"]:
             mark("overhead with the twin, below", where, line[TWIN]["overhead"]["median"], 0.85)
         if peers:
-            best = min(row["seconds"]["median"] for row in peers.values())
-            mark("seconds, at most the best peer's", where, ours["seconds"]["median"], best)
+            best = max(row["images_per_second"] for row in peers.values())
+            mark("seconds, at most the best peer's", where, ours["seconds"]["median"], ours["n"] / best)
         if attack == "jsma" and "torchattacks" in peers:
             times = 24.0 if models[model]["images"][1] * models[model]["images"][2] ** 2 < 3072 else 70.0
             mark(
@@ -105,11 +105,13 @@ def print_table(record: dict[str, Any]) -> None:
         for row in record["rows"]:
             if row["model"] != model["name"]:
                 continue
-            name = "" if row["attack"] == last else row["attack"]
+            name = "" if row["attack"] == last else f"{row['attack']}, {row['n']} images"
             if name and last:
                 table.add_section()
             last = row["attack"]
-            table.add_row(name, row["library"], *_cells(row))
+            here = next(r["n"] for r in record["rows"] if (r["model"], r["attack"]) == (row["model"], row["attack"]))
+            fewer = "" if row["n"] == here else f" ({row['n']} of them)"
+            table.add_row(name, row["library"] + fewer, *_cells(row))
         console.print(table)
     for name, why in record["absent"].items():
         console.print(f"{name} did not take part: {why}", markup=False)
