@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -45,12 +45,14 @@ class Case:
     """One line-up: an attack of ours whose settings everybody gets, and the norm of its distances.
 
     aimed: at the class after the true one. passes: forward and backward, that every image needs, where that is fixed.
+    few: how many of the images a library gets that takes them one by one, seconds each: its figures are per image.
     """
 
     attack: Attack
     norm: str = "linf"
     aimed: bool = False
     passes: int | None = None
+    few: dict[str, int] = field(default_factory=dict)
 
 
 def cases(eps: float) -> dict[str, Case]:
@@ -64,11 +66,13 @@ def cases(eps: float) -> dict[str, Case]:
         "cw-9x100": Case(search, "l2", passes=900),
         "cw-9x100-abort": Case(CW(steps=100, search_steps=9, initial_const=0.1), "l2"),
         "ddn": Case(DDN(steps=100), "l2", passes=100),
-        "jsma": Case(JSMA(theta=1.0, gamma=0.145), "l0", aimed=True),
+        "jsma": Case(JSMA(theta=1.0, gamma=0.145), "l0", aimed=True, few={"torchattacks": 4}),
         "apgd-ce": Case(APGD(eps=eps, steps=100), passes=100),
         "apgd-dlr": Case(APGD(eps=eps, steps=100, loss="dlr"), passes=100),
         "apgd-t": Case(APGDT(eps=eps, steps=20)),
+        "apgd-t-first": Case(APGDT(eps=eps, steps=20, first_success=True)),
         "fab-t": Case(FAB(eps=0.3, steps=20)),
+        "fab-t-first": Case(FAB(eps=0.3, steps=20, first_success=True)),
         "square": Case(Square(eps=eps, queries=1000)),
         "autoattack": Case(AutoAttack(eps=eps, steps=20, queries=500)),
         "rays": Case(RayS(queries=1000)),
@@ -78,7 +82,7 @@ def cases(eps: float) -> dict[str, Case]:
 
 
 BIG = 64  # above this side ours run alone
-SPENT = ("cw-9x100-abort", "apgd-t", "fab-t", "square", "autoattack", "rays")
+SPENT = ("cw-9x100-abort", "apgd-t", "apgd-t-first", "fab-t", "fab-t-first", "square", "autoattack", "rays")
 
 
 @dataclass(frozen=True)

@@ -385,6 +385,29 @@ def test_ddn_is_that_of_foolbox(cnn: tuple[nn.Module, Tensor, Tensor]) -> None:
     assert float(((ratio - 1).abs() < 0.02).float().mean()) >= 0.9
 
 
+class ManyMeet(nn.Module):
+    """A label that eight rivals approach along one half of the image and never pass, while a ninth, which falls there,
+    passes it along the other half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x[..., :4].sum((1, 2, 3)), x[..., 4:].sum((1, 2, 3))
+        near = -0.1 - 2 / (1 + left)
+        ninth = -1 - left + 1.5 * right
+        return torch.stack([torch.zeros_like(left), ninth, *[near] * 8], dim=1)
+
+
+def test_ddn_leaves_the_place_where_many_classes_meet() -> None:
+    import foolbox
+
+    model, images, labels = ManyMeet(), torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+    nearest = 1 / 1.5 / 32**0.5  # all 32 pixels of the right half alike
+    result = DDN().run(model, images, labels)
+    assert bool(result.success.all())
+    assert bool((distance(result.images, images) < 1.1 * nearest).all())
+    _, theirs = of_foolbox(foolbox.attacks.DDNAttack(steps=100), model, images, labels)
+    assert bool((theirs > 2 * nearest).all())  # cross-entropy alone walks up to the eight
+
+
 # Noise ----------------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import unperturb.attacks.autoattack
-from unperturb.attacks.apgd import checkpoints, lead
+from unperturb.attacks.apgd import Lead, checkpoints
 from unperturb.attacks.base import Problem, Tally, attacks, dlr, frozen, margin
 from unperturb.attacks.fab import onto_plane
 
@@ -89,9 +89,9 @@ def test_dlr_is_the_papers_ratio_and_blind_to_scale() -> None:
 
 def test_targeted_dlr_is_the_papers_ratio_and_falls_back_under_four_classes() -> None:
     z, y, t = torch.tensor([[3.0, -1.0, 1.0, 0.5]]), torch.tensor([0]), torch.tensor([3])
-    loss = lead(problem(None, torch.rand(1, 1, 2, 2), y), t, scaled=True)
+    loss = Lead(t, False, scaled=True)
     torch.testing.assert_close(loss(z, y), torch.tensor([-(3.0 - 0.5) / (3.0 - 0.5 * (0.5 - 1.0))]))
-    loss = lead(problem(None, torch.rand(1, 1, 2, 2), y), torch.tensor([1]), scaled=True)
+    loss = Lead(torch.tensor([1]), False, scaled=True)
     torch.testing.assert_close(loss(z[:, :3], y), torch.tensor([-4.0]))
     torch.testing.assert_close(loss(z[:, :2], y), torch.tensor([-4.0]))
 
@@ -185,6 +185,36 @@ def test_the_whole_budget_is_spent_and_the_highest_loss_returned(digits: Any, na
     assert result.backwards == (20 if name == "apgd" else 180)
     highest = torch.stack(met[:passes]).amax(0)
     torch.testing.assert_close(measure[judge](net(result.images)), highest, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["apgd", "apgd-t", "fab-t"])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("l2", 0.8)])
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_first_success_fells_the_same_images_in_fewer_passes(
+    digits: Any, name: str, norm: str, eps: float, restarts: int
+) -> None:
+    net, x, y = digits
+    settings = {"norm": norm, "eps": eps, "steps": 15, "restarts": restarts}
+    full = attacks.create(name, **settings).run(net, x, y)
+    short = attacks.create(name, **settings, first_success=True).run(net, x, y)
+    assert 0.05 < float(full.success.float().mean()) < 0.95
+    # A path does not depend on who else is in the batch, save for the last bits of a convolution.
+    assert int((short.success != full.success).sum()) <= 1
+    spent = short.queries.float() / full.queries
+    assert float(spent[short.success].mean()) < 0.7
+    assert bool((spent[~short.success] == 1).all())
+    delta = (short.images - x).flatten(1)
+    size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    assert float(size.max()) <= eps * 1.00001
+
+
+def test_first_success_of_a_targeted_attack_reaches_the_target(digits: Any) -> None:
+    net, x, y = digits
+    settings = {"eps": 0.4, "steps": 15, "first_success": True}
+    for name in ("apgd", "apgd-t", "fab-t"):
+        result = attacks.create(name, **settings).run(net, x, y, targets=(y + 1) % 10)
+        assert bool((net(result.images).argmax(1) == (y + 1) % 10)[result.success].all())
+        assert float(result.success.float().mean()) > 0.5
 
 
 def test_eot_averages_over_draws(digits: Any) -> None:

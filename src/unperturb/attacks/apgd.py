@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from unperturb.attacks.base import (
 )
 
 _MOMENTUM = 0.75  # alpha of algorithm 1: the weight of the new step against the last one
+_FEWER = 0.95  # images leave together, when so few are left: each parting copies the others
 _RISES = 0.75  # rho of condition 1: the share of steps that must raise the loss
 
 
@@ -42,26 +43,32 @@ def rivals(problem: Problem, logits: Tensor, count: int) -> Tensor:
     return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
 
 
-def lead(problem: Problem, rival: Tensor, *, scaled: bool = False) -> LossFunction:
+@dataclass(frozen=True)
+class Lead:
     """The loss of an attacker who aims at the classes `rival` `(N,)`: their logit minus the label's.
 
     scaled: over the largest minus the mean of the third and fourth logit, the targeted DLR loss (Croce & Hein 2020);
     with fewer than four classes not, since over the largest minus the third of three the loss is constant, and its
-    gradient zero, wherever label and rival are first and last. In a targeted problem, whose labels are the rivals, it
-    is the lead over all other classes.
+    gradient zero, wherever label and rival are first and last. targeted: the labels are the rivals, and it is the lead
+    over all other classes. `take(rows)` is the loss for some of the images.
     """
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    rival: Tensor
+    targeted: bool
+    scaled: bool = False
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         classes = logits.shape[1]
-        if problem.targeted:
-            return dlr(logits, labels) if scaled and classes > 2 else margin(logits, labels)
-        ahead = (logits.gather(1, rival[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
-        if not scaled or classes < 4:
+        if self.targeted:
+            return dlr(logits, labels) if self.scaled and classes > 2 else margin(logits, labels)
+        ahead = (logits.gather(1, self.rival[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
+        if not self.scaled or classes < 4:
             return ahead
         top = logits.topk(4, dim=1).values
         return ahead / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
-    return loss
+    def take(self, rows: Tensor) -> Lead:
+        return replace(self, rival=self.rival[rows])
 
 
 def mean_gradient(problem: Problem, x: Tensor, loss: LossFunction, draws: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,10 +98,12 @@ def climb(
     steps: int,
     eot: int = 1,
     judge: LossFunction | None = None,
+    first_success: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1 from `start`: (images with the highest value met, that value `(N,)`).
 
     judge: the loss that the answer is chosen by (default: `loss`); the climb itself goes back to the highest `loss`.
+    first_success: an image that has fallen goes no further; the judge must then be the margin.
     Costs `steps` passes forward and backward and one forward, each `eot` times.
     """
     project, marks = projection(problem.images, eps, norm), set(checkpoints(steps))
@@ -102,13 +111,25 @@ def climb(
     value, gradient, logits = mean_gradient(problem, x, loss, eot)
     top, top_gradient = Best(x), gradient
     top.update(x, value)
-    answer = Best(x)
+    answer, rows = Best(x), torch.arange(len(x), device=x.device)
     size = torch.full_like(value, 2 * eps)[:, None, None, None]
     rises = torch.zeros_like(value)
     top_then, halved, last_mark = top.value, torch.zeros_like(value, dtype=torch.bool), 0
     for step in range(1, steps + 1):
         if judge is not None:
-            answer.update(x, problem.value(logits, judge))
+            answer.update(x, problem.value(logits, judge), rows)
+        if first_success:
+            standing = (~problem.clearly_fooled(logits)).nonzero().squeeze(1)
+            if not len(standing):
+                return answer.images, answer.value
+            if len(standing) <= _FEWER * len(x):
+                problem, rows, loss = problem.take(standing), rows[standing], _take(loss, standing)
+                top.images, top.value = top.images[standing], top.value[standing]
+                x, before, value, gradient, top_gradient = (
+                    t[standing] for t in (x, before, value, gradient, top_gradient)
+                )
+                size, rises, top_then, halved = (t[standing] for t in (size, rises, top_then, halved))
+                project = projection(problem.images, eps, norm)
         if norm == "linf":
             ahead = torch.addcmul(x, gradient.sign(), size)
         else:
@@ -137,8 +158,12 @@ def climb(
             rises = torch.zeros_like(rises)
     if judge is None:
         return top.images, top.value
-    answer.update(x, problem.value(logits, judge))
+    answer.update(x, problem.value(logits, judge), rows)
     return answer.images, answer.value
+
+
+def _take(loss: LossFunction, rows: Tensor) -> LossFunction:
+    return loss.take(rows) if isinstance(loss, Lead) else loss
 
 
 @attacks.register("apgd")
@@ -149,7 +174,9 @@ class APGD(BallAttack):
 
     steps: forward+backward passes per restart. random_start: start uniformly in the ball. restarts: independent
     starts, of which the best per image is kept (only the first may start at the image itself). eot: passes averaged
-    per step, for a random model.
+    per step, for a random model. first_success: an image leaves at its first success, whose margin is then what the
+    best is chosen by: for those who ask only whether an image falls, as `autoattack` does. Without it the whole budget
+    is spent on every image.
 
     Source: Croce & Hein 2020, "Reliable evaluation of adversarial robustness", algorithm 1.
     """
@@ -158,6 +185,7 @@ class APGD(BallAttack):
     random_start: bool = True
     restarts: int = 1
     eot: int = 1
+    first_success: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,10 +193,21 @@ class APGD(BallAttack):
             raise ValueError("steps, restarts and eot must be at least 1")
 
     def perturb(self, problem: Problem) -> Tensor:
-        best = Best(problem.images)
-        for restart in range(self.restarts):
-            best.update(*self.search(problem, LOSSES[self.loss], restart))
-        return best.images
+        return self.restart(problem, LOSSES[self.loss], 0, margin if self.first_success else None)[0]
+
+    def restart(
+        self, problem: Problem, loss: LossFunction, first: int, judge: LossFunction | None
+    ) -> tuple[Tensor, Tensor]:
+        """All climbs, their random starts numbered from `first`: (images, the value `(N,)` as in `search`)."""
+        best, rows = Best(problem.images), torch.arange(len(problem.images), device=problem.images.device)
+        for number in range(first, first + self.restarts):
+            best.update(*self.search(problem, loss, number, judge), rows)
+            if self.first_success and number + 1 < first + self.restarts:
+                standing = (best.value[rows] <= 0).nonzero().squeeze(1)
+                if not len(standing):
+                    break
+                problem, rows, loss = problem.take(standing), rows[standing], _take(loss, standing)
+        return best.images, best.value
 
     def search(
         self, problem: Problem, loss: LossFunction, restart: int, judge: LossFunction | None = None
@@ -177,13 +216,23 @@ class APGD(BallAttack):
         start = problem.images
         if self.random_start or restart:
             start = problem.random_start(self.eps, self.norm, restart)
-        return climb(problem, start, loss, eps=self.eps, norm=self.norm, steps=self.steps, eot=self.eot, judge=judge)
+        return climb(
+            problem,
+            start,
+            loss,
+            eps=self.eps,
+            norm=self.norm,
+            steps=self.steps,
+            eot=self.eot,
+            judge=judge,
+            first_success=self.first_success,
+        )
 
 
 @attacks.register("apgd-t")
 @dataclass(frozen=True, kw_only=True)
 class APGDT(APGD):
-    """APGD towards each of several classes in turn; the highest margin met is returned.
+    """APGD towards each of several classes in turn; the highest margin met is returned (`first_success`: the first).
 
     loss: `"dlr"` (targeted DLR) or `"margin"` (plain difference of logits; used for two or three classes anyway).
     target_classes: how many, the strongest others on the clean image first, at most all of them.
@@ -202,16 +251,19 @@ class APGDT(APGD):
             raise ValueError("target_classes must be at least 1")
 
     def perturb(self, problem: Problem) -> Tensor:
-        best = Best(problem.images)
+        best, rows = Best(problem.images), torch.arange(len(problem.images), device=problem.images.device)
         logits = mean_logits(problem, problem.images, self.eot)
-        for number, rival in enumerate(rivals(problem, logits, self.target_classes).unbind(1)):
-            best.update(*self.aim(problem, rival, number))
+        aims = rivals(problem, logits, self.target_classes)
+        for number in range(aims.shape[1]):
+            best.update(*self.aim(problem, aims[:, number], number), rows)
+            if self.first_success and number + 1 < aims.shape[1]:
+                standing = (best.value[rows] <= 0).nonzero().squeeze(1)
+                if not len(standing):
+                    break
+                problem, rows, aims = problem.take(standing), rows[standing], aims[standing]
         return best.images
 
     def aim(self, problem: Problem, rival: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """All restarts towards the classes `rival` `(N,)`, the `number`-th: (images, margin `(N,)`)."""
-        best = Best(problem.images)
-        loss = lead(problem, rival, scaled=self.loss == "dlr")
-        for restart in range(self.restarts):
-            best.update(*self.search(problem, loss, number * self.restarts + restart, margin))
-        return best.images, best.value
+        loss = Lead(rival, problem.targeted, scaled=self.loss == "dlr")
+        return self.restart(problem, loss, number * self.restarts, margin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ Rung = tuple[str, Callable[[Problem, Tensor], Tensor]]
 @attacks.register("autoattack")
 @dataclass(frozen=True, kw_only=True)
 class AutoAttack(BallAttack):
-    """APGD-CE, APGD-T, FAB-T and Square one after the other; each meets only the images that still stand.
+    """APGD-CE, APGD-T, FAB-T and Square one after the other; each meets only the images that still stand, and an image
+    leaves it at its first success (`"rand"`: after the whole climb).
 
     version: `"standard"`, or `"rand"` for a random model: APGD-CE and APGD-DLR, with gradients, and the logits that say
     who has fallen, averaged over `eot` passes. steps: of APGD and FAB. target_classes: of APGD-T and FAB-T, at most all
@@ -71,10 +72,11 @@ class AutoAttack(BallAttack):
         return found.images
 
     def _members(self) -> tuple[APGD, APGDT, FAB, Square]:
-        eot = self.eot if self.version == "rand" else 1
-        apgd = APGD(norm=self.norm, eps=self.eps, steps=self.steps, eot=eot)
-        apgd_t = APGDT(norm=self.norm, eps=self.eps, steps=self.steps, target_classes=self.target_classes)
-        fab = FAB(norm=self.norm, eps=self.eps, steps=self.steps, target_classes=self.target_classes)
+        random = self.version == "rand"  # then one success is a draw, not a fall: the climb goes on
+        ball: dict[str, Any] = {"norm": self.norm, "eps": self.eps, "steps": self.steps}
+        apgd = APGD(**ball, eot=self.eot if random else 1, first_success=not random)
+        apgd_t = APGDT(**ball, target_classes=self.target_classes, first_success=True)
+        fab = FAB(**ball, target_classes=self.target_classes, first_success=True)
         return apgd, apgd_t, fab, Square(norm=self.norm, eps=self.eps, queries=self.queries)
 
     def _rungs(self, classes: int, aims: int) -> Iterator[Rung]:

@@ -123,21 +123,23 @@ def frozen(model: Model) -> Iterator[None]:
     training = [m.training for m in modules]
     requires_grad = [p.requires_grad for p in parameters]
     for m in modules:
-        m.training = False
+        if m.training:  # to set an attribute of a module costs more than to look
+            m.training = False
     for p in parameters:
         p.requires_grad_(False)
     try:
         yield
     finally:
         for m, flag in zip(modules, training):
-            m.training = flag
+            if m.training != flag:
+                m.training = flag
         for p, flag in zip(parameters, requires_grad):
             p.requires_grad_(flag)
 
 
 @dataclass
 class Tally:
-    """What an attack spent: batch passes, and forward passes per image."""
+    """What an attack spent: batch passes, and forward passes per image. finite: 0, or NaN once a logit was not."""
 
     forwards: int = 0
     backwards: int = 0
@@ -182,13 +184,20 @@ class Problem:
         logits = self.model(x)
         if self.tally.finite is None:
             _check_logits(logits, self.labels)
-        finite = torch.isfinite(logits.detach()).all()
-        self.tally.finite = finite if self.tally.finite is None else self.tally.finite & finite
+            self.tally.finite = logits.new_zeros(())
+        self.tally.finite += (logits.detach() * 0).sum()  # of NaN and infinity 0 times is NaN
         self.tally.forwards += 1
-        self.tally.queries[self.rows] += 1
+        self._count(self.tally.queries)
         if self.tally.progress is not None:
             self.tally.progress(self.tally.forwards)
         return logits
+
+    def _count(self, counts: Tensor, by: Tensor | int = 1) -> None:
+        """Add `by` to the `counts` of this problem's images."""
+        if len(self.rows) == len(counts):
+            counts += by
+        else:
+            counts[self.rows] += by
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
@@ -220,7 +229,7 @@ class Problem:
         value = self.value(logits, loss)
         gradient = _input_gradient(value.sum(), x)
         self.tally.backwards += 1
-        self.tally.zero_gradients[self.rows] += (gradient.flatten(1).abs().amax(1) == 0).to(torch.int64)
+        self._count(self.tally.zero_gradients, gradient.flatten(1).abs().amax(1) == 0)
         return value.detach(), gradient, logits.detach()
 
     @torch.enable_grad()
@@ -236,7 +245,7 @@ class Problem:
         """
         gradient = _input_gradient(logits, point, weights, keep=keep)
         self.tally.backwards += 1
-        self.tally.zero_gradients[self.rows] += (gradient.flatten(1).abs().amax(1) == 0).to(torch.int64)
+        self._count(self.tally.zero_gradients, gradient.flatten(1).abs().amax(1) == 0)
         return gradient
 
     def uniform(self, step: int, low: float = -1.0, high: float = 1.0) -> Tensor:
@@ -398,7 +407,7 @@ class Attack:
                 problem.labels = self._choose_targets(problem, targets)
                 problem.targeted = True
             x = self.limit(self.perturb(problem).detach(), images)
-        if tally.finite is not None and not bool(tally.finite):
+        if tally.finite is not None and bool(tally.finite.isnan()):
             raise NonFiniteLogitsError("the attacked model returned NaN or infinite logits")
         return x, problem
 
@@ -463,11 +472,12 @@ class Best:
 
         rows: the positions of `x` among all images, where some have left the batch.
         """
+        # Weights of 0 and 1 copy exactly, and several times as fast as `where` with a condition that is spread out.
         if rows is None or len(rows) == len(self.images):
             better = value > self.value
             self.value = torch.where(better, value, self.value)
-            self.images = torch.where(_column(better, x), x, self.images)
+            self.images.lerp_(x, _column(better.to(x.dtype), x))
         else:
             better = value > self.value[rows]
             self.value[rows] = torch.where(better, value, self.value[rows])
-            self.images[rows] = torch.where(_column(better, x), x, self.images[rows])
+            self.images[rows] = self.images[rows].lerp_(x, _column(better.to(x.dtype), x))

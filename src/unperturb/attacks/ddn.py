@@ -8,13 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import Attack, Best, Problem, attacks, l2_norm
+from unperturb.attacks.base import Attack, Best, Problem, attacks, l2_norm, margin
 
 
 def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     """Minus the log-odds of the label, `(N,)`: cross-entropy's gradient direction, without its saturation."""
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return others.logsumexp(1) - logits.gather(1, labels[:, None]).squeeze(1)
+
+
+def toward_fall(logits: Tensor, labels: Tensor) -> Tensor:
+    """The log-odds, and where they speak against a label that still leads, the margin, `(N,)`.
+
+    Cross-entropy has reached its aim there, the label below one half, and rises on to where many classes meet and none
+    overtakes: an image wanders off with its growing sphere, or does not, as the last bits of a sum have it.
+    """
+    odds, lead = log_odds(logits, labels), margin(logits, labels)
+    return torch.where((odds > 0) & (lead <= 0), lead, odds)
 
 
 @attacks.register("ddn")
@@ -26,7 +36,8 @@ class DDN(Attack):
     radius. The smallest success met is returned, the original where there was none.
 
     Source: Rony et al. 2019, algorithm 1, without its quantization. Their gradient of cross-entropy is normalized, so
-    only its direction counts; here that of the log-odds, which is the same and does not vanish in float32.
+    only its direction counts; here that of the log-odds, which is the same and does not vanish in float32. Not theirs:
+    where a label leads with less than half of the probability, the strongest rival alone is aimed at.
     """
 
     steps: int = 100
@@ -44,7 +55,7 @@ class DDN(Attack):
         farthest = l2_norm(torch.maximum(images, 1 - images))
         radius = torch.full_like(farthest, self.init_norm)
         for step in range(self.steps):
-            _, gradient, logits = problem.gradient(images + delta, log_odds)
+            _, gradient, logits = problem.gradient(images + delta, toward_fall)
             fooled = problem.clearly_fooled(logits)
             length = l2_norm(delta)
             best.update(images + delta, torch.where(fooled, -length, -torch.inf))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.apgd import lead, rivals
-from unperturb.attacks.base import Attack, LossFunction, Norm, Problem, attacks, margin
+from unperturb.attacks.apgd import Lead, rivals
+from unperturb.attacks.base import Attack, Best, LossFunction, Norm, Problem, attacks, margin
 from unperturb.contract import budget
 
 
@@ -56,7 +56,8 @@ class FAB(Attack):
     steps: passes (two forward, one backward) per class and restart. restarts: the later ones start at random, half as
     far as the best success. target_classes: how many classes to aim at, the strongest others first. alpha_max: the most
     weight of the original's own projection. eta: how far past the boundary. beta: share of the way out that is kept
-    after a success.
+    after a success. first_success: an image leaves at its first success within `eps`, however far: for those who ask
+    only whether there is one, as `autoattack` does. Without it every class is tried, and the nearest success returned.
 
     Source: Croce & Hein 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack",
     algorithm 1; aimed at one class after the other as in "Reliable evaluation of adversarial robustness".
@@ -70,6 +71,7 @@ class FAB(Attack):
     alpha_max: float = 0.1
     eta: float = 1.05
     beta: float = 0.9
+    first_success: bool = False
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
@@ -87,31 +89,50 @@ class FAB(Attack):
             return found
         part = problem.take(rows)
         aims = rivals(part, logits[rows], self.target_classes)
-        best, radius = self.aim(part, aims[:, 0], 0)
-        for number in range(1, aims.shape[1]):
-            x, distance = self.aim(part, aims[:, number], number)
-            best = torch.where((distance < radius)[:, None, None, None], x, best)
-            radius = torch.minimum(distance, radius)
-        best, radius = self._shorten(part, best, radius)
-        near = radius < torch.inf if self.eps is None else radius <= self.eps * (1 + 1e-6)
-        found[rows] = torch.where(near[:, None, None, None], best, part.images)
+        best, left = Best(part.images), torch.arange(len(rows), device=rows.device)
+        for number in range(aims.shape[1]):
+            x, distance = self.aim(part.take(left), aims[left, number], number)
+            best.update(x, -distance, left)
+            if self.first_success:
+                left = (~self._near(-best.value)).nonzero().squeeze(1)
+                if not len(left):
+                    break
+        images, radius = best.images, -best.value
+        if len(left):
+            images[left], radius[left] = self._shorten(part.take(left), images[left], radius[left])
+        found[rows] = torch.where(self._near(radius)[:, None, None, None], images, part.images)
         return found
+
+    def _near(self, radius: Tensor) -> Tensor:
+        """Which distances are those of a success, and within `eps`."""
+        return radius < torch.inf if self.eps is None else radius <= self.eps * (1 + 1e-6)
 
     def aim(self, problem: Problem, rival: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """All restarts towards the classes `rival` `(N,)`, the `number`-th: (nearest success, its distance `(N,)`);
         the original and infinity where there is none."""
-        loss, images = lead(problem, rival), problem.images
-        best, radius = images, torch.full((len(images),), torch.inf, device=images.device)
+        loss, found = Lead(rival, problem.targeted), Best(problem.images)
+        rows = torch.arange(len(rival), device=rival.device)
         for restart in range(self.restarts):
-            x = images
+            x, best, radius = problem.images, problem.images, -found.value[rows]
             if restart:
                 noise = problem.uniform(number * self.restarts + restart)
                 reach = radius.clamp(max=1.0 if self.eps is None else self.eps)
                 unit = noise / _size(noise, self.norm).clamp(min=1e-30)[:, None, None, None]
-                x = (images + 0.5 * reach[:, None, None, None] * unit).clamp(0, 1)
+                x = (x + 0.5 * reach[:, None, None, None] * unit).clamp(0, 1)
             for _ in range(self.steps):
                 x, best, radius = self._step(problem, x, loss, best, radius)
-        return best, radius
+                if not self.first_success:
+                    continue
+                near = self._near(radius)
+                if bool(near.any()):
+                    found.update(best, -radius, rows)
+                    left = (~near).nonzero().squeeze(1)
+                    problem, loss, rows = problem.take(left), loss.take(left), rows[left]
+                    x, best, radius = x[left], best[left], radius[left]
+                    if not len(left):
+                        return found.images, -found.value
+            found.update(best, -radius, rows)
+        return found.images, -found.value
 
     def _step(
         self, problem: Problem, x: Tensor, loss: LossFunction, best: Tensor, radius: Tensor
