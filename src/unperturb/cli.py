@@ -268,8 +268,11 @@ def report(
     console.print(table(rows), markup=False)
     if rows["defense"].nunique() > 2:
         console.print(compare(rows), markup=False)
-    for path in written.values():
-        console.print(f"wrote {path}", markup=False)
+    parts = [name.partition("/")[0] for name in written]
+    console.print(
+        f"\nwrote {written['page']}, with {parts.count('figures')} figures and {parts.count('tables')} tables beside it",
+        markup=False,
+    )
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ class JSMA(Attack):
 
     theta: what is added to a chosen value, negative to darken; a value leaves the search once it is saturated.
     gamma: share of an image's values that may be changed. pixels: how many are chosen per step, 2 (by the sum of
-    their slopes, as in the paper) or 1. output: slopes of `"logits"` (two backward passes per step) or of `"softmax"`
+    their slopes, as in the paper), 1, or more, each for itself: fewer passes, for training against. output: slopes of `"logits"` (two backward passes per step) or of `"softmax"`
     (one: its outputs sum to 1, so the rest falls as the target rises). Untargeted, the target is the runner-up class
     on the clean image, and any wrong class ends the search. An image without a pair to raise is given up.
 
@@ -30,14 +30,14 @@ class JSMA(Attack):
 
     theta: float = 1.0
     gamma: float = 0.145
-    pixels: Literal[1, 2] = 2
+    pixels: int = 2
     output: Literal["logits", "softmax"] = "logits"
 
     def __post_init__(self) -> None:
         if not 0 < abs(self.theta) <= 1 or not 0 < self.gamma <= 1:
             raise ValueError("theta must lie in [-1, 1] and not be 0, gamma in (0, 1]")
-        if self.pixels not in (1, 2):
-            raise ValueError(f"pixels must be 1 or 2, not {self.pixels!r}")
+        if self.pixels < 1:
+            raise ValueError(f"pixels must be at least 1, not {self.pixels!r}")
         if self.output not in ("logits", "softmax"):
             raise ValueError(f"output must be 'logits' or 'softmax', not {self.output!r}")
 
@@ -62,10 +62,14 @@ class JSMA(Attack):
                 up, down = up[standing], down[standing]
             flat = x.flatten(1)
             free = flat < 1 - _SATURATED if self.theta > 0 else flat > _SATURATED
-            chosen, score = (best_single if self.pixels == 1 else best_pair)(up, down, free)
-            stuck = score < 0
+            if self.pixels == 2:
+                chosen, score = best_pair(up, down, free)
+                score = score[:, None].expand(chosen.shape)
+            else:
+                chosen, score = best_singles(up, down, free, min(self.pixels, flat.shape[1]))
+            stuck = (score < 0).all(1)
             # Added, not set: without a pair both places may be the same, and nothing is added.
-            change = torch.where(stuck, 0.0, self.theta)[:, None].expand(chosen.shape)
+            change = torch.where(score < 0, 0.0, self.theta)
             x = flat.scatter_add(1, chosen, change).clamp_(0, 1).reshape_as(x)
         fooled = problem.clearly_fooled(problem.logits(x))
         found[rows[fooled]] = x[fooled]
@@ -82,10 +86,11 @@ class JSMA(Attack):
         return up, problem.backward(point, logits, raised - sign).flatten(1)
 
 
-def best_single(up: Tensor, down: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
-    """The place `(N, 1)` of the largest `up * down` with both positive among `free`, and that score, or -1."""
-    score, chosen = torch.where(free & (up > 0) & (down > 0), up * down, -1.0).max(1)
-    return chosen[:, None], score
+def best_singles(up: Tensor, down: Tensor, free: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+    """The places `(N, count)` of the largest `up * down` with both positive among `free`, and these scores; -1 where
+    there are not so many."""
+    score, chosen = torch.where(free & (up > 0) & (down > 0), up * down, -1.0).topk(count, dim=1)
+    return chosen, score
 
 
 def best_pair(up: Tensor, down: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
