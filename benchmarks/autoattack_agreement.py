@@ -124,7 +124,8 @@ def main() -> None:
     else:
         net = train(data.train, device, eps=attack.eps, minutes=options.minutes)
         if options.save is not None:
-            save_classifier(options.save, net, {"trained": f"PGD-7, linf {attack.eps}, {options.minutes} minutes"})
+            trained = f"PGD-7, linf {attack.eps}, {options.minutes} minutes"
+            save_classifier(options.save, net, {"dataset": options.dataset, "trained": trained})
     for parameter in net.parameters():
         parameter.requires_grad_(False)  # the peer would pay for their gradients
 
