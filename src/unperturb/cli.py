@@ -211,10 +211,13 @@ def _show_cost(cost: Any) -> None:
 
 def _show_outcome(outcome: Any, out: Path) -> None:
     validation = ", ".join(f"{k} {100 * v:.2f} %" for k, v in outcome.validation.items())
-    console.print(
-        f"{out}: {outcome.steps} steps in {outcome.seconds:g} s, {outcome.images_per_second:g} images/s, "
+    cost = (
+        f"{outcome.steps} steps in {outcome.seconds:g} s, {outcome.images_per_second:g} images/s, "
         f"{outcome.pflop:g} PFLOP, {outcome.gflops:g} GFLOP/s = {outcome.share:.0%} of a plain convolution "
-        f"({outcome.precision}, {outcome.memory_format}); validation: {validation}"
+        f"({outcome.precision}, {outcome.memory_format})"
+    )
+    console.print(
+        f"{out}: {cost if outcome.steps else 'nothing to learn'}; validation: {validation}"
         + (f"; test: {100 * outcome.test['accuracy']:.2f} % of {outcome.test['n']}" if outcome.test else ""),
         markup=False,
     )
@@ -270,7 +273,8 @@ def report(
         console.print(compare(rows), markup=False)
     parts = [name.partition("/")[0] for name in written]
     console.print(
-        f"\nwrote {written['page']}, with {parts.count('figures')} figures and {parts.count('tables')} tables beside it",
+        f"\nwrote {written['page']}, with {parts.count('figures')} figures and {parts.count('tables')} tables beside "
+        "it",
         markup=False,
     )
 

@@ -21,9 +21,10 @@ class JSMA(Attack):
 
     theta: what is added to a chosen value, negative to darken; a value leaves the search once it is saturated.
     gamma: share of an image's values that may be changed. pixels: how many are chosen per step, 2 (by the sum of
-    their slopes, as in the paper), 1, or more, each for itself: fewer passes, for training against. output: slopes of `"logits"` (two backward passes per step) or of `"softmax"`
-    (one: its outputs sum to 1, so the rest falls as the target rises). Untargeted, the target is the runner-up class
-    on the clean image, and any wrong class ends the search. An image without a pair to raise is given up.
+    their slopes, as in the paper), 1, or more, each for itself: fewer passes, for training against. output: slopes of
+    `"logits"` (two backward passes per step) or of `"softmax"` (one: its outputs sum to 1, so the rest falls as the
+    target rises). Untargeted, the target is the runner-up class on the clean image, and any wrong class ends the
+    search. An image without a pair to raise is given up.
 
     Source: Papernot et al. 2016, algorithm 3, equations (8)-(10).
     """
