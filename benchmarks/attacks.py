@@ -149,6 +149,7 @@ def measure(attack: str, case: Case, field: Field, options: argparse.Namespace) 
     targets = (labels + 1) % field.classes
     runs = contenders(case, net, field.fast, field.peers, attack, options.leave_out)
     passes = least(case, net, images, labels, targets)
+    limits = {} if options.whole else {who: min(few, len(images)) for who, few in case.few.items()}
     seconds: dict[str, list[float]] = {who: [] for who in runs}
     overheads: dict[str, list[float]] = {who: [] for who in runs}
     units: list[float] = []
@@ -164,7 +165,7 @@ def measure(attack: str, case: Case, field: Field, options: argparse.Namespace) 
             np.random.seed(turn)  # noqa: NPY002  # ART draws from numpy's global state
             net.eval()
             try:
-                few = min(case.few.get(who, len(images)), len(images))
+                few = limits.get(who, len(images))
                 spent, x = cpu_seconds(functools.partial(run, images[:few], labels[:few], targets[:few]), options.fill)
             except Exception as error:
                 runs[who] = f"{type(error).__name__}: {error}"[:300]
@@ -174,7 +175,7 @@ def measure(attack: str, case: Case, field: Field, options: argparse.Namespace) 
             judged[who] = judge(case, net, x, images[:few], labels[:few], targets[:few])
     rows = []
     for who, run in runs.items():
-        n = min(case.few.get(who, len(images)), len(images))
+        n = limits.get(who, len(images))
         row: dict[str, Any] = {"model": field.name, "size": images.shape[-1], "n": n, "library": who}
         if isinstance(run, str):
             rows.append(row | {"error": run})
@@ -227,6 +228,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eps", type=float, help="Linf budget (default 0.1 for gray images, 8/255 for color)")
     parser.add_argument("--repeat", type=int, help="rounds (default 5)")
     parser.add_argument("--patience", type=float, default=60.0, help="CPU seconds after which none is run once more")
+    parser.add_argument("--whole", action="store_true", help="all images for those that take them one by one, too")
     parser.add_argument("--freeze", action="store_true", help="spare the peers the gradients of the parameters")
     parser.add_argument("--keep", action="store_true", help="keep the rows of other models and attacks in --out")
     parser.add_argument("--leave-out", type=listed, default=[], help="LIBRARY:ATTACK,... that would take too long")
