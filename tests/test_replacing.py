@@ -111,7 +111,8 @@ def test_names_and_cost_and_what_is_another_run(recipe: Any, tmp_path: Path) -> 
     grid = grid_of(recipe, "cpu")
     assert list(grid.defenses) == ["none", "adversarial", "ours+jpeg", "median"]
     assert list(grid.instead) == ["adversarial"]
-    assert len(grid.cells()) == 2 * (3 + 3 * 4)  # without a defense white box is oblivious
+    # Without a defense white box and BPDA are oblivious; with a classifier in its place BPDA is white box.
+    assert len(grid.cells()) == 2 * (2 + 3 + 2 * 4)
     assert estimate(grid).pflop > 0
     small = recipe.model_copy(update={"classifiers": recipe.classifiers[:1], "knowledge": ["oblivious"], "n": 3})
     run_evaluation(small, tmp_path / "out", device="cpu")
