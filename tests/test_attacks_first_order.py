@@ -16,7 +16,9 @@ from scipy import optimize, stats
 from torch import Tensor, nn
 
 from unperturb.attacks import create_attack
-from unperturb.attacks.base import LOSSES, Attack, Problem, Tally, cross_entropy, dlr, l2_norm, margin, project_
+from unperturb.attacks.balls import l2_norm, project_
+from unperturb.attacks.base import Attack, Problem, Tally
+from unperturb.attacks.losses import LOSSES, cross_entropy, dlr, margin
 
 SHAPE = (1, 8, 8)
 

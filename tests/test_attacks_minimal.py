@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unperturb.attacks.base import Attack, Problem, Tally, l2_norm
+from unperturb.attacks.balls import l2_norm
+from unperturb.attacks.base import Attack, Problem, Tally
 from unperturb.attacks.cw import CW
 from unperturb.attacks.ddn import DDN
 from unperturb.attacks.deepfool import DeepFool

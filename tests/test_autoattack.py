@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import unperturb.attacks.autoattack
 from unperturb.attacks.apgd import Lead, checkpoints
-from unperturb.attacks.base import Problem, Tally, attacks, dlr, frozen, margin
+from unperturb.attacks.base import Problem, Tally, attacks, frozen
 from unperturb.attacks.fab import onto_plane
+from unperturb.attacks.losses import dlr, margin
 
 EPS = 0.15
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from unperturb import runs, threats
 from unperturb.attacks import Attack, attacks, create_attack
-from unperturb.attacks.base import Problem, cross_entropy
+from unperturb.attacks.base import Problem
+from unperturb.attacks.losses import cross_entropy
 from unperturb.classifiers import create_classifier, save_classifier, wrap
 from unperturb.config import resolve
 from unperturb.data import ImageSet, load_dataset

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from unperturb import report, runs
 from unperturb.intervals import wilson
-from unperturb.report import figures, page, tables
+from unperturb.report import cost, figures, page, tables
 
 KEPT = {"oblivious": 0.95, "white_box": 0.1}  # the share of images a defense saves, in the made-up runs
 
@@ -553,7 +553,7 @@ def test_costs_are_read_where_they_are_kept(small_run: Path, tmp_path: Path) -> 
 
 def test_the_pareto_front_is_what_nothing_beats() -> None:
     costs, values = [0.0, 1.0, 1.0, 2.0, 3.0, 3.0], [0.2, 0.5, 0.4, 0.5, 0.9, 0.9]
-    assert figures.pareto(costs, values) == [0, 1, 4, 5]
+    assert cost.pareto(costs, values) == [0, 1, 4, 5]
 
 
 def several(*marks: tuple[str, float, float, float]) -> pd.DataFrame:
@@ -569,7 +569,7 @@ def several(*marks: tuple[str, float, float, float]) -> pd.DataFrame:
 def test_cost_figure_names_every_defense_where_it_can_be_read() -> None:
     close = [(f"defense_{i}", 0.4 + 0.01 * i, 0.9 + 0.01 * i, 0.07) for i in range(6)]
     marks = [("undefended", 1e-6, 0.0, 0.0), *close, ("slow", 2000.0, 0.88, float("nan"))]
-    figure = figures.cost_figure(several(*marks))
+    figure = cost.cost_figure(several(*marks))
     assert figure is not None
     (axes,) = figure.axes
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -577,7 +577,7 @@ def test_cost_figure_names_every_defense_where_it_can_be_read() -> None:
     assert set(found) == {name for name, *_ in marks}
     boxes = list(found.values())
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert figures.cost_figure(several(*marks[:3])) is None
+    assert cost.cost_figure(several(*marks[:3])) is None
 
 
 def test_cost_figures_are_saved_where_there_are_three_defenses(tmp_path: Path) -> None:

@@ -7,19 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import (
-    LOSSES,
-    BallAttack,
-    Best,
-    LossFunction,
-    Norm,
-    Problem,
-    attacks,
-    dlr,
-    l2_norm,
-    margin,
-    projection,
-)
+from unperturb.attacks.balls import Norm, l2_norm, projection
+from unperturb.attacks.base import BallAttack, Best, Problem, attacks
+from unperturb.attacks.losses import LOSSES, LossFunction, dlr, margin
 
 _MOMENTUM = 0.75  # alpha of algorithm 1: the weight of the new step against the last one
 _FEWER = 0.95  # images leave together, when so few are left: each parting copies the others

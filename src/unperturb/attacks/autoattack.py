@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.apgd import APGD, APGDT, mean_logits, rivals
-from unperturb.attacks.base import LOSSES, BallAttack, Best, Problem, attacks, margin, project_
+from unperturb.attacks.balls import project_
+from unperturb.attacks.base import BallAttack, Best, Problem, attacks
 from unperturb.attacks.fab import FAB
+from unperturb.attacks.losses import LOSSES, margin
 from unperturb.attacks.square import Square
 
 # A rung of the cascade: (its member's name, the images still standing and their rivals (N, M) -> images).

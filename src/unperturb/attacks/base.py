@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb import draws
+from unperturb.attacks.balls import Norm, column, l2_norm, project_
+from unperturb.attacks.losses import LOSSES, LossFunction, margin
 from unperturb.contract import budget, check_images, check_labels
 from unperturb.registry import Registry
 
 attacks: Registry[Attack] = Registry("attack")
 
-Norm = Literal["linf", "l2"]
 Model = Callable[[Tensor], Tensor]
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int], None]
 
 
@@ -34,82 +33,6 @@ class NonFiniteLogitsError(ValueError):
 def create_attack(name: str, **options: Any) -> Attack:
     """The attack registered as `name` with these settings; raises `UnknownNameError` for a name or option it lacks."""
     return attacks.create(name, **options)
-
-
-# Losses that an attacker maximizes, (N, K) logits and (N,) labels -> (N,) -------------------------------------------
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy per image."""
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Largest other logit minus the label's: positive when misclassified (Carlini & Wagner 2017, f6 untruncated)."""
-    true = logits.gather(1, labels[:, None])
-    # A masked -inf, not a large constant: with all logits negative a zero would win.
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return others.amax(1) - true.squeeze(1)
-
-
-def dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """Difference of logits ratio: the margin over (largest - third largest logit), blind to the logits' scale.
-
-    Raises `ValueError` for fewer than three classes. Source: Croce & Hein 2020.
-    """
-    if logits.shape[1] < 3:
-        raise ValueError(f"the dlr loss needs at least 3 classes, the model has {logits.shape[1]}; use loss='margin'")
-    top = logits.topk(3, dim=1).values
-    return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
-
-
-LOSSES: dict[str, LossFunction] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
-
-
-# Balls --------------------------------------------------------------------------------------------------------------
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.dim() - 1))
-
-
-def l2_norm(delta: Tensor) -> Tensor:
-    """L2 norm per image, `(N,)`."""
-    return torch.linalg.vector_norm(delta.flatten(1), dim=1)
-
-
-def project_(x: Tensor, center: Tensor, eps: float, norm: Norm) -> Tensor:
-    """The point of (ball of radius `eps` around `center`) and [0, 1] that is nearest to `x`; all `(N, C, H, W)`.
-
-    In L2 that point is `clip(center + t (x - center))` for one t per image; t is found by rescaling the coordinates
-    that are still off the box until no more of them reach it.
-    """
-    if norm == "linf":
-        return torch.clamp(x, (center - eps).clamp_(min=0), (center + eps).clamp_(max=1))
-    delta = (x - center).flatten(1)
-    flat = center.flatten(1)
-    room = torch.where(delta > 0, 1 - flat, flat)  # how far each coordinate can go before it meets the box
-    size = delta.abs()
-    t = torch.ones_like(size[:, :1])
-    outside = torch.minimum(size, room).square().sum(1, keepdim=True) > eps * eps
-    for _ in range(12):
-        on_box = t * size >= room
-        left = eps * eps - torch.where(on_box, room, 0).square().sum(1, keepdim=True)
-        free = torch.where(on_box, 0, size).square().sum(1, keepdim=True)
-        step = (left.clamp(min=0) / free.clamp(min=1e-30)).sqrt()
-        t = torch.where(outside, step.clamp(max=1.0), t)
-    moved = torch.minimum(t * size, room)
-    length = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
-    moved = moved * (eps / length.clamp(min=1e-30)).clamp(max=1)
-    return (flat + moved * delta.sign()).reshape_as(x).clamp_(0, 1)
-
-
-def projection(center: Tensor, eps: float, norm: Norm) -> Callable[[Tensor], Tensor]:
-    """`project_` onto the one set again and again: it may work in place, and in Linf the walls are built once."""
-    if norm != "linf":
-        return lambda x: project_(x, center, eps, norm)
-    low, high = (center - eps).clamp_(min=0), (center + eps).clamp_(max=1)
-    return lambda x: torch.clamp(x, low, high, out=x)
 
 
 # The problem --------------------------------------------------------------------------------------------------------
@@ -264,7 +187,7 @@ class Problem:
             direction = self.normal(step)
             radius = draws.uniform(self.seed, self.index, step + (1 << 40), (1,)).squeeze(1)
             radius = eps * radius ** (1.0 / direction[0].numel())
-            delta = direction * _column(radius / l2_norm(direction).clamp(min=1e-30), direction)
+            delta = direction * column(radius / l2_norm(direction).clamp(min=1e-30), direction)
         return project_(self.images + delta, self.images, eps, norm)
 
 
@@ -457,7 +380,7 @@ class BallAttack(Attack):
             return direction.sign().mul_(step).add_(x)
         # First to a size whose square float32 can hold: of a nearly saturated softmax the gradient is tiny, not zero.
         unit = direction / direction.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-37)
-        return x + unit * _column(step / l2_norm(unit).clamp(min=1e-12), unit)
+        return x + unit * column(step / l2_norm(unit).clamp(min=1e-12), unit)
 
 
 class Best:
@@ -476,8 +399,8 @@ class Best:
         if rows is None or len(rows) == len(self.images):
             better = value > self.value
             self.value = torch.where(better, value, self.value)
-            self.images.lerp_(x, _column(better.to(x.dtype), x))
+            self.images.lerp_(x, column(better.to(x.dtype), x))
         else:
             better = value > self.value[rows]
             self.value[rows] = torch.where(better, value, self.value[rows])
-            self.images[rows] = self.images[rows].lerp_(x, _column(better.to(x.dtype), x))
+            self.images[rows] = self.images[rows].lerp_(x, column(better.to(x.dtype), x))

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import Attack, Best, Problem, attacks, l2_norm, margin
+from unperturb.attacks.balls import l2_norm
+from unperturb.attacks.base import Attack, Best, Problem, attacks
+from unperturb.attacks.losses import margin
 
 _CHECKS = 10  # how often per search step the loss is asked whether it still falls
 _SHARPNESS = 40.0  # of the smooth maximum over rivals, times the label's lead on the clean image

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import Attack, Best, Problem, attacks, l2_norm, margin
+from unperturb.attacks.balls import l2_norm
+from unperturb.attacks.base import Attack, Best, Problem, attacks
+from unperturb.attacks.losses import margin
 
 
 def log_odds(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import Attack, Norm, Problem, attacks, margin
+from unperturb.attacks.balls import Norm
+from unperturb.attacks.base import Attack, Problem, attacks
+from unperturb.attacks.losses import margin
 
 # The least step, L2 and per pixel. Without it float32 steps shrink to nothing just short of the boundary.
 _LEAST = {"l2": 1e-4, "linf": 1e-5}

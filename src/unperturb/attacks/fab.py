@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.apgd import Lead, rivals
-from unperturb.attacks.base import Attack, Best, LossFunction, Norm, Problem, attacks, margin
+from unperturb.attacks.balls import Norm
+from unperturb.attacks.base import Attack, Best, Problem, attacks
+from unperturb.attacks.losses import LossFunction, margin
 from unperturb.contract import budget
 
 

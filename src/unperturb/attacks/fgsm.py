@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unperturb.attacks.base import LOSSES, BallAttack, Problem, attacks
+from unperturb.attacks.base import BallAttack, Problem, attacks
+from unperturb.attacks.losses import LOSSES
 
 
 @attacks.register("fgsm")

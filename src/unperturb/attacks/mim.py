@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import LOSSES, BallAttack, Best, Problem, attacks, projection
+from unperturb.attacks.balls import projection
+from unperturb.attacks.base import BallAttack, Best, Problem, attacks
+from unperturb.attacks.losses import LOSSES
 from unperturb.contract import budget
 
 

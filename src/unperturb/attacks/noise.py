@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import LOSSES, BallAttack, Best, Problem, attacks, l2_norm
+from unperturb.attacks.balls import l2_norm
+from unperturb.attacks.base import BallAttack, Best, Problem, attacks
+from unperturb.attacks.losses import LOSSES
 
 
 @attacks.register("noise")

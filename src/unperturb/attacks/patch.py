@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unperturb import draws
-from unperturb.attacks.base import LOSSES, Attack, Best, Problem, attacks
+from unperturb.attacks.base import Attack, Best, Problem, attacks
+from unperturb.attacks.losses import LOSSES
 
 _MOMENTUM = 0.9
 

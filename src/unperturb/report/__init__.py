@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from unperturb.report.comparison import comparison_table as comparison_table
+from unperturb.report.cost import cost_figure as cost_figure
 from unperturb.report.detectors import detector_table as detector_table
 from unperturb.report.detectors import rejection_table as rejection_table
 from unperturb.report.figures import accuracy_figure as accuracy_figure
 from unperturb.report.figures import confidence_figure as confidence_figure
-from unperturb.report.figures import cost_figure as cost_figure
 from unperturb.report.figures import restored_figure as restored_figure
 from unperturb.report.figures import save as save
 from unperturb.report.page import write_report as write_report

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unperturb.report import comparison, detectors, figures, tables
+from unperturb.report import comparison, cost, detectors, figures, tables
 from unperturb.report.tables import BLOCK, attack_name, attacker_name, groups, records
 from unperturb.report.text import quality_number, to_markdown
 from unperturb.runs import read_costs, read_json, read_rows, read_samples, write_text
@@ -105,7 +105,7 @@ def _cost_pictures(frame: pd.DataFrame, out: Path) -> list[dict[str, Any]]:
     """Accuracy against cost, of each table that has defenses enough."""
     made = []
     for key, part in groups(frame, comparison.TABLE):
-        figure = figures.cost_figure(part)
+        figure = cost.cost_figure(part)
         if figure is not None:
             dataset, split, classifier, eps = key
             path = figures.save(figure, out / f"{_slug('cost', dataset, split, classifier, float(eps))}.png")
