@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from unperturb import report, runs
 from unperturb.intervals import wilson
-from unperturb.report import cost, figures, page, tables
+from unperturb.report import comparison, cost, figures, page, tables
 
 KEPT = {"oblivious": 0.95, "white_box": 0.1}  # the share of images a defense saves, in the made-up runs
 
@@ -558,7 +558,7 @@ def test_the_pareto_front_is_what_nothing_beats() -> None:
 
 def several(*marks: tuple[str, float, float, float]) -> pd.DataFrame:
     """One table of defenses, each with its name, milliseconds, worst oblivious accuracy and PFLOP."""
-    worst = figures.WORST_OBLIVIOUS
+    worst = comparison.WORST_OBLIVIOUS
     table = {"dataset": "mnist", "split": "test", "classifier": "a", "eps": 0.3, f"{worst} n": 1000}
     ends = [{worst: v, f"{worst} low": v * 0.95, f"{worst} high": v + 0.05 * (1 - v)} for _, _, v, _ in marks]
     return pd.DataFrame(
@@ -573,7 +573,7 @@ def test_cost_figure_names_every_defense_where_it_can_be_read() -> None:
     assert figure is not None
     (axes,) = figure.axes
     renderer = FigureCanvasAgg(figure).get_renderer()
-    found = {t.get_text(): figures._words(t, renderer) for t in axes.texts if t.get_text() != "no purifier"}
+    found = {t.get_text(): cost._words(t, renderer) for t in axes.texts if t.get_text() != "no purifier"}
     assert set(found) == {name for name, *_ in marks}
     boxes = list(found.values())
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
