@@ -140,30 +140,43 @@ class DefenseGAN(Defense):
 
         Every image takes its own steps: what the others in the batch are changes nothing.
         """
+        unroll = self.unroll if torch.is_grad_enabled() and images.requires_grad else 0
+        for z in self.search(images, unroll):
+            latents = z
+        with torch.set_grad_enabled(unroll > 0):
+            return self.nearest(latents if unroll else latents.detach(), images)
+
+    def search(self, images: Tensor, unroll: int = 0) -> Iterator[Tensor]:
+        """Yield the latents `(N, restarts, latent)` after each step; those of the last `unroll` steps depend on the
+        images."""
         if images.shape[-2:] != (self.size, self.size):
             raise ValueError(
                 f"this generator draws {self.size}x{self.size} images, not {images.shape[-2]}x{images.shape[-1]}; "
                 "train one for that size"
             )
-        unroll = self.unroll if torch.is_grad_enabled() and images.requires_grad else 0
         goal = images.repeat_interleave(self.restarts, 0)
         z = self._starts(images)
         velocity = torch.zeros_like(z)
-        with torch.enable_grad():
-            for step in range(self.steps):
-                kept = step >= self.steps - unroll  # from here on z depends on the images
-                if not kept or step == self.steps - unroll:
-                    z, velocity = z.detach().requires_grad_(), velocity.detach()
+        for step in range(self.steps):
+            kept = step >= self.steps - unroll
+            if not kept or step == self.steps - unroll:
+                z, velocity = z.detach().requires_grad_(), velocity.detach()
+            with torch.enable_grad():
                 error = _error(self.generator(z), goal if kept else goal.detach())
                 (slope,) = torch.autograd.grad(error.sum(), z, create_graph=kept)
                 velocity = self.momentum * velocity + slope
                 z = z - self.lr * velocity
-        with torch.set_grad_enabled(unroll > 0):
-            found = self.generator(z if unroll else z.detach())
-            error = _error(found, goal).unflatten(0, (-1, self.restarts))
-            best = error.argmin(1, keepdim=True)
-            rows = torch.arange(len(images), device=images.device) * self.restarts + best.squeeze(1)
-            return found[rows], error.gather(1, best).squeeze(1)
+            yield z.unflatten(0, (len(images), self.restarts))
+
+    def nearest(self, z: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(for each image the nearest that one of its latents draws; its mean squared error, `(N,)`), from latents
+        `(N, R, latent)`."""
+        restarts = z.shape[1]
+        found = self.generator(z.flatten(0, 1))
+        error = _error(found, images.repeat_interleave(restarts, 0)).unflatten(0, (len(images), restarts))
+        best = error.argmin(1, keepdim=True)
+        rows = torch.arange(len(images), device=images.device) * restarts + best.squeeze(1)
+        return found[rows], error.gather(1, best).squeeze(1)
 
     def _starts(self, images: Tensor) -> Tensor:
         """`(N * restarts, latent)`, normal with standard deviation latent^(-1/2), as in the authors' code."""
