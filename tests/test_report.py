@@ -194,6 +194,10 @@ def test_worst_cases_of_two_budgets_are_apart() -> None:
     assert wide["worst case, eps 0.1"].startswith("75.0 %")
     assert wide["worst case, eps 8/255"].startswith("25.0 %")
     assert wide["cw"].startswith("0.0 %")
+    # One budget alone is named too: its line says nothing of the attack without one that stands above it.
+    one = tables.wide_table(frame(small, free))["ours", "oblivious"].droplevel([0, 1, 2])
+    assert one["worst case, eps 0.1"].startswith("75.0 %")
+    assert "worst case" not in one
 
 
 def test_a_random_defense_counts_images_not_draws() -> None:

@@ -120,7 +120,8 @@ def wide_table(rows: pd.DataFrame) -> pd.DataFrame:
     order: dict[tuple[str, ...], None] = {}
     for key, block in groups(cells, BLOCK):
         budgets = sorted(eps for eps in block["eps"].unique() if eps == eps)
-        ends = {eps: "worst case" if len(budgets) == 1 else attack_name("worst case", eps) for eps in budgets}
+        alone = len(block["eps"].unique()) == 1  # else the line says which budget's attacks it covers
+        ends = {eps: "worst case" if alone else attack_name("worst case", eps) for eps in budgets}
         names = block.sort_values(["rank", "attack", "eps", "number"], kind="stable")["name"]
         order |= dict.fromkeys((*key, label) for label in ["images", "clean", *names, *ends.values()])
         for (defense, knowledge), group in groups(block, ["defense", "knowledge"]):

@@ -16,7 +16,8 @@ oblivious   the attacker sees the bare classifier only and knows nothing of the 
             protocol, and the weakest attacker
 white box   the attacker differentiates through purifier and classifier: only this column says what
             a defense is worth once it is known, and a stronger attack can only lower it
-worst case  the image is classified correctly when clean and under every attack of its column
+worst case  the image is classified correctly when clean and under every attack of its column that
+            has the budget
 PSNR, SSIM  of the adversarial image before and after the purifier, and of a clean image after it
 """
 
