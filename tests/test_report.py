@@ -590,3 +590,16 @@ def test_cost_figures_are_saved_where_there_are_three_defenses(tmp_path: Path) -
     assert "figures/cost-digits-test-a-0.3.png" in written
     assert "Worst oblivious accuracy against cost" in written["page"].read_text(encoding="utf-8")
     assert not any("cost" in name for name in report.write_report(frame(*TINY), tmp_path / "few"))
+
+
+def test_of_many_defenses_the_table_is_read_first(tmp_path: Path) -> None:
+    free = TINY[2] | {"attack": "cw", "eps": np.nan}
+    others = [TINY[2] | {"defense": d, "seconds_purify": 0.001} for d in ("b", "c", "d")]
+    few = report.write_report(frame(*TINY, free, *others[:2]), tmp_path / "few")["page"].read_text(encoding="utf-8")
+    many = report.write_report(frame(*TINY, free, *others), tmp_path / "many")["page"].read_text(encoding="utf-8")
+    for text, sentences in ((few, True), (many, False)):
+        assert ("survive every attack by an attacker" in text) == sentences
+        assert (text.index("Defenses side by side") > text.index("Worst case, digits")) == sentences
+        assert text.count("<h2>Defenses side by side") == text.count('alt="cost: ') == 1
+    # What has no budget has no place among the worst cases of many: it stands in the table.
+    assert (few.count("Worst case, digits"), many.count("Worst case, digits")) == (2, 1)

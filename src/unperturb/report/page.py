@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+FEW = 3  # defenses, that a page still has a sentence on each of
+
+
 def write_report(source: str | Path | Iterable[str | Path] | pd.DataFrame, out: str | Path) -> dict[str, Path]:
     """Make `out/tables/*.csv` and `*.md`, `out/figures/*.png` and the self-contained `out/report.html`.
 
@@ -137,13 +140,22 @@ def _page(frames: Mapping[str, pd.DataFrame], pictures: list[dict[str, Any]]) ->
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    for picture in pictures:
+    quality = frames["quality"]
+    headlines = _headlines(frames["worst-case"])
+    comparisons = _comparisons(frames["comparison"]) if "comparison" in frames else []
+    # Of many defenses the table is read first; a sentence on each, and attacks that only it has a place for, drown.
+    many = bool(comparisons) and any(len(headline["sentences"]) > FEW for headline in headlines)
+    if many:
+        headlines = [headline | {"sentences": []} for headline in headlines if headline["budget"]]
+    # Nor would a page open quickly that held all of their pictures: the others lie beside it.
+    held = [picture for picture in pictures if picture["first"] or not many]
+    for picture in held:
         data = base64.b64encode(picture["path"].read_bytes()).decode("ascii")
         picture["data"] = f"data:image/png;base64,{data}"
-    quality = frames["quality"]
     return environment.get_template("page.html.jinja").render(
-        headlines=_headlines(frames["worst-case"]),
-        comparisons=_comparisons(frames["comparison"]) if "comparison" in frames else [],
+        many=many,
+        headlines=headlines,
+        comparisons=comparisons,
         blocks=_blocks(frames["side-by-side"]),
         quality=[
             {"title": key, "lines": [_quality(line) for _, line in records(part)]}
@@ -151,7 +163,8 @@ def _page(frames: Mapping[str, pd.DataFrame], pictures: list[dict[str, Any]]) ->
         ],
         detectors=_detectors(frames) if "detectors" in frames else [],
         conditions=[line for _, line in records(frames["conditions"])],
-        pictures=pictures,
+        pictures=held,
+        beside=len(pictures) - len(held),
     )
 
 
