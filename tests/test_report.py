@@ -538,6 +538,11 @@ def test_side_by_side_fits_a_terminal_and_stands_on_the_page(small_run: Path, tm
     written = report.write_report(rows, tmp_path / "many")
     found = pd.read_csv(written["tables/comparison.csv"])
     assert found["worst: oblivious"].tolist() == [0, 0, 0.5]  # "another" was shown FGSM alone
+    to_read = written["tables/comparison.md"].read_text(encoding="utf-8")
+    assert to_read.startswith(
+        "### a on digits (test), eps 0.3\n\nAccuracy, % [95 % Wilson interval] of 4 images.\n\n| defense | clean |"
+    )
+    assert "| 75.0 [30.1, 95.4] |" in to_read
     page_text = written["page"].read_text(encoding="utf-8")
     assert "Defenses side by side" in page_text
     assert "Defenses side by side" not in report.write_report(small_run, tmp_path / "few")["page"].read_text()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from unperturb.report import comparison, cost, detectors, figures, tables
 from unperturb.report.tables import BLOCK, attack_name, attacker_name, groups, records
-from unperturb.report.text import quality_number, to_markdown
+from unperturb.report.text import compare_in_markdown, quality_number, to_markdown
 from unperturb.runs import read_costs, read_json, read_rows, read_samples, write_text
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def write_report(source: str | Path | Iterable[str | Path] | pd.DataFrame, out: 
         written[f"tables/{name}.csv"] = path = out / "tables" / f"{name}.csv"
         write_text(path, frame.to_csv(index=name == "side-by-side"))
         written[f"tables/{name}.md"] = path = out / "tables" / f"{name}.md"
-        write_text(path, to_markdown(frame))
+        write_text(path, compare_in_markdown(frame) if name == "comparison" else to_markdown(frame))
     pictures = _cost_pictures(frames["comparison"], out / "figures") + _pictures(rows, folders, out / "figures")
     written |= {f"figures/{picture['path'].name}": picture["path"] for picture in pictures}
     written["page"] = out / "report.html"

@@ -62,9 +62,16 @@ def to_markdown(frame: pd.DataFrame) -> str:
     frame = frame.reset_index() if any(name is not None for name in frame.index.names) else frame
     columns: list[Any] = list(frame.columns)
     names = [", ".join(p for p in c if p) if isinstance(c, tuple) else str(c) for c in columns]
-    lines = [names, ["---"] * len(names)]
-    lines += [[_entry(value) for value in line] for line in frame.itertuples(index=False, name=None)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return _markdown(names, [[_entry(value) for value in line] for line in frame.itertuples(index=False, name=None)])
+
+
+def compare_in_markdown(frame: pd.DataFrame) -> str:
+    """What `comparison_table` gives as Markdown to be read: a table with a title for each of its own, accuracies in
+    percent with their intervals."""
+    parts = []
+    for title, n, heads, lines in comparisons(frame):
+        parts.append(f"### {title}\n\nAccuracy, % [95 % Wilson interval] of {n:,} images.\n\n{_markdown(heads, lines)}")
+    return "\n".join(parts)
 
 
 def quality_number(line: Mapping[str, Any], what: str, when: str) -> str:
@@ -76,6 +83,10 @@ def quality_number(line: Mapping[str, Any], what: str, when: str) -> str:
     if value != value:
         return "identical" if same else "-"
     return f"{value:.1f}" + (f" ({same:,} identical)" if same else "")
+
+
+def _markdown(heads: list[str], lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in [heads, ["---"] * len(heads), *lines])
 
 
 def _entry(value: Any) -> str:
