@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,14 +215,16 @@ def _range(lines: list[dict[str, Any]]) -> str:
 
 
 def _comparisons(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Tables of at least two defenses: title, n, heads (attacker over attack), and lines of entries."""
+    """Tables of at least two defenses: title, n, heads (attacker over attack), over (each attacker with the number of
+    columns it spans), and lines of entries."""
     found = []
     for title, n, heads, lines in comparison.comparisons(frame):
         if len(lines) > 2:
             split = [head.partition(": ") for head in heads]
             over = [(attacker, attack) if attack else ("", attacker) for attacker, _, attack in split]
             entries = [[entry.partition(" [") for entry in line] for line in lines]
-            found.append({"title": title, "n": n, "heads": over, "lines": entries})
+            wide = [(attacker, len(list(same))) for attacker, same in groupby(attacker for attacker, _ in over)]
+            found.append({"title": title, "n": n, "heads": over, "over": wide, "lines": entries})
     return found
 
 
