@@ -28,13 +28,13 @@ from unperturb.devices import FlopCounter
 from unperturb.intervals import wilson
 from unperturb.runs import environment, write_atomically, write_json
 
-STEPS = (0, 5, 10, 25, 50, 100, 200, 400)
+STEPS = (5, 10, 25, 50, 100, 200, 400)
 STARTS = (1, 2, 5, 10, 20)
 
 
 def curve(defense: DefenseGAN, classifier: Any, images: Tensor, labels: Tensor, x: Tensor, batch: int) -> list[Any]:
     """A record for each (L, R) of `defense`'s search on `x`, the attacked `images`: accuracy and errors."""
-    lengths = [length for length in STEPS if 0 < length < defense.steps] + [defense.steps]
+    lengths = [length for length in STEPS if length < defense.steps] + [defense.steps]
     starts = [r for r in STARTS if r < defense.restarts] + [defense.restarts]
     right: dict[tuple[int, int], list[Tensor]] = {}
     errors: dict[tuple[int, int], list[Tensor]] = {}

@@ -27,7 +27,7 @@ from unperturb.data import Splits, load_dataset
 from unperturb.defenses import load_defense
 from unperturb.devices import FlopCounter, Speed, pick_device, probe
 from unperturb.registry import UnknownNameError
-from unperturb.training import jobs, loop
+from unperturb.training import jobs, loop, rehearsal
 from unperturb.training.loop import DivergedError, learning_rate, total_steps, train
 from unperturb.training.muon import Muon, orthogonalized
 from unperturb.training.objectives import PlainClassifier
@@ -514,11 +514,11 @@ def test_the_choice_of_precision_is_kept(data: Splits, tmp_path: Path, monkeypat
 def test_the_probe_decides_what_is_auto_and_nothing_else(data: Splits) -> None:
     task = small_task(data, 4)
     before = snapshot(task.classifier)
-    precision, layout = loop.fastest(task)
+    precision, layout = rehearsal.fastest(task)
     assert precision in ("float32", "bfloat16")
     assert layout in ("contiguous", "channels_last")
-    assert loop.fastest(task, precision="bfloat16")[0] == "bfloat16"
-    assert loop.fastest(task, memory_format="channels_last")[1] == "channels_last"
+    assert rehearsal.fastest(task, precision="bfloat16")[0] == "bfloat16"
+    assert rehearsal.fastest(task, memory_format="channels_last")[1] == "channels_last"
     assert all(torch.equal(v, before[k]) for k, v in task.classifier.state_dict().items())
     rates = probe("cpu", channels=2, size=4, batch=2).rates
     assert set(rates) == set(RATES)

@@ -19,9 +19,10 @@ from unperturb.config import ClassifierRecipe, DefenseRecipe, Training, read_rec
 from unperturb.data import ImageSet, Splits, load_dataset
 from unperturb.defenses.base import Defense, create_defense, load_defense, save_defense
 from unperturb.devices import pick_device, probe
-from unperturb.training.loop import Outcome, Validate, fastest, flop_per_image, total_steps, train
+from unperturb.training.loop import Outcome, Validate, total_steps, train
 from unperturb.training.objectives import DefenseTask, PlainClassifier, Task, objectives
 from unperturb.training.pairs import PairSource, Sampler, hardest
+from unperturb.training.rehearsal import fastest, flop_per_image
 
 Show = Callable[[str], None]
 Progress = Callable[[int, int], None]

@@ -6,12 +6,11 @@ step) alone, so a killed run that is resumed from its last checkpoint ends with 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 
 from unperturb import runs
 from unperturb.config import Training
-from unperturb.devices import FlopCounter, probe, set_layout
+from unperturb.devices import probe, set_layout
 from unperturb.training.muon import Muon
 from unperturb.training.objectives import Task
+from unperturb.training.rehearsal import flop_per_image
 
 State = dict[str, dict[str, Tensor]]
 Validate = Callable[[], Mapping[str, float]]
@@ -65,71 +65,6 @@ def learning_rate(settings: Training, step: int, steps: int) -> float:
     done = (step - warmup) / max(1.0, steps - warmup)
     factor = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[settings.schedule]
     return settings.lr * factor
-
-
-@contextlib.contextmanager
-def _rehearsal(task: Task, batch: int | None = None) -> Iterator[dict[str, nn.Module]]:
-    """The networks of `task`, to be played with; afterwards they are as they were."""
-    networks = task.networks()
-    before = {k: copy.deepcopy(v.state_dict()) for k, v in networks.items()}
-    modes = {k: v.training for k, v in networks.items()}
-    real, task.sampler.batch = task.sampler.batch, batch or task.sampler.batch
-    try:
-        yield {k: v.train() for k, v in networks.items()}
-    finally:
-        task.sampler.batch = real
-        for name, network in networks.items():
-            network.load_state_dict(before[name])
-            network.train(modes[name]).zero_grad(set_to_none=True)
-
-
-def _rehearse(task: Task, step: int, networks: dict[str, nn.Module], precision: str) -> None:
-    """A step without its updates, attacks and all."""
-    device = task.sampler.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
-        for _, terms in task.losses(task.batch(step, 0, 1), networks):
-            torch.stack(list(terms.values())).sum().backward()
-
-
-def flop_per_image(task: Task, steps: int = 12, batch: int = 6) -> float:
-    """Floating-point operations of one training image, attacks and all, counted over the first few steps on a small
-    batch."""
-    with _rehearsal(task, batch) as networks, FlopCounter() as counter:
-        for step in range(steps):
-            _rehearse(task, step, networks, "float32")
-    return counter.total / (steps * batch)
-
-
-def fastest(task: Task, precision: str = "auto", memory_format: str = "auto") -> tuple[str, str]:
-    """The (precision, memory format) in which a step of `task` is quickest here; one that is not `auto` is kept.
-
-    A probe of the task itself, about ten small steps: a plain convolution can favor bfloat16 where small networks do
-    not. bfloat16 must win clearly, because it costs accuracy.
-    """
-    device = task.sampler.device.type
-    choices = [
-        (p, m)
-        for p in (("float32", "bfloat16") if precision == "auto" else (precision,))
-        for m in (("contiguous", "channels_last") if memory_format == "auto" else (memory_format,))
-    ]
-    if len(choices) == 1:
-        return choices[0]
-    seconds: dict[tuple[str, str], float] = {}
-    with _rehearsal(task, min(task.sampler.batch, 32)) as networks:
-        for choice in choices:
-            for network in networks.values():
-                set_layout(network, choice[1])
-            times = []
-            for _ in range(3):
-                start = time.perf_counter()
-                _rehearse(task, 0, networks, choice[0])
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
-                if times[-1] > 10 * min(seconds.values(), default=times[-1]):
-                    break  # an emulated precision: the answer is known
-            seconds[choice] = min(times) * (1.25 if choice[0] == "bfloat16" else 1.0)
-    return min(seconds, key=lambda k: seconds[k])
 
 
 def _optimizer(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
