@@ -28,7 +28,7 @@ from unperturb.devices import Speed
 from unperturb.evaluation import jobs, spent
 from unperturb.evaluation.adversarials import AdversarialStore, fingerprint, from_16_bit, to_16_bit
 from unperturb.evaluation.grid import Grid, run_grid
-from unperturb.evaluation.jobs import estimate, evaluate, grid_of, label_of, run_evaluation
+from unperturb.evaluation.jobs import estimate, evaluate, grid_of, label_of, only, run_evaluation
 from unperturb.registry import UnknownNameError
 
 CPU = torch.device("cpu")
@@ -515,6 +515,30 @@ def test_a_killed_run_resumes_to_the_same_rows(
     again = run_evaluation(recipe, out, device="cpu", resume=True)
     pd.testing.assert_frame_equal(without_clock(again), without_clock(whole))
     assert sample.read_bytes() == sampled
+
+
+def test_some_cells_of_a_recipe_alone_are_those_of_the_whole(recipe: Any, tmp_path: Path) -> None:
+    whole = run_evaluation(recipe, tmp_path / "whole", device="cpu")
+    for chosen, where in (
+        ((["ours"], ["pgd-2"], ["white_box"]), "defense == 'ours' and attack == 'pgd-2' and knowledge == 'white_box'"),
+        ((["none", "ours"], ["small"]), "attack == 'small'"),
+        (([], [], ["transfer"]), "knowledge == 'transfer'"),
+    ):
+        some = run_evaluation(only(recipe, *chosen), tmp_path / where, device="cpu")
+        expected = whole.query(where)
+        assert 0 < len(expected) < len(whole)
+        keys = ["classifier", "defense", "attack", "knowledge", "index"]
+        kept = [without_clock(rows).sort_values(keys).reset_index(drop=True) for rows in (some, expected)]
+        pd.testing.assert_frame_equal(*kept)
+    assert only(recipe) is recipe  # the whole stays the same run
+    with pytest.raises(UnknownNameError, match=r"unknown defense 'our'\. Did you mean 'ours'"):
+        only(recipe, ["our"])
+    with pytest.raises(
+        UnknownNameError, match=r"unknown knowledge 'black_box'.*Choices: oblivious, transfer, white_box"
+    ):
+        only(recipe, knowledge=["black_box"])
+    with pytest.raises(ValueError, match=r"the recipe has no white_box cell of small"):
+        only(recipe, [], ["small"], ["white_box"])
 
 
 def test_what_stands_in_the_way_of_a_run(recipe: Any, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from unperturb.defenses import Batch, ape_gan, create_defense, games, magnet
 from unperturb.defenses.ape_gan import ApeGAN
-from unperturb.defenses.defense_gan import Critic, DefenseGAN, LatentGenerator
+from unperturb.defenses.defense_gan import Critic, DefenseGAN, LatentGenerator, _error
 from unperturb.defenses.magnet import AutoEncoder, MagNet
-from unperturb.devices import FlopCounter
+from unperturb.devices import FlopCounter, probe
 
 
 def linear(images: Tensor) -> Tensor:
@@ -309,6 +309,25 @@ def test_an_image_that_the_generator_draws_is_found() -> None:
     assert float((found - drawn).square().mean()) < 0.5 * float((noisy - drawn).square().mean())
     with torch.no_grad():
         assert torch.equal(defense.reconstruct(noisy)[0], found)
+
+
+def test_the_search_in_bfloat16_finds_as_well() -> None:
+    exact = gans(steps=200, restarts=4, lr=20.0, width=8).requires_grad_(False)
+    for parameter in exact.generator.parameters():
+        parameter.mul_(2)
+    coarse = gans(steps=200, restarts=4, lr=20.0, width=8, precision="bfloat16").requires_grad_(False)
+    coarse.load_state_dict(exact.state_dict())
+    images = (exact.generator(0.4 * torch.randn(8, 6)) + 0.2 * torch.randn(8, 1, 8, 8)).clamp(0, 1)
+    (a, a_error), (b, b_error) = exact.reconstruct(images), coarse.reconstruct(images)
+    assert a.dtype == b.dtype == torch.float32
+    assert not torch.equal(a, b)
+    assert float(b_error.mean()) < 1.02 * float(a_error.mean())
+    torch.testing.assert_close(b_error, _error(b, images))  # judged in float32
+    auto = gans(steps=200, restarts=4, lr=20.0, width=8, precision="auto").requires_grad_(False)
+    auto.load_state_dict(exact.state_dict())
+    assert torch.equal(auto.purify(images), {"float32": a, "bfloat16": b}[probe().precision])
+    with pytest.raises(ValueError, match='precision must be "auto", "float32" or "bfloat16", not "half"'):
+        gans(precision="half")
 
 
 def test_what_an_attacker_may_differentiate() -> None:

@@ -39,6 +39,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads (default: one per core).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved recipe and its cost, then stop.")]
+Cells = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Only these of the recipe's, by their name in tables. Repeatable."),
+]
 Number = Annotated[
     int | None, typer.Option("--n", min=1, help="Judge a fixed, named random subset of this many images.")
 ]
@@ -229,6 +233,9 @@ def evaluate(
     out: Out = None,
     overrides: Overrides = None,
     n: Number = None,
+    defense: Cells = None,
+    attack: Cells = None,
+    knowledge: Cells = None,
     device: Device = "auto",
     threads: Threads = None,
     resume: Resume = False,
@@ -241,8 +248,9 @@ def evaluate(
 
     _threads(threads)
     changes = [*(overrides or []), *([f"n={n}"] if n else [])]
-    resolved = read_recipe(recipe, changes, "evaluation")
-    out = out or Path("runs") / Path(recipe).stem
+    cells = [defense or [], attack or [], knowledge or []]
+    resolved = jobs.only(read_recipe(recipe, changes, "evaluation"), *cells)
+    out = out or Path("runs") / "-".join([Path(recipe).stem, *(name for part in cells for name in part)])
     if dry_run:
         _show_recipe(resolved)
         cost = jobs.estimate(jobs.grid_of(resolved, device))

@@ -19,6 +19,11 @@ class Speed:
 
     rates: dict[tuple[str, str], float]
 
+    @property
+    def precision(self) -> str:
+        """The faster precision, "float32" or "bfloat16"."""
+        return max(self.rates, key=lambda k: self.rates[k])[0]
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`; `"auto"` takes CUDA where there is one."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unperturb.defenses.base import Batch, Defense, defenses
 from unperturb.defenses.games import frozen, gradient_penalty
+from unperturb.devices import probe
 
 
 def _sides(size: int) -> list[int]:
@@ -80,9 +81,10 @@ class DefenseGAN(Defense):
     these steps. seed: of the starts, which are the same for every image; None draws them from torch's generator at
     each call. unroll: so many of the last steps keep their graph, so that an attacker can differentiate through them
     (0: none; `steps`: the exact gradient, of memory in proportion). detect: score images by their reconstruction error,
-    which costs as much as purifying them. drop_rate: share of clean validation images that this detector may turn away.
-    critic_steps: updates of the critic per update of the generator, each on its own part of the batch. penalty: weight
-    of the gradient penalty.
+    which costs as much as purifying them. precision: of the search alone, "float32", "bfloat16" or "auto" (the faster
+    here); which of its finds is nearest is always judged in float32. drop_rate: share of clean validation images that
+    this detector may turn away. critic_steps: updates of the critic per update of the generator, each on its own part
+    of the batch. penalty: weight of the gradient penalty.
 
     Source: Samangouei, Kabkab and Chellappa, ICLR 2018, and the authors' code.
     """
@@ -104,6 +106,7 @@ class DefenseGAN(Defense):
         seed: int | None = 0,
         unroll: int = 0,
         detect: bool = True,
+        precision: str = "float32",
         drop_rate: float = 0.05,
         critic_steps: int = 5,
         penalty: float = 10.0,
@@ -114,11 +117,14 @@ class DefenseGAN(Defense):
         for name, value in (("steps", steps), ("restarts", restarts), ("critic_steps", critic_steps)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f'precision must be "auto", "float32" or "bfloat16", not "{precision}"')
         if not 0 <= unroll <= steps:
             raise ValueError(f"unroll must be in [0, steps], not {unroll}")
         self.size, self.latent = size, latent
         self.steps, self.restarts, self.lr, self.momentum = steps, restarts, lr, momentum
         self.seed, self.unroll, self.detect = seed, unroll, detect
+        self.precision = precision
         self.critic_steps, self.penalty = critic_steps, penalty
         self.differentiable, self.random = unroll > 0, seed is None
         self.generator = LatentGenerator(channels, size, width, latent)
@@ -155,6 +161,8 @@ class DefenseGAN(Defense):
                 "train one for that size"
             )
         goal = images.repeat_interleave(self.restarts, 0)
+        device = images.device.type
+        precision = probe(device).precision if self.precision == "auto" else self.precision
         z = self._starts(images)
         velocity = torch.zeros_like(z)
         for step in range(self.steps):
@@ -162,7 +170,9 @@ class DefenseGAN(Defense):
             if not kept or step == self.steps - unroll:
                 z, velocity = z.detach().requires_grad_(), velocity.detach()
             with torch.enable_grad():
-                error = _error(self.generator(z), goal if kept else goal.detach())
+                with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+                    found = self.generator(z)
+                error = _error(found, goal if kept else goal.detach())
                 (slope,) = torch.autograd.grad(error.sum(), z, create_graph=kept)
                 velocity = self.momentum * velocity + slope
                 z = z - self.lr * velocity

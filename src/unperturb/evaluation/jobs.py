@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +100,41 @@ def _by_name(folders: Sequence[str], dataset: str) -> dict[str, str]:
             raise ValueError(f"{found[name]} and {folder} would both be called {name!r}; rename one of the folders")
         found[name] = folder
     return found
+
+
+def only(
+    recipe: EvaluationRecipe,
+    defenses: Sequence[str] = (),
+    attacks: Sequence[str] = (),
+    knowledge: Sequence[str] = (),
+) -> EvaluationRecipe:
+    """`recipe` cut to the cells of these defenses, attacks (both by their names in tables) and kinds of knowledge; an
+    empty list keeps all. Raises `UnknownNameError` for what the recipe does not have, ValueError if no cell is left."""
+    if not (defenses or attacks or knowledge):
+        return recipe
+    named = _by_name(recipe.defenses, recipe.dataset)
+    labels = dict(zip(_attacks(recipe), recipe.attacks))
+    kinds = {k: list(thing.options.get("knowledge", recipe.knowledge)) for k, thing in labels.items()}
+    has: dict[str, tuple[Sequence[str], Collection[str]]] = {
+        "defense": (defenses, named),
+        "attack": (attacks, labels),
+        "knowledge": (knowledge, {kind for own in kinds.values() for kind in own}),
+    }
+    for what, (asked, known) in has.items():
+        for name in asked:
+            if name not in known:
+                raise unknown(what, name, known)
+    kept = {
+        k: [kind for kind in own if not knowledge or kind in knowledge]
+        for k, own in kinds.items()
+        if not attacks or k in attacks
+    }
+    changed = [Thing(**{**labels[k].model_dump(), "knowledge": own}) for k, own in kept.items() if own]
+    if not changed:
+        raise ValueError(f"the recipe has no {' or '.join(knowledge)} cell of {', '.join(attacks)}")
+    return recipe.model_copy(
+        update={"defenses": [v for k, v in named.items() if not defenses or k in defenses], "attacks": changed}
+    )
 
 
 def estimate(grid: Grid) -> Cost:
@@ -254,4 +289,4 @@ def evaluate(
         return _run(grid, Path(folder) / "run", recipe, costs, resume, progress)
 
 
-__all__ = ["Cost", "Thing", "estimate", "evaluate", "grid_of", "label_of", "run_evaluation"]
+__all__ = ["Cost", "Thing", "estimate", "evaluate", "grid_of", "label_of", "only", "run_evaluation"]
