@@ -50,8 +50,8 @@ def flop_per_image(task: Task, steps: int = 12, batch: int = 6) -> float:
 def fastest(task: Task, precision: str = "auto", memory_format: str = "auto") -> tuple[str, str]:
     """The (precision, memory format) in which a step of `task` is quickest here; one that is not `auto` is kept.
 
-    A probe of the task itself, about ten small steps: a plain convolution can favor bfloat16 where small networks do
-    not. bfloat16 must win clearly, because it costs accuracy.
+    A probe of the task itself, about ten steps of whole batches: a plain convolution can favor bfloat16 where small
+    networks or small batches do not. bfloat16 must win clearly, because it costs accuracy.
     """
     device = task.sampler.device.type
     choices = [
@@ -62,7 +62,7 @@ def fastest(task: Task, precision: str = "auto", memory_format: str = "auto") ->
     if len(choices) == 1:
         return choices[0]
     seconds: dict[tuple[str, str], float] = {}
-    with _rehearsal(task, min(task.sampler.batch, 32)) as networks:
+    with _rehearsal(task) as networks:
         for choice in choices:
             for network in networks.values():
                 set_layout(network, choice[1])
