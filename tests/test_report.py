@@ -319,7 +319,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_restored_figure_says_what_was_predicted(run: Path) -> None:
     for cell, tensors in runs.read_samples(run):
         axes = figures.restored_figure(cell, tensors).axes
-        assert [a.get_ylabel() for a in axes if a.get_ylabel()] == ["Normal", "Adv", "Ours"]
+        assert [a.get_ylabel() for a in axes if a.get_ylabel()] == ["Normal", "Adv", figures._wrapped(cell["defense"])]
         said = [a.get_xlabel() for a in axes]
         label, predicted = tensors["label"].tolist(), tensors["prediction"].tolist()
         expected = [f"{p[v]} {'✓' if p[v] == t else '✗'}" for v in (0, 1, 3) for p, t in zip(predicted, label)]

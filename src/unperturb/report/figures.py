@@ -21,8 +21,8 @@ DPI = 120
 CLEAN, ADVERSARIAL, RESTORED = 0, 1, 3
 
 
-def restored_figure(cell: Mapping[str, Any], tensors: Mapping[str, Any], name: str = "Ours") -> Figure:
-    """Rows "Normal", "Adv" and `name`: the first ten sampled images clean, attacked, and attacked then purified.
+def restored_figure(cell: Mapping[str, Any], tensors: Mapping[str, Any]) -> Figure:
+    """Rows "Normal", "Adv" and the defense's name: the first ten sampled images clean, attacked, attacked and purified.
 
     Under each its predicted class, blue with a tick where right, orange with a cross where wrong. cell, tensors: one
     entry of `unperturb.runs.read_samples`. Source: the paper, Figs. 3-7.
@@ -34,7 +34,7 @@ def restored_figure(cell: Mapping[str, Any], tensors: Mapping[str, Any], name: s
     figure = Figure(figsize=(width + 0.9, 4.55), dpi=DPI)
     grid = figure.subplots(3, count, squeeze=False)
     figure.subplots_adjust(left=0.85 / (width + 0.9), right=0.995, top=0.855, bottom=0.055, wspace=0.08, hspace=0.24)
-    views = (("Normal", "clean", CLEAN), ("Adv", "adversarial", ADVERSARIAL), (name, "restored", RESTORED))
+    views = (("Normal", "clean", CLEAN), ("Adv", "adversarial", ADVERSARIAL), (cell["defense"], "restored", RESTORED))
     for line, (label, key, view) in zip(grid, views):
         line[0].set_ylabel(_wrapped(label), rotation=0, ha="right", va="center", fontsize=12, labelpad=8)
         for i, axes in enumerate(line):

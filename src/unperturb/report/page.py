@@ -82,18 +82,16 @@ def _pictures(rows: pd.DataFrame, folders: list[Path], out: Path) -> list[dict[s
     classifiers: dict[str, str] = {}
     for cell, _ in samples:
         classifiers.setdefault(cell["dataset"], cell["classifier"])
-    defenses = {cell["defense"] for cell, _ in samples}
     opened: set[tuple[str, ...]] = set()
     for cell, tensors in samples:
         if cell["classifier"] != classifiers[cell["dataset"]]:
             continue
         group = (cell["dataset"], cell["defense"], cell["knowledge"])
-        name = "Ours" if len(defenses) == 1 else cell["defense"]
         what = (
             f"{attack_name(cell['attack'], cell['eps'])}, {attacker_name(cell['knowledge']).replace(' ', '-')} attacker"
         )
         for kind, figure in (
-            ("restored", figures.restored_figure(cell, tensors, name)),
+            ("restored", figures.restored_figure(cell, tensors)),
             ("confidence", figures.confidence_figure(cell, tensors)),
         ):
             stem = _slug(kind, *(cell[k] for k in ("dataset", "classifier", "defense", "attack", "eps", "knowledge")))
