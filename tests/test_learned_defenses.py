@@ -330,6 +330,13 @@ def test_the_search_in_bfloat16_finds_as_well() -> None:
         gans(precision="half")
 
 
+def test_the_probe_for_the_faster_precision_is_not_counted_as_work() -> None:
+    probe.cache_clear()
+    with FlopCounter() as counter:
+        probe()
+    assert counter.total == 0
+
+
 def test_what_an_attacker_may_differentiate() -> None:
     images = torch.rand(2, 1, 8, 8)
     hidden = gans().requires_grad_(False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 
@@ -63,9 +63,10 @@ def _rate(device: torch.device, precision: str, memory_format: str, channels: in
 
 @functools.cache
 def probe(device: str = "cpu", *, channels: int = 64, size: int = 16, batch: int = 64) -> Speed:
-    """GFLOP/s of a 3x3 convolution, float32 and bfloat16, contiguous and channels_last; about a quarter second."""
+    """GFLOP/s of a 3x3 convolution, float32 and bfloat16, contiguous and channels_last; about a quarter second. What it
+    computes is not counted by a `FlopCounter` around it."""
     where = torch.device(device)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         return Speed(
             {
                 (precision, layout): _rate(where, precision, layout, channels, size, batch)
