@@ -316,6 +316,18 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(folder, classifiers=("conv",), attacks=("mim-10", "fgsm"), n=30, samples=1)
 
 
+@pytest.mark.parametrize("name", ["defense_gan", "adversarial_large", "denoised_smoothing", "adversariallytrained"])
+def test_the_name_of_a_defense_stays_on_the_figure(name: str, run: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    cell, tensors = runs.read_samples(run)[0]
+    figure = figures.restored_figure({**cell, "defense": name}, tensors)
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        if axes.get_ylabel():
+            assert axes.yaxis.label.get_window_extent().x0 >= 0, axes.get_ylabel()
+
+
 def test_restored_figure_says_what_was_predicted(run: Path) -> None:
     for cell, tensors in runs.read_samples(run):
         axes = figures.restored_figure(cell, tensors).axes

@@ -36,7 +36,9 @@ def restored_figure(cell: Mapping[str, Any], tensors: Mapping[str, Any]) -> Figu
     figure.subplots_adjust(left=0.85 / (width + 0.9), right=0.995, top=0.855, bottom=0.055, wspace=0.08, hspace=0.24)
     views = (("Normal", "clean", CLEAN), ("Adv", "adversarial", ADVERSARIAL), (cell["defense"], "restored", RESTORED))
     for line, (label, key, view) in zip(grid, views):
-        line[0].set_ylabel(_wrapped(label), rotation=0, ha="right", va="center", fontsize=12, labelpad=8)
+        label = _wrapped(label)
+        size = 12 * min(1.0, 7 / max(map(len, label.split("\n"))))  # the margin holds seven letters
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=size, labelpad=8)
         for i, axes in enumerate(line):
             _show(axes, tensors[key][i])
             predicted, true = int(tensors["prediction"][i, view]), int(tensors["label"][i])
@@ -186,5 +188,5 @@ def _class(cell: Mapping[str, Any], number: int) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """Words and hyphenated parts on lines of their own where a label would be wide."""
-    return text if len(text) <= 9 else text.replace(" ", "\n").replace("-", "-\n", 1)
+    """Words and joined parts on lines of their own where a label would be wide."""
+    return text if len(text) <= 9 else text.replace(" ", "\n").replace("-", "-\n", 1).replace("_", "_\n")
