@@ -252,6 +252,7 @@ UNETS: dict[str, Callable[[int], nn.Module]] = {
     "deep": lambda c: UNet(c, width=4, scales=3, blocks=2),
     "squeezed": lambda c: UNet(c, width=4, squeeze=2),
     "one_scale": lambda c: UNet(c, width=4, scales=1),
+    "gated": lambda c: UNet(c, width=4, gate=True),
 }
 GENERATORS = UNETS | {"threshold": lambda c: UNet(c, width=4, output="threshold"), "ape": lambda c: ApeGenerator(c, 4)}
 
@@ -261,6 +262,19 @@ GENERATORS = UNETS | {"threshold": lambda c: UNet(c, width=4, output="threshold"
 def test_a_fresh_residual_unet_is_the_identity(kind: str, shape: tuple[int, int, int]) -> None:
     images = torch.rand(2, *shape)
     assert torch.equal(UNETS[kind](shape[0])(images), images)
+
+
+@pytest.mark.parametrize(("bias", "times"), [(-100.0, 0.0), (0.0, 1.0), (100.0, 2.0)])
+def test_a_gate_scales_the_correction_of_each_image(bias: float, times: float) -> None:
+    torch.manual_seed(0)
+    network = UNet(1, width=4, gate=True)
+    plain = UNet(1, width=4)
+    with torch.no_grad():
+        torch.nn.init.normal_(network.head.weight, std=1e-3)
+        network.gate.bias.fill_(bias)  # type: ignore[union-attr]
+    plain.load_state_dict({k: v for k, v in network.state_dict().items() if not k.startswith("gate.")})
+    images = torch.rand(2, 1, 8, 8) / 2 + 0.25
+    torch.testing.assert_close(network(images) - images, times * (plain(images) - images), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("squeeze", [1, 2])

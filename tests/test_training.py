@@ -24,7 +24,7 @@ from unperturb.attacks import create_attack
 from unperturb.classifiers import create_classifier, load_classifier, save_classifier
 from unperturb.config import Augmentation, Thing, Training, read_recipe, resolve
 from unperturb.data import Splits, load_dataset
-from unperturb.defenses import load_defense
+from unperturb.defenses import create_defense, load_defense, save_defense
 from unperturb.devices import FlopCounter, Speed, pick_device, probe
 from unperturb.registry import UnknownNameError
 from unperturb.training import jobs, loop, rehearsal
@@ -576,6 +576,20 @@ def test_a_run_starts_with_the_weights_of_another(data: Splits, classifier: nn.M
         jobs.defense_task(recipe.model_copy(update={"defense": wider}), data, [classifier], "cpu")
     with pytest.raises(runs.RunError, match=r"nothing holds no trained defense"):
         jobs.defense_task(recipe.model_copy(update={"start": str(tmp_path / "nothing")}), data, [classifier], "cpu")
+
+
+def test_a_run_may_start_without_a_part_that_adds_nothing_yet(tmp_path: Path) -> None:
+    unet = {"name": "unet", "width": 4}
+    first = create_defense("paired_gan", channels=1, generator=unet)
+    torch.nn.init.normal_(first.generator.head.weight)  # type: ignore[union-attr,arg-type]
+    save_defense(tmp_path, first, {})
+    gated = create_defense("paired_gan", channels=1, generator={**unet, "gate": True})
+    jobs.begin_with(gated, str(tmp_path))
+    images = torch.rand(2, 1, 8, 8)
+    assert torch.equal(gated.purify(images), first.purify(images))
+    deeper = create_defense("paired_gan", channels=1, generator={**unet, "blocks": 2})  # a fresh block adds something
+    with pytest.raises(runs.RunError, match="its networks are not those of this recipe"):
+        jobs.begin_with(deeper, str(tmp_path))
 
 
 def test_validation_judges_the_mixture_at_its_hardest(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:

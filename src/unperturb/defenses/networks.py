@@ -107,7 +107,8 @@ class UNet(nn.Module):
     residual blocks per scale and direction. squeeze: pixels folded into channels before the first convolution (2
     computes everything at half the resolution). output: what the zero-initialized last layer d starts as:
     `"residual"`: x + d, clipped: the identity. `"threshold"`: sigmoid(k (x - 1/2 + d)), k = sharpness: a soft
-    threshold, for images that are nearly black and white.
+    threshold, for images that are nearly black and white. gate: d is multiplied by one number of each image, in (0, 2)
+    and 1 at first, read off the mean of the coarsest features: a clean image can be left alone as a whole.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class UNet(nn.Module):
         squeeze: int = 1,
         output: Literal["residual", "threshold"] = "residual",
         sharpness: float = 8.0,
+        gate: bool = False,
     ) -> None:
         super().__init__()
         if output not in ("residual", "threshold"):
@@ -133,8 +135,10 @@ class UNet(nn.Module):
         self.grow = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in pairwise(widths))
         self.up = nn.ModuleList(nn.Sequential(*(Block(w) for _ in range(blocks))) for w in widths[:-1])
         self.head = nn.Conv2d(width, inside, 3, padding=1)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+        self.gate = nn.Linear(widths[-1], 1) if gate else None
+        for module in (self.head, self.gate) if self.gate is not None else (self.head,):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -146,10 +150,13 @@ class UNet(nn.Module):
             if level < len(self.shrink):
                 skips.append(x)
                 x = self.shrink[level](x)
+        coarsest = x
         for level in reversed(range(len(skips))):
             x = skips[level] + F.pixel_shuffle(self.grow[level](x), 2)
             x = self.up[level](x)
         d = self.head(F.relu(x)).to(images.dtype)
+        if self.gate is not None:
+            d = d * (2 * self.gate(F.relu(coarsest).mean((2, 3))).sigmoid()).to(images.dtype)[..., None, None]
         d = F.pixel_shuffle(d, self.squeeze) if self.squeeze > 1 else d
         if self.output == "threshold":
             out = torch.sigmoid(self.sharpness * (padded - 0.5 + d))

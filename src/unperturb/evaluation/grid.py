@@ -6,7 +6,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ class Grid:
     def cells(self) -> list[Cell]:
         """Every cell; cells that share adversarial images are neighbors. With no defense, oblivious, white box and BPDA
         are one and the same, kept once as oblivious; with a classifier in the bare one's place, which has no purifier
-        to stand in for, BPDA is white box."""
+        to stand in for, BPDA is white box. Where the attacker sees a random defense, one success is a draw, not a fall:
+        no attack stops at its first there."""
         found = []
         for classifier in self.classifiers:
             for label, (attack, kinds) in self.attacks.items():
@@ -79,7 +80,8 @@ class Grid:
                             seen = "oblivious"
                         elif defense in self.instead and knowledge == "bpda":
                             seen = "white_box"
-                        cell = Cell(classifier, defense, label, attack, seen)
+                        random = self.defenses[defense].random and seen in ("white_box", "bpda", "black_box")
+                        cell = Cell(classifier, defense, label, _lasting(attack) if random else attack, seen)
                         if cell not in found:
                             found.append(cell)
         return found
@@ -107,6 +109,12 @@ class Grid:
                 )
         for cell in self.cells():
             self.target(cell)
+
+
+def _lasting(attack: Attack) -> Attack:
+    """`attack`, which spends its whole budget on every image."""
+    to_the_end: dict[str, Any] = {"first_success": False}
+    return replace(attack, **to_the_end) if getattr(attack, "first_success", False) else attack
 
 
 def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:

@@ -201,9 +201,13 @@ def defense_task(
 
 
 def begin_with(defense: Defense, folder: str) -> None:
-    """Give `defense` the weights of the run in `folder`; raises `RunError` where its networks are not the same."""
+    """Give `defense` the weights of the run in `folder`. A part that the run has not must be zero yet, as a fresh gate
+    is: it adds nothing. Raises `RunError` where the networks differ otherwise."""
+    fresh = defense.state_dict()
+    given = load_defense(folder).state_dict()
+    begun = {name: tensor for name, tensor in fresh.items() if name not in given and not tensor.any()}
     try:
-        defense.load_state_dict(load_defense(folder).state_dict())
+        defense.load_state_dict(begun | given)
     except RuntimeError as error:
         raise runs.RunError(
             f"training cannot start with {folder}: its networks are not those of this recipe ({error})"
