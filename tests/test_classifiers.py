@@ -135,6 +135,13 @@ def test_options_are_kept(tmp_path: Path) -> None:
     assert [m.out_channels for m in again.modules() if isinstance(m, nn.Conv2d)] == [24, 8, 8, 16, 16]
 
 
+def test_the_scale_of_an_airbench_multiplies_its_logits() -> None:
+    usual, large = make("airbench").eval(), make("airbench", scale=11.0).eval()
+    large.load_state_dict(usual.state_dict())
+    images = images_for(usual)
+    torch.testing.assert_close(large(images) / 99, usual(images))
+
+
 def test_a_mirrored_net_judges_an_image_and_its_mirror_image_together() -> None:
     one, both = make("airbench").eval(), make("airbench", mirror=True).eval()
     both.load_state_dict(one.state_dict())

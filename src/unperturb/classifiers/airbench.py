@@ -65,11 +65,13 @@ def airbench(
     widths: Sequence[int] = (48, 128, 256),
     activation: str = "gelu",
     mirror: bool = False,
+    scale: float = 1 / 9,
 ) -> nn.Module:
     """Three blocks of conv, max pool, norm, act, conv, norm, act; 54 million multiply-accumulates at 32x32.
 
     widths: channels of each block; (64, 256, 256), 118 million, are the source's. activation: "gelu" or "relu".
-    mirror: once trained, judge an image and its mirror image together, as the source does. Takes any size from 9 up.
+    mirror: once trained, judge an image and its mirror image together, as the source does. scale: the factor of the
+    logits; in training at temperature T, T / 9 learns at the pace that the source has at 1. Takes any size from 9 up.
     """
     if size < 2 ** len(widths) + 1:
         least = 2 ** len(widths) + 1
@@ -87,4 +89,4 @@ def airbench(
         inputs = width
     head = nn.Linear(inputs, classes, bias=False)
     kind = Mirrored if mirror else nn.Sequential
-    return kind(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), head, Scale(1 / 9))
+    return kind(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), head, Scale(scale))
