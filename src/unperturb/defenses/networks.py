@@ -136,7 +136,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(nn.Sequential(*(Block(w) for _ in range(blocks))) for w in widths[:-1])
         self.head = nn.Conv2d(width, inside, 3, padding=1)
         self.gate = nn.Linear(widths[-1], 1) if gate else None
-        for module in (self.head, self.gate) if self.gate is not None else (self.head,):
+        for module in filter(None, (self.head, self.gate)):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
 
