@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -51,3 +52,11 @@ def test_each_recipe_loads_and_overrides(name: str) -> None:
     recipe = read_recipe(name)
     again = read_recipe(name, ["seed=5"]) if hasattr(recipe, "seed") else recipe
     assert again == recipe or again.seed == 5
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/table2.md"])
+def test_the_tables_on_a_page_are_those_of_the_results(page: str) -> None:
+    filled = runpy.run_path(str(ROOT / "benchmarks" / "table2.py"))["filled"]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert "<!-- table: " in text
+    assert filled(text) == text, "run python benchmarks/table2.py"

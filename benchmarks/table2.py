@@ -1,0 +1,138 @@
+"""Fills the tables of `docs/table2.md` and of the README's comparison from `results/table2-*`."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/table2.md")
+
+Line = dict[str, str]
+Table = dict[str, Line]
+
+DEFENSES = ["undefended", "median", "jpeg", "bit_depth", "total_variation", "magnet", "defense_gan", "ape_gan"]
+DEFENSES += ["denoised_smoothing", "hgd", "distilled", "adversarial", "adversarial_large", "paper", "protect", "finish"]
+CLASSIFIERS = ("undefended", "distilled", "adversarial", "adversarial_large")  # no image comes back from these
+OBLIVIOUS = {
+    "fgsm": "FGSM",
+    "fgsm-0.1": "FGSM, 0.1",
+    "fgsm-0.15": "FGSM, 0.15",
+    "pgd-40": "PGD-40",
+    "mim-10": "MIM-10",
+    "jsma": "JSMA",
+    "cw-60": "C&W",
+    "deepfool-l2-50": "DeepFool",
+}
+COLUMNS = {
+    "clean": "clean",
+    **{f"oblivious: {attack}": heading for attack, heading in OBLIVIOUS.items()},
+    "worst: oblivious": "worst, oblivious",
+    "white box: pgd-40": "PGD-40, white box",
+    "worst: white box": "worst, white box",
+}
+SUMMARY = {"clean": "clean", "worst: oblivious": "worst, oblivious", "worst: white box": "worst, white box"}
+
+
+def read(name: str, eps: float) -> Table:
+    """`{defense: line}` of one data set at one budget; what other budgets have as columns of their own is added."""
+    found: Table = {}
+    for folder in (f"table2-{name}", f"table2-{name}/defense_gan"):
+        path = ROOT / "results" / folder / "tables" / "comparison.csv"
+        if not path.exists():
+            continue
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        for line in lines:
+            if abs(float(line["eps"]) - eps) < 1e-4:
+                found.setdefault(line["defense"], line)
+        for line in lines:
+            column = f"oblivious: fgsm-{line['eps']}"
+            if line.get(column) and line["defense"] in found:
+                found[line["defense"]][column] = line[column]
+    return found
+
+
+def percent(line: Line | None, column: str) -> str:
+    value = (line or {}).get(column, "")
+    return "" if value in ("", "nan") else f"{100 * float(value):.1f}"
+
+
+def two_digits(value: str) -> str:
+    number = float(value or 0)
+    return f"{number:.0f}" if number >= 100 else f"{number:.2g}"
+
+
+def markdown(headings: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    headings = list(headings)
+    rows = [headings, ["---"] * len(headings), *map(list, lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def whole(table: Table) -> str:
+    """Every column of one data set at one budget."""
+    columns = {c: heading for c, heading in COLUMNS.items() if any(percent(line, c) for line in table.values())}
+    most = max(int(line["clean n"]) for line in table.values())
+
+    def cells(defense: str) -> list[str]:
+        line = table[defense]
+        fewer = "" if int(line["clean n"]) == most else f" (n = {line['clean n']})"
+        name = defense if defense == "undefended" else f"`{defense}`"
+        restored = ["", ""]
+        if defense not in CLASSIFIERS:
+            restored = [f"{float(line['psnr']):.1f}, {float(line['ssim']):.2f}", two_digits(line["ms"])]
+        return [name + fewer, *(percent(line, c) for c in columns), *restored, two_digits(line["pflop"])]
+
+    return markdown(
+        ["", *columns.values(), "PSNR, SSIM after", "ms", "PFLOP"], (cells(d) for d in DEFENSES if d in table)
+    )
+
+
+def summary() -> str:
+    """Clean and worst cases of the three data sets."""
+    parts = {"MNIST, 0.3": read("mnist", 0.3), "Fashion-MNIST, 0.1": read("fashion_mnist", 0.1)}
+    parts["CIFAR-10, 8/255"] = read("cifar10", 8 / 255)
+    headings = [
+        f"{part}: {heading}" if column == "clean" else heading for part in parts for column, heading in SUMMARY.items()
+    ]
+    return markdown(
+        ["", *headings],
+        (
+            [d if d == "undefended" else f"`{d}`", *(percent(t.get(d), c) for t in parts.values() for c in SUMMARY)]
+            for d in DEFENSES
+        ),
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "mnist": lambda: whole(read("mnist", 0.3)),
+    "fashion_mnist-0.3": lambda: whole(read("fashion_mnist", 0.3)),
+    "fashion_mnist-0.1": lambda: whole(read("fashion_mnist", 0.1)),
+    "cifar10": lambda: whole(read("cifar10", 8 / 255)),
+}
+
+
+def filled(page: str) -> str:
+    """`page` with each table between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
+    return re.sub(
+        r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}",
+        page,
+        flags=re.S,
+    )
+
+
+def main() -> None:
+    for name in PAGES:
+        path = ROOT / name
+        page = path.read_text(encoding="utf-8")
+        new = path.with_suffix(".new")
+        new.write_text(filled(page), encoding="utf-8")
+        new.replace(path)
+
+
+if __name__ == "__main__":
+    main()
