@@ -368,6 +368,15 @@ def test_accuracy_figure_draws_the_table(run: Path) -> None:
         assert bars[2].get_height() == pytest.approx(100 * line["accuracy"])
 
 
+def test_accuracy_figure_of_many_defenses_is_no_wider_than_a_page(run: Path) -> None:
+    rows = runs.read_rows(run)
+    ours = rows[rows["defense"] == "ours"]
+    rows = pd.concat([rows, *(ours.assign(defense=f"ours {i}") for i in range(9))], ignore_index=True)
+    figure = figures.accuracy_figure(rows)
+    assert len([axes for axes in figure.axes if axes.axison]) == 2 * 10  # classifiers times defenses
+    assert figure.get_figwidth() <= figures.WIDEST + 1
+
+
 def test_a_figure_that_cannot_be_written_leaves_the_last_one(tmp_path: Path) -> None:
     class Broken:
         def savefig(self, path: Path, **_: Any) -> None:

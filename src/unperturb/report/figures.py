@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 RIGHT, WRONG, BARE = "#0072B2", "#C44E00", "#8A8A8A"
 BARS = {"undefended": (BARE, "..."), "oblivious": (RIGHT, ""), "white_box": ("#E69F00", "///")}
 DPI = 120
+WIDEST = 15.0  # inches; a page shows a wider figure too small to read
 # Where each view of an image stands in a sample's `confidence` and `prediction`.
 CLEAN, ADVERSARIAL, RESTORED = 0, 1, 3
 
@@ -101,9 +102,9 @@ def accuracy_figure(rows: pd.DataFrame) -> Figure:
     blocks = list(groups(accuracy, BLOCK))
     defenses = [d for d in accuracy["defense"].unique() if d != "none"] or ["none"]
     panels = [(key, block, defense) for key, block in blocks for defense in defenses]
-    across = len(defenses) if len(defenses) > 1 else min(2, len(blocks))
-    down = -(-len(panels) // across)
     width = max(4.3, 0.88 * max(block["name"].nunique() for _, block in blocks))
+    across = min(len(defenses) if len(defenses) > 1 else min(2, len(blocks)), max(1, int(WIDEST / width)))
+    down = -(-len(panels) // across)
     total = 3.1 * down + 0.9
     figure = Figure(figsize=(width * across + 0.3, total), dpi=DPI)
     grid = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
