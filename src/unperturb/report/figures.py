@@ -98,7 +98,8 @@ def accuracy_figure(rows: pd.DataFrame) -> Figure:
     worst = worst_case(rows).assign(attack="worst case")
     # Where there is no budget there is no one worst case to draw.
     accuracy = pd.concat([accuracy, worst[worst["eps"].notna() & (worst["knowledge"] != "all")]], ignore_index=True)
-    accuracy["name"] = [attack_name(attack, eps) for attack, eps in zip(accuracy["attack"], accuracy["eps"])]
+    accuracy = accuracy[accuracy["knowledge"].isin(["", "oblivious", "white_box"])]  # those that have a bar
+    accuracy = accuracy.assign(name=[attack_name(a, eps) for a, eps in zip(accuracy["attack"], accuracy["eps"])])
     blocks = list(groups(accuracy, BLOCK))
     defenses = [d for d in accuracy["defense"].unique() if d != "none"] or ["none"]
     panels = [(key, block, defense) for key, block in blocks for defense in defenses]
@@ -150,7 +151,8 @@ def _bars(axes: Any, block: pd.DataFrame, defense: str) -> None:
         )
         spread = [value - low, high - value]
         axes.errorbar(at, value, spread, fmt="none", ecolor="#222222", elinewidth=1.2, capsize=2.5)
-    axes.set_xticks(list(places.values()), [name.replace(", ", "\n") for name in places], fontsize=10)
+    labels = ["\n".join(map(_wrapped, name.split(", "))) for name in places]
+    axes.set_xticks(list(places.values()), labels, fontsize=10)
     axes.set_ylim(0, 104)
     axes.set_yticks(range(0, 101, 25))
     axes.tick_params(axis="y", labelsize=10)
@@ -190,4 +192,4 @@ def _class(cell: Mapping[str, Any], number: int) -> str:
 
 def _wrapped(text: str) -> str:
     """Words and joined parts on lines of their own where a label would be wide."""
-    return text if len(text) <= 9 else text.replace(" ", "\n").replace("-", "-\n", 1).replace("_", "_\n")
+    return text if len(text) <= 10 else text.replace(" ", "\n").replace("-", "-\n", 1).replace("_", "_\n")
