@@ -56,8 +56,11 @@ def read(name: str, eps: float) -> Table:
 
 
 def percent(line: Line | None, column: str) -> str:
-    value = (line or {}).get(column, "")
-    return "" if value in ("", "nan") else f"{100 * float(value):.1f}"
+    """An entry; with its n where that is small."""
+    value, n = (line or {}).get(column, ""), (line or {}).get(f"{column} n", "")
+    if value in ("", "nan"):
+        return ""
+    return f"{100 * float(value):.1f}" + (f" (n = {n})" if n and int(float(n)) < 100 else "")
 
 
 def two_digits(value: str) -> str:
