@@ -50,8 +50,9 @@ def read(name: str, eps: float) -> Table:
                 found.setdefault(line["defense"], line)
         for line in lines:
             column = f"oblivious: fgsm-{line['eps']}"
-            if line.get(column) and line["defense"] in found:
-                found[line["defense"]][column] = line[column]
+            mine = found.get(line["defense"], {})
+            if line.get(column) and not mine.get(column):
+                mine[column] = line[column]
     return found
 
 
