@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from unperturb.runs import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/table2.md")
 
@@ -132,10 +134,7 @@ def filled(page: str) -> str:
 def main() -> None:
     for name in PAGES:
         path = ROOT / name
-        page = path.read_text(encoding="utf-8")
-        new = path.with_suffix(".new")
-        new.write_text(filled(page), encoding="utf-8")
-        new.replace(path)
+        write_text(path, filled(path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
