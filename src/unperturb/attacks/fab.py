@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unperturb.attacks.apgd import Lead, rivals
 from unperturb.attacks.balls import Norm
-from unperturb.attacks.base import Attack, Best, Problem, attacks
+from unperturb.attacks.base import Best, MinimalAttack, Problem, attacks
 from unperturb.attacks.losses import LossFunction, margin
 from unperturb.contract import budget
 
@@ -50,7 +50,7 @@ def _size(delta: Tensor, norm: Norm) -> Tensor:
 
 @attacks.register("fab-t")
 @dataclass(frozen=True, kw_only=True)
-class FAB(Attack):
+class FAB(MinimalAttack):
     """Steps onto the linearized boundary with one class after the other, pulled back to the original; a minimal-norm
     attack.
 
@@ -99,7 +99,7 @@ class FAB(Attack):
                 left = (~self._near(-best.value)).nonzero().squeeze(1)
                 if not len(left):
                     break
-        images, radius = best.images, -best.value
+        images, radius = best.images, -best.value.to(part.images.dtype)
         if len(left):
             images[left], radius[left] = self._shorten(part.take(left), images[left], radius[left])
         found[rows] = torch.where(self._near(radius)[:, None, None, None], images, part.images)
@@ -115,7 +115,7 @@ class FAB(Attack):
         loss, found = Lead(rival, problem.targeted), Best(problem.images)
         rows = torch.arange(len(rival), device=rival.device)
         for restart in range(self.restarts):
-            x, best, radius = problem.images, problem.images, -found.value[rows]
+            x, best, radius = problem.images, problem.images, -found.value[rows].to(problem.images.dtype)
             if restart:
                 noise = problem.uniform(number * self.restarts + restart)
                 reach = radius.clamp(max=1.0 if self.eps is None else self.eps)

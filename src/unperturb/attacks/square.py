@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class Square(BallAttack):
     Source: Andriushchenko et al. 2020, algorithms 1, 2 (Linf) and 3 (L2).
     """
 
+    needs_gradient: ClassVar[bool] = False
     loss: str = "margin"
     queries: int = 5000
     p_init: float = 0.8
