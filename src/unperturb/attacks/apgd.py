@@ -102,7 +102,7 @@ def climb(
     top, top_gradient = Best(x), gradient
     top.update(x, value)
     answer, rows = Best(x), torch.arange(len(x), device=x.device)
-    answer.update(x, *_judged(problem, logits, value, judge))
+    answer.update(x, _judged(problem, logits, value, judge), fooled=problem.clearly_fooled(logits))
     size = torch.full_like(x[:, :1, :1, :1], 2 * eps)
     rises = torch.zeros_like(value)
     top_then, halved, last_mark = top.value, torch.zeros_like(value, dtype=torch.bool), 0
@@ -135,10 +135,8 @@ def climb(
             logits = mean_logits(problem, x, eot)
             value = problem.value(logits, loss)
         top.update(x, value)
-        value_here, fooled = _judged(problem, logits, value, judge)
-        answer.update(
-            x, value_here, rows, fooled
-        )  # here: below, x may go back, and its logits would be another point's
+        # Now: below, x may go back to the top, and these logits would be another point's.
+        answer.update(x, _judged(problem, logits, value, judge), fooled=problem.clearly_fooled(logits), rows=rows)
         rises += value > value_before
         if step in marks:
             halve = (rises < _RISES * (step - last_mark)) | (~halved & (top.value <= top_then))
@@ -152,9 +150,8 @@ def climb(
     return answer
 
 
-def _judged(problem: Problem, logits: Tensor, value: Tensor, judge: LossFunction | None) -> tuple[Tensor, Tensor]:
-    """What is said of the point with these logits and this loss: (value `(N,)`, whether it is clearly fooled)."""
-    return value if judge is None else problem.value(logits, judge), problem.clearly_fooled(logits)
+def _judged(problem: Problem, logits: Tensor, value: Tensor, judge: LossFunction | None) -> Tensor:
+    return value if judge is None else problem.value(logits, judge)
 
 
 def in_turn(

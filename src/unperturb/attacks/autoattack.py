@@ -66,7 +66,7 @@ class AutoAttack(BallAttack):
             x = project_(attack(part, aims[rows]), part.images, self.eps, self.norm)
             logits = mean_logits(part, x, draws)
             fallen = part.clearly_fooled(logits)
-            found.update(x, part.value(logits, margin), rows, fallen)
+            found.update(x, part.value(logits, margin), fooled=fallen, rows=rows)
             for row in rows[fallen].tolist():
                 felled_by[row] = name
             rows = rows[~fallen]

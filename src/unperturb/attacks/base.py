@@ -417,7 +417,7 @@ class Best:
         self.value = torch.full((len(images),), -torch.inf, dtype=torch.float64, device=images.device)
         self.fooled = torch.zeros_like(self.value, dtype=torch.bool)
 
-    def update(self, x: Tensor, value: Tensor, rows: Tensor | None = None, fooled: Tensor | None = None) -> None:
+    def update(self, x: Tensor, value: Tensor, *, fooled: Tensor | None = None, rows: Tensor | None = None) -> None:
         """Keep `x` `(N, C, H, W)` where it beats what was met before.
 
         value, fooled: `(N,)`, what the model says of `x` and of no other point; without `fooled` the value decides
@@ -441,4 +441,4 @@ class Best:
 
     def merge(self, other: Best, rows: Tensor | None = None) -> None:
         """Keep what `other` met, its images at `rows` among these, where that is better."""
-        self.update(other.images, other.value, rows, other.fooled)
+        self.update(other.images, other.value, fooled=other.fooled, rows=rows)

@@ -101,7 +101,7 @@ class CW(MinimalAttack):
             fallen, lead = self._fallen(problem, logits_now)
             delta = x - problem.images
             distance = l2_norm(delta).square_()
-            best.update(x, torch.where(fallen, -distance, -torch.inf), rows)
+            best.update(x, torch.where(fallen, -distance, -torch.inf), rows=rows)
             hit[rows] |= fallen
 
             # The gradient of the hinge, then of the distance, then through tanh. Where several rivals are near, their

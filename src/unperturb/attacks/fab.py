@@ -94,15 +94,15 @@ class FAB(MinimalAttack):
         best, left = Best(part.images), torch.arange(len(rows), device=rows.device)
         for number in range(aims.shape[1]):
             x, distance = self.aim(part.take(left), aims[left, number], number)
-            best.update(x, -distance, left)
+            best.update(x, -distance, rows=left)
             if self.first_success:
                 left = (~self._near(-best.value)).nonzero().squeeze(1)
                 if not len(left):
                     break
-        images, radius = best.images, -best.value.to(part.images.dtype)
         if len(left):
-            images[left], radius[left] = self._shorten(part.take(left), images[left], radius[left])
-        found[rows] = torch.where(self._near(radius)[:, None, None, None], images, part.images)
+            x, distance = self._shorten(part.take(left), best.images[left], -best.value[left].to(best.images.dtype))
+            best.update(x, -distance, rows=left)
+        found[rows] = torch.where(self._near(-best.value)[:, None, None, None], best.images, part.images)
         return found
 
     def _near(self, radius: Tensor) -> Tensor:
@@ -127,13 +127,13 @@ class FAB(MinimalAttack):
                     continue
                 near = self._near(radius)
                 if bool(near.any()):
-                    found.update(best, -radius, rows)
+                    found.update(best, -radius, rows=rows)
                     left = (~near).nonzero().squeeze(1)
                     problem, loss, rows = problem.take(left), loss.take(left), rows[left]
                     x, best, radius = x[left], best[left], radius[left]
                     if not len(left):
                         return found.images, -found.value
-            found.update(best, -radius, rows)
+            found.update(best, -radius, rows=rows)
         return found.images, -found.value
 
     def _step(
