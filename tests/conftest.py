@@ -1,10 +1,12 @@
-"""One thread, no network, and a home folder that is thrown away: Ray and ART write into it."""
+"""One thread (UNPERTURB_TEST_THREADS asks for more), no network, a home folder that is thrown away: Ray and ART write
+into it."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 
+_threads = os.environ.get("UNPERTURB_TEST_THREADS", "1")
 _home = tempfile.TemporaryDirectory(prefix="unperturb-tests-")
 os.environ.update(
     {
@@ -13,7 +15,7 @@ os.environ.update(
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "MPLBACKEND": "Agg",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": _threads,
     }
 )
 
@@ -25,7 +27,7 @@ import torch
 from unperturb.data import Splits, load_dataset
 from unperturb.devices import Speed
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(_threads))
 
 
 @pytest.fixture(autouse=True)

@@ -137,7 +137,7 @@ def test_neither_a_saturated_softmax_nor_negative_logits_save_an_image(
     result = attack.run(Scaled(model, **change), images, labels)
     plain = attack(model, images, labels)
     assert bool(result.success.all())
-    assert int(result.zero_gradients.sum()) <= (0 if not isinstance(attack, CW) else int(result.queries.sum()))
+    assert int(result.zero_gradients.sum()) == 0  # C&W's own are not the model's: its hinge is at rest once one fell
     if isinstance(attack, DDN) and "shift" not in change:
         return  # the softmax among the other classes is sharper, so the path differs
     if not isinstance(attack, CW) or "shift" in change:
@@ -443,7 +443,10 @@ def test_noise_meets_the_model_only_to_choose_among_draws() -> None:
     rows = torch.arange(16)
     problem = Problem(model, images, labels, False, rows, 0, Tally(), rows)
     draws = torch.stack([Noise(eps=0.3)._draw(problem, d) for d in range(20)])
-    losses = torch.stack([F.cross_entropy(model(d), labels, reduction="none") for d in draws])
+    logits = torch.stack([model(d) for d in draws])
+    losses = torch.stack([F.cross_entropy(z, labels, reduction="none") for z in logits])
+    fooled = logits.argmax(2) != labels  # a success before any higher loss
+    losses = torch.where(fooled | ~fooled.any(0), losses, -torch.inf)
     assert torch.equal(draws[0], one.images)
     assert torch.equal(many.images, draws[losses.argmax(0), rows])
 

@@ -310,7 +310,7 @@ def test_a_random_defense_is_averaged_over_as_many_draws_as_the_recipe_says(reci
 
 def test_no_attack_on_a_random_defense_stops_at_its_first_success() -> None:
     drawn = create_defense("denoised_smoothing", channels=1, denoiser={"width": 2}).eval()
-    kinds = {n: (create_attack(n, eps=0.1, first_success=True), ["oblivious", "white_box"]) for n in ("apgd", "fab-t")}
+    kinds = {n: (create_attack(n, eps=0.1, first_success=True), ["oblivious", "white_box"]) for n in ("apgd", "square")}
     cells = grid(defenses={"ours": purifier(), "drawn": drawn}, attacks=kinds).cells()
     stops = {(c.defense, c.knowledge): c.attack.first_success for c in cells}  # type: ignore[attr-defined]
     assert stops == {

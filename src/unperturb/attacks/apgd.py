@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from unperturb.attacks.balls import Norm, l2_norm, projection
 from unperturb.attacks.base import BallAttack, Best, Problem, attacks
-from unperturb.attacks.losses import LOSSES, LossFunction, dlr, margin
+from unperturb.attacks.losses import LossFunction, attack_loss, margin
 
 _MOMENTUM = 0.75  # alpha of algorithm 1: the weight of the new step against the last one
 _FEWER = 0.95  # images leave together, when so few are left: each parting copies the others
@@ -40,7 +41,7 @@ class Lead:
     scaled: over the largest minus the mean of the third and fourth logit, the targeted DLR loss (Croce & Hein 2020);
     with fewer than four classes not, since over the largest minus the third of three the loss is constant, and its
     gradient zero, wherever label and rival are first and last. targeted: the labels are the rivals, and it is the lead
-    over all other classes. `take(rows)` is the loss for some of the images.
+    over all other classes, not scaled, for the same reason. `take(rows)` is the loss for some of the images.
     """
 
     rival: Tensor
@@ -50,7 +51,7 @@ class Lead:
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         classes = logits.shape[1]
         if self.targeted:
-            return dlr(logits, labels) if self.scaled and classes > 2 else margin(logits, labels)
+            return margin(logits, labels)
         ahead = (logits.gather(1, self.rival[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
         if not self.scaled or classes < 4:
             return ahead
@@ -89,29 +90,27 @@ def climb(
     eot: int = 1,
     judge: LossFunction | None = None,
     first_success: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 from `start`: (images with the highest value met, that value `(N,)`).
+) -> Best:
+    """Algorithm 1 from `start`: the best points met by `judge` (default: `loss`), a clear success before any other.
 
-    judge: the loss that the answer is chosen by (default: `loss`); the climb itself goes back to the highest `loss`.
-    first_success: an image that has fallen goes no further; the judge must then be the margin.
+    The climb itself goes back to the highest `loss`. first_success: an image that has fallen goes no further.
     Costs `steps` passes forward and backward and one forward, each `eot` times.
     """
     project, marks = projection(problem.images, eps, norm), set(checkpoints(steps))
-    x, before = start, start
+    x = before = start
     value, gradient, logits = mean_gradient(problem, x, loss, eot)
     top, top_gradient = Best(x), gradient
     top.update(x, value)
     answer, rows = Best(x), torch.arange(len(x), device=x.device)
-    size = torch.full_like(value, 2 * eps)[:, None, None, None]
+    answer.update(x, _judged(problem, logits, value, judge), fooled=problem.clearly_fooled(logits))
+    size = torch.full_like(x[:, :1, :1, :1], 2 * eps)
     rises = torch.zeros_like(value)
     top_then, halved, last_mark = top.value, torch.zeros_like(value, dtype=torch.bool), 0
     for step in range(1, steps + 1):
-        if judge is not None:
-            answer.update(x, problem.value(logits, judge), rows)
         if first_success:
-            standing = (~problem.clearly_fooled(logits)).nonzero().squeeze(1)
+            standing = (~answer.fooled[rows]).nonzero().squeeze(1)
             if not len(standing):
-                return answer.images, answer.value
+                return answer
             if len(standing) <= _FEWER * len(x):
                 problem, rows, loss = problem.take(standing), rows[standing], _take(loss, standing)
                 top.images, top.value = top.images[standing], top.value[standing]
@@ -136,6 +135,8 @@ def climb(
             logits = mean_logits(problem, x, eot)
             value = problem.value(logits, loss)
         top.update(x, value)
+        # Now: below, x may go back to the top, and these logits would be another point's.
+        answer.update(x, _judged(problem, logits, value, judge), fooled=problem.clearly_fooled(logits), rows=rows)
         rises += value > value_before
         if step in marks:
             halve = (rises < _RISES * (step - last_mark)) | (~halved & (top.value <= top_then))
@@ -146,10 +147,28 @@ def climb(
             value = torch.where(halve, top.value, value)
             top_then, halved, last_mark = top.value, halve, step
             rises = torch.zeros_like(rises)
-    if judge is None:
-        return top.images, top.value
-    answer.update(x, problem.value(logits, judge), rows)
-    return answer.images, answer.value
+    return answer
+
+
+def _judged(problem: Problem, logits: Tensor, value: Tensor, judge: LossFunction | None) -> Tensor:
+    return value if judge is None else problem.value(logits, judge)
+
+
+def in_turn(
+    problem: Problem, count: int, attempt: Callable[[int, Problem, Tensor], Best], *, first_success: bool
+) -> Best:
+    """The best of `count` attempts, each `(number, problem, rows) -> Best`; with `first_success` each meets only the
+    images, at `rows` of the problem, that still stand."""
+    best, rows = Best(problem.images), torch.arange(len(problem.images), device=problem.images.device)
+    part = problem
+    for number in range(count):
+        if first_success and number:
+            rows = (~best.fooled).nonzero().squeeze(1)
+            if not len(rows):
+                break
+            part = problem.take(rows)
+        best.merge(attempt(number, part, rows), rows)
+    return best
 
 
 def _take(loss: LossFunction, rows: Tensor) -> LossFunction:
@@ -160,13 +179,12 @@ def _take(loss: LossFunction, rows: Tensor) -> LossFunction:
 @dataclass(frozen=True, kw_only=True)
 class APGD(BallAttack):
     """Gradient ascent with momentum whose step starts at 2 eps and is halved, back at the best point, when the loss
-    no longer rises; the highest loss met is returned.
+    no longer rises; the highest loss met is returned, that of a clear success before any other.
 
     steps: forward+backward passes per restart. random_start: start uniformly in the ball. restarts: independent
     starts, of which the best per image is kept (only the first may start at the image itself). eot: passes averaged
-    per step, for a random model. first_success: an image leaves at its first success, whose margin is then what the
-    best is chosen by: for those who ask only whether an image falls, as `autoattack` does. Without it the whole budget
-    is spent on every image.
+    per step, for a random model. first_success: an image leaves at its first success: for those who ask only whether
+    it falls, as `autoattack` does. Without it the whole budget is spent on every image.
 
     Source: Croce & Hein 2020, "Reliable evaluation of adversarial robustness", algorithm 1.
     """
@@ -183,26 +201,21 @@ class APGD(BallAttack):
             raise ValueError("steps, restarts and eot must be at least 1")
 
     def perturb(self, problem: Problem) -> Tensor:
-        return self.restart(problem, LOSSES[self.loss], 0, margin if self.first_success else None)[0]
+        return self.restart(problem, attack_loss(self.loss, targeted=problem.targeted), 0, None).images
 
-    def restart(
-        self, problem: Problem, loss: LossFunction, first: int, judge: LossFunction | None
-    ) -> tuple[Tensor, Tensor]:
-        """All climbs, their random starts numbered from `first`: (images, the value `(N,)` as in `search`)."""
-        best, rows = Best(problem.images), torch.arange(len(problem.images), device=problem.images.device)
-        for number in range(first, first + self.restarts):
-            best.update(*self.search(problem, loss, number, judge), rows)
-            if self.first_success and number + 1 < first + self.restarts:
-                standing = (best.value[rows] <= 0).nonzero().squeeze(1)
-                if not len(standing):
-                    break
-                problem, rows, loss = problem.take(standing), rows[standing], _take(loss, standing)
-        return best.images, best.value
+    def for_random_model(self, eot: int = 20) -> APGD:
+        return replace(self, first_success=False, eot=max(self.eot, eot))
 
-    def search(
-        self, problem: Problem, loss: LossFunction, restart: int, judge: LossFunction | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """One climb: (images, the value `(N,)` of `judge`, or else of `loss`); `restart` numbers its random start."""
+    def restart(self, problem: Problem, loss: LossFunction, first: int, judge: LossFunction | None) -> Best:
+        """The best of all climbs, their random starts numbered from `first`; by `judge`, or else by `loss`."""
+
+        def attempt(number: int, part: Problem, rows: Tensor) -> Best:
+            return self.search(part, _take(loss, rows), first + number, judge)
+
+        return in_turn(problem, self.restarts, attempt, first_success=self.first_success)
+
+    def search(self, problem: Problem, loss: LossFunction, restart: int, judge: LossFunction | None = None) -> Best:
+        """The best of one climb, by `judge`, or else by `loss`; `restart` numbers its random start."""
         start = problem.images
         if self.random_start or restart:
             start = problem.random_start(self.eps, self.norm, restart)
@@ -224,7 +237,8 @@ class APGD(BallAttack):
 class APGDT(APGD):
     """APGD towards each of several classes in turn; the highest margin met is returned (`first_success`: the first).
 
-    loss: `"dlr"` (targeted DLR) or `"margin"` (plain difference of logits; used for two or three classes anyway).
+    loss: `"dlr"` (targeted DLR) or `"margin"` (plain difference of logits; used anyway for two or three classes, and
+    where a target is given).
     target_classes: how many, the strongest others on the clean image first, at most all of them.
 
     Source: Croce & Hein 2020, the targeted DLR loss.
@@ -241,19 +255,15 @@ class APGDT(APGD):
             raise ValueError("target_classes must be at least 1")
 
     def perturb(self, problem: Problem) -> Tensor:
-        best, rows = Best(problem.images), torch.arange(len(problem.images), device=problem.images.device)
         logits = mean_logits(problem, problem.images, self.eot)
         aims = rivals(problem, logits, self.target_classes)
-        for number in range(aims.shape[1]):
-            best.update(*self.aim(problem, aims[:, number], number), rows)
-            if self.first_success and number + 1 < aims.shape[1]:
-                standing = (best.value[rows] <= 0).nonzero().squeeze(1)
-                if not len(standing):
-                    break
-                problem, rows, aims = problem.take(standing), rows[standing], aims[standing]
-        return best.images
 
-    def aim(self, problem: Problem, rival: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """All restarts towards the classes `rival` `(N,)`, the `number`-th: (images, margin `(N,)`)."""
+        def attempt(number: int, part: Problem, rows: Tensor) -> Best:
+            return self.aim(part, aims[rows, number], number)
+
+        return in_turn(problem, aims.shape[1], attempt, first_success=self.first_success).images
+
+    def aim(self, problem: Problem, rival: Tensor, number: int) -> Best:
+        """The best of all restarts towards the classes `rival` `(N,)`, the `number`-th, by the margin."""
         loss = Lead(rival, problem.targeted, scaled=self.loss == "dlr")
         return self.restart(problem, loss, number * self.restarts, margin)

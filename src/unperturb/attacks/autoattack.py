@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from unperturb.attacks.apgd import APGD, APGDT, mean_logits, rivals
 from unperturb.attacks.balls import project_
 from unperturb.attacks.base import BallAttack, Best, Problem, attacks
 from unperturb.attacks.fab import FAB
-from unperturb.attacks.losses import LOSSES, margin
+from unperturb.attacks.losses import attack_loss, cross_entropy, margin
 from unperturb.attacks.square import Square
 
 # A rung of the cascade: (its member's name, the images still standing and their rivals (N, M) -> images).
@@ -32,7 +31,9 @@ class AutoAttack(BallAttack):
     others. queries: of Square. With two classes DLR gives way to the margin.
 
     An image that never falls comes back as the one with the highest margin met; `AttackResult.felled_by` names who
-    felled the others. Each member judges by the margin, so `loss` has no say. Source: Croce & Hein 2020.
+    felled the others. Each member judges by the margin, so `loss` has no say; towards a target so does DLR.
+
+    Source: Croce & Hein 2020.
     """
 
     loss: str = "margin"
@@ -58,20 +59,22 @@ class AutoAttack(BallAttack):
         felled_by = ["clean" if hit else "" for hit in fallen.tolist()]
         aims = rivals(problem, logits, self.target_classes)
         rows = (~fallen).nonzero().squeeze(1)
-        for name, attack in self._rungs(logits.shape[1], aims.shape[1]):
+        for name, attack in self._rungs(problem.targeted, logits.shape[1], aims.shape[1]):
             if not len(rows):
                 break
             part = problem.take(rows)
             x = project_(attack(part, aims[rows]), part.images, self.eps, self.norm)
             logits = mean_logits(part, x, draws)
-            value = torch.full_like(found.value, -torch.inf).index_copy_(0, rows, part.value(logits, margin))
-            found.update(problem.images.index_copy(0, rows, x), value)
             fallen = part.clearly_fooled(logits)
+            found.update(x, part.value(logits, margin), fooled=fallen, rows=rows)
             for row in rows[fallen].tolist():
                 felled_by[row] = name
             rows = rows[~fallen]
         problem.tally.felled_by = felled_by
         return found.images
+
+    def for_random_model(self, eot: int = 20) -> AutoAttack:
+        return self if self.version == "rand" else replace(self, version="rand", eot=eot)
 
     def _members(self) -> tuple[APGD, APGDT, FAB, Square]:
         random = self.version == "rand"  # then one success is a draw, not a fall: the climb goes on
@@ -81,20 +84,24 @@ class AutoAttack(BallAttack):
         fab = FAB(**ball, target_classes=self.target_classes, first_success=True)
         return apgd, apgd_t, fab, Square(norm=self.norm, eps=self.eps, queries=self.queries)
 
-    def _rungs(self, classes: int, aims: int) -> Iterator[Rung]:
+    def _rungs(self, targeted: bool, classes: int, aims: int) -> Iterator[Rung]:
         """One rung per member, and within a targeted member one per class: whom the first aim fells leaves then."""
         apgd, apgd_t, fab, square = self._members()
-        yield "apgd-ce", lambda p, _: apgd.search(p, LOSSES["cross_entropy"], 0, margin)[0]
+        yield "apgd-ce", lambda p, _: apgd.search(p, cross_entropy, 0, margin).images
         if self.version == "rand":
-            dlr = LOSSES["dlr" if classes > 2 else "margin"]
-            yield "apgd-dlr", lambda p, _: apgd.search(p, dlr, 1, margin)[0]
+            dlr = attack_loss("dlr" if classes > 2 else "margin", targeted=targeted)
+            yield "apgd-dlr", lambda p, _: apgd.search(p, dlr, 1, margin).images
             return
         for number in range(aims):
-            yield "apgd-t", partial(_aim, apgd_t, number)
+            yield "apgd-t", partial(_apgd_t, apgd_t, number)
         for number in range(aims):
-            yield "fab-t", partial(_aim, fab, number)
+            yield "fab-t", partial(_fab_t, fab, number)
         yield "square", lambda p, _: square.perturb(p)
 
 
-def _aim(member: APGDT | FAB, number: int, problem: Problem, aims: Tensor) -> Tensor:
+def _apgd_t(member: APGDT, number: int, problem: Problem, aims: Tensor) -> Tensor:
+    return member.aim(problem, aims[:, number], number).images
+
+
+def _fab_t(member: FAB, number: int, problem: Problem, aims: Tensor) -> Tensor:
     return member.aim(problem, aims[:, number], number)[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +168,8 @@ class Problem:
         """
         gradient = _input_gradient(logits, point, weights, keep=keep)
         self.tally.backwards += 1
-        self._count(self.tally.zero_gradients, gradient.flatten(1).abs().amax(1) == 0)
+        asked = (weights != 0).any(1)  # of an image whose weights are all zero the model's gradient is not known
+        self._count(self.tally.zero_gradients, asked & (gradient.flatten(1).abs().amax(1) == 0))
         return gradient
 
     def uniform(self, step: int, low: float = -1.0, high: float = 1.0) -> Tensor:
@@ -237,9 +238,10 @@ class Attack:
     """Settings of one attack. Its repr is its record.
 
     targets: None leaves the true class; `"least_likely"` or `"random"` picks a class to reach; classes given to the
-    call win over both.
+    call win over both. needs_gradient: of the class, whether it differentiates the model; False where outputs do.
     """
 
+    needs_gradient: ClassVar[bool] = True
     targets: Literal["least_likely", "random"] | None = None
 
     def perturb(self, problem: Problem) -> Tensor:
@@ -249,6 +251,15 @@ class Attack:
     def limit(self, x: Tensor, images: Tensor) -> Tensor:
         """`x` brought back into what this attack may do; [0, 1] alone unless it has a ball."""
         return x.clamp(0, 1)
+
+    def for_random_model(self, eot: int = 20) -> Attack:
+        """This attack as a random model must be asked, where one success is a draw: it spends its whole budget on
+        every image.
+
+        eot: passes that are averaged where the attack knows how; 1 for a model that averages itself (`threats.EOT`).
+        Raises `ValueError` for a minimal-norm attack, whose answer would be the nearest lucky draw.
+        """
+        return self
 
     @final
     def __call__(
@@ -357,7 +368,8 @@ class BallAttack(Attack):
     """An attack with a fixed budget: a ball of radius `eps` in pixel units, cut with [0, 1].
 
     norm: `"linf"` or `"l2"`. eps: radius, a number or a fraction such as `"8/255"`. loss: what is maximized,
-    `"cross_entropy"`, or `"margin"` or `"dlr"` (which still have a gradient where the softmax saturates).
+    `"cross_entropy"`, or `"margin"` or `"dlr"` (which still have a gradient where the softmax saturates; towards a
+    target `"dlr"` is the margin).
     """
 
     norm: Norm = "linf"
@@ -383,24 +395,50 @@ class BallAttack(Attack):
         return x + unit * column(step / l2_norm(unit).clamp(min=1e-12), unit)
 
 
+class MinimalAttack(Attack):
+    """An attack without a budget: it seeks the nearest success."""
+
+    def for_random_model(self, eot: int = 20) -> Attack:
+        name = type(self).__name__
+        raise ValueError(
+            f"{name} seeks the nearest point at which one answer changes, and a random model's answer is a draw; "
+            "attack it with a budget instead: pgd, apgd, autoattack or square"
+        )
+
+
 class Best:
-    """The highest value met per image, and where."""
+    """The best point met per image: a fooled one before all others, among these the one with the highest value.
+
+    images: `(N, C, H, W)`. value: `(N,)`, float64, so that it is kept as it was compared. fooled: `(N,)` bool.
+    """
 
     def __init__(self, images: Tensor) -> None:
         self.images = images.clone()
-        self.value = torch.full((len(images),), -torch.inf, device=images.device)
+        self.value = torch.full((len(images),), -torch.inf, dtype=torch.float64, device=images.device)
+        self.fooled = torch.zeros_like(self.value, dtype=torch.bool)
 
-    def update(self, x: Tensor, value: Tensor, rows: Tensor | None = None) -> None:
-        """Keep `x` `(N, C, H, W)` where `value` `(N,)` beats what was met before.
+    def update(self, x: Tensor, value: Tensor, *, fooled: Tensor | None = None, rows: Tensor | None = None) -> None:
+        """Keep `x` `(N, C, H, W)` where it beats what was met before.
 
-        rows: the positions of `x` among all images, where some have left the batch.
+        value, fooled: `(N,)`, what the model says of `x` and of no other point; without `fooled` the value decides
+        alone. rows: the positions of `x` among all images, where some have left the batch.
         """
+        every = rows is None or len(rows) == len(self.images)
+        met, hit = (self.value, self.fooled) if every else (self.value[rows], self.fooled[rows])
+        better = value > met
+        if fooled is not None:
+            better = (better & (fooled | ~hit)) | (fooled & ~hit)
+            hit = hit | fooled
+        value = torch.where(better, value.double(), met)
         # Weights of 0 and 1 copy exactly, and several times as fast as `where` with a condition that is spread out.
-        if rows is None or len(rows) == len(self.images):
-            better = value > self.value
-            self.value = torch.where(better, value, self.value)
-            self.images.lerp_(x, column(better.to(x.dtype), x))
+        weight = column(better.to(x.dtype), x)
+        if every:
+            self.value, self.fooled = value, hit
+            self.images.lerp_(x, weight)
         else:
-            better = value > self.value[rows]
-            self.value[rows] = torch.where(better, value, self.value[rows])
-            self.images[rows] = self.images[rows].lerp_(x, column(better.to(x.dtype), x))
+            self.value[rows], self.fooled[rows] = value, hit
+            self.images[rows] = self.images[rows].lerp_(x, weight)
+
+    def merge(self, other: Best, rows: Tensor | None = None) -> None:
+        """Keep what `other` met, its images at `rows` among these, where that is better."""
+        self.update(other.images, other.value, fooled=other.fooled, rows=rows)

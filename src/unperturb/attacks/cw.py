@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.balls import l2_norm
-from unperturb.attacks.base import Attack, Best, Problem, attacks
+from unperturb.attacks.base import Best, MinimalAttack, Problem, attacks
 from unperturb.attacks.losses import margin
 
 _CHECKS = 10  # how often per search step the loss is asked whether it still falls
@@ -18,7 +18,7 @@ _SHARPNESS = 40.0  # of the smooth maximum over rivals, times the label's lead o
 
 @attacks.register("cw")
 @dataclass(frozen=True, kw_only=True)
-class CW(Attack):
+class CW(MinimalAttack):
     """Least squared L2 distance plus `const` times the lead that the label still has; a minimal-norm attack.
 
     confidence: by how much the wrong logit must lead. steps: passes per search step, by Adam with `lr`, which in the
@@ -60,11 +60,11 @@ class CW(Attack):
         problem, sharpness = problem.take(standing), _SHARPNESS / lead[standing].abs().clamp(min=1e-12)
         best = Best(problem.images)
         w = torch.atanh((2 * problem.images - 1) * self.smoothing)
-        const = torch.full_like(best.value, self.initial_const)
+        const = torch.full_like(sharpness, self.initial_const)
         low, high = torch.zeros_like(const), torch.full_like(const, torch.inf)
         for search in range(self.search_steps):
             # Adam moves every pixel, by up to lr / 2: no step may be longer than half the distance already met.
-            lr = (best.value.neg().sqrt() / math.sqrt(w[0].numel())).clamp(max=self.lr)
+            lr = (best.value.neg().sqrt() / math.sqrt(w[0].numel())).clamp(max=self.lr).to(w.dtype)
             decay = search >= self.search_steps - max(self.search_steps // 3, 1)
             w, hit = self._descend(problem, w, const, lr, sharpness, best, decay=decay)
             low, high = torch.where(hit, low, const), torch.where(hit, const, high)
@@ -101,7 +101,7 @@ class CW(Attack):
             fallen, lead = self._fallen(problem, logits_now)
             delta = x - problem.images
             distance = l2_norm(delta).square_()
-            best.update(x, torch.where(fallen, -distance, -torch.inf), rows)
+            best.update(x, torch.where(fallen, -distance, -torch.inf), rows=rows)
             hit[rows] |= fallen
 
             # The gradient of the hinge, then of the distance, then through tanh. Where several rivals are near, their

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.balls import l2_norm
-from unperturb.attacks.base import Attack, Best, Problem, attacks
+from unperturb.attacks.base import Best, MinimalAttack, Problem, attacks
 from unperturb.attacks.losses import margin
 
 
@@ -31,7 +31,7 @@ def toward_fall(logits: Tensor, labels: Tensor) -> Tensor:
 
 @attacks.register("ddn")
 @dataclass(frozen=True, kw_only=True)
-class DDN(Attack):
+class DDN(MinimalAttack):
     """Normalized gradient steps on a sphere that shrinks after each success and grows after each failure.
 
     steps: forward+backward passes. gamma: the sphere's radius changes by this share per step. init_norm: its first
@@ -53,20 +53,20 @@ class DDN(Attack):
     def perturb(self, problem: Problem) -> Tensor:
         images = problem.images
         best = Best(images)
-        delta = torch.zeros_like(images)
+        x, delta = images, torch.zeros_like(images)
         farthest = l2_norm(torch.maximum(images, 1 - images))
         radius = torch.full_like(farthest, self.init_norm)
         for step in range(self.steps):
-            _, gradient, logits = problem.gradient(images + delta, toward_fall)
+            _, gradient, logits = problem.gradient(x, toward_fall)
             fooled = problem.clearly_fooled(logits)
-            length = l2_norm(delta)
-            best.update(images + delta, torch.where(fooled, -length, -torch.inf))
+            best.update(x, torch.where(fooled, -l2_norm(delta), -torch.inf))
             # Cosine annealing from 1 to 0.01.
             size = 0.01 + 0.99 * (1 + math.cos(math.pi * step / self.steps)) / 2
             delta = delta + gradient * (size / l2_norm(gradient).clamp(min=1e-30))[:, None, None, None]
             radius = torch.minimum(radius * torch.where(fooled, 1 - self.gamma, 1 + self.gamma), farthest)
             delta = delta * (radius / l2_norm(delta).clamp(min=1e-30))[:, None, None, None]
-            delta = (images + delta).clamp_(0, 1) - images
-        fooled = problem.clearly_fooled(problem.logits(images + delta))
-        best.update(images + delta, torch.where(fooled, -l2_norm(delta), -torch.inf))
+            x = (images + delta).clamp_(0, 1)
+            delta = x - images
+        fooled = problem.clearly_fooled(problem.logits(x))
+        best.update(x, torch.where(fooled, -l2_norm(delta), -torch.inf))
         return best.images

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.balls import Norm
-from unperturb.attacks.base import Attack, Problem, attacks
+from unperturb.attacks.base import MinimalAttack, Problem, attacks
 from unperturb.attacks.losses import margin
 
 # The least step, L2 and per pixel. Without it float32 steps shrink to nothing just short of the boundary.
@@ -23,7 +23,7 @@ _LONGER = 4.0
 
 @attacks.register("deepfool")
 @dataclass(frozen=True, kw_only=True)
-class DeepFool(Attack):
+class DeepFool(MinimalAttack):
     """Steps to the nearest boundary of the linearized model, until the class changes; a minimal-norm attack.
 
     norm: whose nearest boundary, `"l2"` or `"linf"`. steps: at most so many, each one forward pass and one backward

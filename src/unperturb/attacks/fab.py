@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unperturb.attacks.apgd import Lead, rivals
 from unperturb.attacks.balls import Norm
-from unperturb.attacks.base import Attack, Best, Problem, attacks
+from unperturb.attacks.base import Best, MinimalAttack, Problem, attacks
 from unperturb.attacks.losses import LossFunction, margin
 from unperturb.contract import budget
 
@@ -50,7 +50,7 @@ def _size(delta: Tensor, norm: Norm) -> Tensor:
 
 @attacks.register("fab-t")
 @dataclass(frozen=True, kw_only=True)
-class FAB(Attack):
+class FAB(MinimalAttack):
     """Steps onto the linearized boundary with one class after the other, pulled back to the original; a minimal-norm
     attack.
 
@@ -94,15 +94,15 @@ class FAB(Attack):
         best, left = Best(part.images), torch.arange(len(rows), device=rows.device)
         for number in range(aims.shape[1]):
             x, distance = self.aim(part.take(left), aims[left, number], number)
-            best.update(x, -distance, left)
+            best.update(x, -distance, rows=left)
             if self.first_success:
                 left = (~self._near(-best.value)).nonzero().squeeze(1)
                 if not len(left):
                     break
-        images, radius = best.images, -best.value
         if len(left):
-            images[left], radius[left] = self._shorten(part.take(left), images[left], radius[left])
-        found[rows] = torch.where(self._near(radius)[:, None, None, None], images, part.images)
+            x, distance = self._shorten(part.take(left), best.images[left], -best.value[left].to(best.images.dtype))
+            best.update(x, -distance, rows=left)
+        found[rows] = torch.where(self._near(-best.value)[:, None, None, None], best.images, part.images)
         return found
 
     def _near(self, radius: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class FAB(Attack):
         loss, found = Lead(rival, problem.targeted), Best(problem.images)
         rows = torch.arange(len(rival), device=rival.device)
         for restart in range(self.restarts):
-            x, best, radius = problem.images, problem.images, -found.value[rows]
+            x, best, radius = problem.images, problem.images, -found.value[rows].to(problem.images.dtype)
             if restart:
                 noise = problem.uniform(number * self.restarts + restart)
                 reach = radius.clamp(max=1.0 if self.eps is None else self.eps)
@@ -127,13 +127,13 @@ class FAB(Attack):
                     continue
                 near = self._near(radius)
                 if bool(near.any()):
-                    found.update(best, -radius, rows)
+                    found.update(best, -radius, rows=rows)
                     left = (~near).nonzero().squeeze(1)
                     problem, loss, rows = problem.take(left), loss.take(left), rows[left]
                     x, best, radius = x[left], best[left], radius[left]
                     if not len(left):
                         return found.images, -found.value
-            found.update(best, -radius, rows)
+            found.update(best, -radius, rows=rows)
         return found.images, -found.value
 
     def _step(

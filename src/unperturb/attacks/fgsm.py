@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from unperturb.attacks.base import BallAttack, Problem, attacks
-from unperturb.attacks.losses import LOSSES
+from unperturb.attacks.losses import attack_loss
 
 
 @attacks.register("fgsm")
@@ -19,5 +19,5 @@ class FGSM(BallAttack):
     """
 
     def perturb(self, problem: Problem) -> Tensor:
-        _, gradient, _ = problem.gradient(problem.images, LOSSES[self.loss])
+        _, gradient, _ = problem.gradient(problem.images, attack_loss(self.loss, targeted=problem.targeted))
         return self.ascend(problem.images, gradient, self.eps)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import Attack, Problem, attacks
+from unperturb.attacks.base import MinimalAttack, Problem, attacks
 
 _SATURATED = 0.01  # a value this near to its limit counts as there: what is left of it could change nothing
 _PAIRS_AT_ONCE = 1 << 22  # bounds the memory of the pair scores, whatever the image size
@@ -16,7 +16,7 @@ _PAIRS_AT_ONCE = 1 << 22  # bounds the memory of the pair scores, whatever the i
 
 @attacks.register("jsma")
 @dataclass(frozen=True, kw_only=True)
-class JSMA(Attack):
+class JSMA(MinimalAttack):
     """Moves the two values per step that raise the target most while lowering the rest; a minimal-norm attack (L0).
 
     theta: what is added to a chosen value, negative to darken; a value leaves the search once it is saturated.

@@ -12,8 +12,8 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy per image."""
-    return F.cross_entropy(logits, labels, reduction="none")
+    """Cross-entropy per image, in float64: where logits are small, float32 rounds all of it to the log of K."""
+    return F.cross_entropy(logits.double(), labels, reduction="none")
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -36,3 +36,9 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, LossFunction] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+
+
+def attack_loss(name: str, *, targeted: bool) -> LossFunction:
+    """The loss of that name. Towards a target, DLR gives way to the margin: where the target ranks third the ratio is
+    exactly 1, whatever the image, and its gradient zero."""
+    return margin if targeted and name == "dlr" else LOSSES[name]

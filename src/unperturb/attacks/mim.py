@@ -9,14 +9,15 @@ from torch import Tensor
 
 from unperturb.attacks.balls import projection
 from unperturb.attacks.base import BallAttack, Best, Problem, attacks
-from unperturb.attacks.losses import LOSSES
+from unperturb.attacks.losses import attack_loss
 from unperturb.contract import budget
 
 
 @attacks.register("mim")
 @dataclass(frozen=True, kw_only=True)
 class MIM(BallAttack):
-    """Iterated steps along a momentum of L1-normalized gradients; the highest loss met is returned.
+    """Iterated steps along a momentum of L1-normalized gradients; the highest loss met is returned, that
+    of a success before any other.
 
     alpha: step in pixel units (default eps / steps). steps: forward+backward passes. decay: the momentum's mu.
 
@@ -36,17 +37,17 @@ class MIM(BallAttack):
             raise ValueError("steps must be at least 1")
 
     def perturb(self, problem: Problem) -> Tensor:
-        loss = LOSSES[self.loss]
+        loss = attack_loss(self.loss, targeted=problem.targeted)
         alpha = self.eps / self.steps if self.alpha is None else self.alpha
         best, project = Best(problem.images), projection(problem.images, self.eps, self.norm)
         x, momentum = problem.images, torch.zeros_like(problem.images)
-        for step in range(self.steps):
-            value, gradient, _ = problem.gradient(x, loss)
-            if step:
-                best.update(x, value)
+        for _ in range(self.steps):
+            value, gradient, logits = problem.gradient(x, loss)
+            best.update(x, value, fooled=problem.fooled(logits))
             # Clamped: a zero gradient adds nothing, where a division by zero would add NaN.
             gradient /= gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
             momentum = momentum.mul_(self.decay).add_(gradient)
             x = project(self.ascend(x, momentum, alpha))
-        best.update(x, problem.value(problem.logits(x), loss))
+        logits = problem.logits(x)
+        best.update(x, problem.value(logits, loss), fooled=problem.fooled(logits))
         return best.images

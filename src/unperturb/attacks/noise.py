@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from unperturb.attacks.balls import l2_norm
 from unperturb.attacks.base import BallAttack, Best, Problem, attacks
-from unperturb.attacks.losses import LOSSES
+from unperturb.attacks.losses import attack_loss
 
 
 @attacks.register("noise")
@@ -20,9 +20,11 @@ class Noise(BallAttack):
 
     kind: `"uniform"` or `"gaussian"`; either is scaled to norm `eps`, so the two spend the same. In L2 the length is
     `eps` after the cut with [0, 1] too, as far as the box has room. draws: independent tries, of which the one with
-    the highest loss is kept per image, at one forward pass each; a single draw does not meet the model.
+    the highest loss is kept per image, a success before any other, at one forward pass each; a single draw does not
+    meet the model.
     """
 
+    needs_gradient: ClassVar[bool] = False
     kind: Literal["uniform", "gaussian"] = "uniform"
     draws: int = 1
 
@@ -36,10 +38,11 @@ class Noise(BallAttack):
     def perturb(self, problem: Problem) -> Tensor:
         if self.draws == 1:
             return self._draw(problem, 0)
-        best = Best(problem.images)
+        best, loss = Best(problem.images), attack_loss(self.loss, targeted=problem.targeted)
         for draw in range(self.draws):
             x = self._draw(problem, draw)
-            best.update(x, problem.value(problem.logits(x), LOSSES[self.loss]))
+            logits = problem.logits(x)
+            best.update(x, problem.value(logits, loss), fooled=problem.fooled(logits))
         return best.images
 
     def _draw(self, problem: Problem, draw: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unperturb import draws
 from unperturb.attacks.base import Attack, Best, Problem, attacks
-from unperturb.attacks.losses import LOSSES
+from unperturb.attacks.losses import LOSSES, LossFunction, attack_loss
 
 _MOMENTUM = 0.9
 
@@ -29,8 +29,10 @@ class PatchAttack(Attack):
     whole batch, which then decides together. steps: forward+backward passes (times eot). lr: step in pixel units, along
     the sign of the momentum. loss: what is maximized.
 
-    Without eot the patch with the highest loss met is returned, with it the last one: a mean over few placements tells
-    more of the placements than of the patch. Source: Brown et al. 2017, "Adversarial patch".
+    Without eot the patch with the highest loss met is returned (of patches for one image, that of a success before any
+    other), with it the last one: a mean over few placements tells more of the placements than of the patch.
+
+    Source: Brown et al. 2017, "Adversarial patch".
     """
 
     area: float = 0.05
@@ -70,17 +72,17 @@ class PatchAttack(Attack):
             if self.eot:
                 gradient = torch.zeros_like(patch)
                 for draw in range(1 + step * self.eot, 1 + (step + 1) * self.eot):
-                    gradient += self._gradient(problem, patch, self._place(problem, side, draw))[1]
+                    gradient += self._gradient(problem, patch, self._place(problem, side, draw))[2]
             else:
-                value, gradient = self._gradient(problem, patch, shown)
-                best.update(patch, value)
+                value, logits, gradient = self._gradient(problem, patch, shown)
+                self._keep(problem, best, patch, value, logits)
             # Clamped: a zero gradient adds nothing, where a division by zero would add NaN.
             gradient = gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
             momentum = momentum.mul_(_MOMENTUM).add_(gradient)
             patch = torch.add(patch, momentum.sign(), alpha=self.lr).clamp_(0, 1)
         if not self.eot:
-            value = problem.value(problem.logits(self._paste(problem, patch, shown)), LOSSES[self.loss])
-            best.update(patch, value.sum(0, keepdim=True) if self.universal else value)
+            logits = problem.logits(self._paste(problem, patch, shown))
+            self._keep(problem, best, patch, problem.value(logits, self._loss(problem)), logits)
             patch = best.images
         return self._paste(problem, patch, shown)
 
@@ -88,14 +90,25 @@ class PatchAttack(Attack):
         """Side of the unscaled patch in pixels: the largest square of at most `area` of the image, at least 1."""
         return max(1, min(math.floor(math.sqrt(self.area * height * width) + 1e-9), height, width))
 
-    def _gradient(self, problem: Problem, patch: Tensor, where: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss per patch, `(P,)`, and its gradient, through the pasting."""
+    def _loss(self, problem: Problem) -> LossFunction:
+        return attack_loss(self.loss, targeted=problem.targeted)
+
+    def _keep(self, problem: Problem, best: Best, patch: Tensor, value: Tensor, logits: Tensor) -> None:
+        """What the model says of the pasted patch: each image's own patch by its success first, one for all by the sum
+        of losses."""
+        if self.universal:
+            best.update(patch, value.sum(0, keepdim=True))
+        else:
+            best.update(patch, value, fooled=problem.fooled(logits))
+
+    def _gradient(self, problem: Problem, patch: Tensor, where: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss per image, `(N,)`, the logits, and the gradient per patch, through the pasting."""
         with torch.enable_grad():
             patch = patch.detach().requires_grad_()
             x = self._paste(problem, patch, where)
-        value, gradient, _ = problem.gradient(x, LOSSES[self.loss])
+        value, gradient, logits = problem.gradient(x, self._loss(problem))
         (gradient,) = torch.autograd.grad(x, patch, gradient)
-        return (value.sum(0, keepdim=True) if self.universal else value), gradient
+        return value, logits, gradient
 
     def _paste(self, problem: Problem, patch: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
         """The images with the patch on the pixels of the mask, and untouched elsewhere."""

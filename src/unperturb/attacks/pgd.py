@@ -8,14 +8,15 @@ from torch import Tensor
 
 from unperturb.attacks.balls import projection
 from unperturb.attacks.base import BallAttack, Best, Problem, attacks
-from unperturb.attacks.losses import LOSSES
+from unperturb.attacks.losses import attack_loss
 from unperturb.contract import budget
 
 
 @attacks.register("pgd")
 @dataclass(frozen=True, kw_only=True)
 class PGD(BallAttack):
-    """Steps of `alpha` along the gradient's sign, projected after each; the highest loss met is returned.
+    """Steps of `alpha` along the gradient's sign, projected after each; the highest loss met is returned,
+    that of a success before any other.
 
     alpha: step in pixel units (default 2.5 eps / steps, so that the far side of the ball can be reached).
     steps: forward+backward passes per restart. random_start: start uniformly in the ball. restarts: independent
@@ -37,17 +38,17 @@ class PGD(BallAttack):
             raise ValueError("steps and restarts must be at least 1")
 
     def perturb(self, problem: Problem) -> Tensor:
-        loss = LOSSES[self.loss]
+        loss = attack_loss(self.loss, targeted=problem.targeted)
         alpha = 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
         best, project = Best(problem.images), projection(problem.images, self.eps, self.norm)
         for restart in range(self.restarts):
             x = problem.images
             if self.random_start or restart:
                 x = problem.random_start(self.eps, self.norm, restart)
-            for step in range(self.steps):
-                value, gradient, _ = problem.gradient(x, loss)
-                if step or restart:  # the start itself is not an answer, unless nothing else was met
-                    best.update(x, value)
+            for _ in range(self.steps):
+                value, gradient, logits = problem.gradient(x, loss)
+                best.update(x, value, fooled=problem.fooled(logits))
                 x = project(self.ascend(x, gradient, alpha))
-            best.update(x, problem.value(problem.logits(x), loss))
+            logits = problem.logits(x)
+            best.update(x, problem.value(logits, loss), fooled=problem.fooled(logits))
         return best.images

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import Attack, Problem, attacks
+from unperturb.attacks.base import MinimalAttack, Problem, attacks
 from unperturb.contract import budget
 
 _CORNERS = 64
@@ -15,7 +16,7 @@ _CORNERS = 64
 
 @attacks.register("rays")
 @dataclass(frozen=True, kw_only=True)
-class RayS(Attack):
+class RayS(MinimalAttack):
     """The sign vector along which the boundary is nearest in Linf, found by turning over ever smaller blocks of it; a
     minimal-norm attack that asks for the predicted class alone.
 
@@ -27,6 +28,7 @@ class RayS(Attack):
     Gu 2020, "RayS: a ray searching method for hard-label adversarial attack", algorithms 1-3 (but for the corners).
     """
 
+    needs_gradient: ClassVar[bool] = False
     queries: int = 10_000
     eps: float | None = None
     tolerance: float = 1e-3

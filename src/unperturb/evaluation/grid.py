@@ -6,7 +6,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ class Grid:
                         elif defense in self.instead and knowledge == "bpda":
                             seen = "white_box"
                         random = self.defenses[defense].random and seen in ("white_box", "bpda", "black_box")
-                        cell = Cell(classifier, defense, label, _lasting(attack) if random else attack, seen)
+                        asked = attack.for_random_model(eot=1) if random else attack  # `threats.EOT` averages already
+                        cell = Cell(classifier, defense, label, asked, seen)
                         if cell not in found:
                             found.append(cell)
         return found
@@ -109,12 +110,6 @@ class Grid:
                 )
         for cell in self.cells():
             self.target(cell)
-
-
-def _lasting(attack: Attack) -> Attack:
-    """`attack`, which spends its whole budget on every image."""
-    to_the_end: dict[str, Any] = {"first_success": False}
-    return replace(attack, **to_the_end) if getattr(attack, "first_success", False) else attack
 
 
 def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:
