@@ -18,6 +18,7 @@ FLOORS = {
     "registry": 1,
     "config": 1,
     "contract": 1,
+    "modules": 2,
     "devices": 2,
     "data": 2,
     "runs": 2,

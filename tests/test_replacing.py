@@ -49,8 +49,11 @@ def recipe(tmp_path: Path) -> Any:
             "n": 12,
             "classifiers": [str(tmp_path / "digits-convnet"), str(tmp_path / "digits-second")],
             "defenses": ["none", str(tmp_path / "adversarial-digits"), f"{tmp_path / 'ours-digits'}+jpeg", "median"],
-            "attacks": [{"name": "pgd", "eps": 0.2, "steps": 3}],
-            "knowledge": ["oblivious", "bpda", "white_box", "black_box"],
+            "attacks": [
+                {"name": "pgd", "eps": 0.2, "steps": 3},
+                {"name": "square", "eps": 0.2, "queries": 3, "knowledge": ["black_box"]},
+            ],
+            "knowledge": ["oblivious", "bpda", "white_box"],
             "shard": 5,
             "samples": 2,
         }

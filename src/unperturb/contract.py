@@ -7,35 +7,55 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+_OVERSHOOT = 1e-6  # what arithmetic in float32 leaves outside [0, 1]
 
-def budget(value: float | str) -> float:
-    """A budget in [0, 1] pixel units from a number or a fraction such as `"8/255"`; raises `ValueError`."""
+
+def budget(value: float | str, norm: str | None = None) -> float:
+    """A budget in [0, 1] pixel units from a number or a fraction such as `"8/255"`; raises `ValueError`.
+
+    norm: a `"linf"` budget is at most 1, which is all that a pixel can move; an L2 budget may be larger.
+    """
     try:
         number = float(Fraction(value)) if isinstance(value, str) else float(value)
     except (ValueError, ZeroDivisionError, TypeError):
         raise ValueError(f"a budget is a number or a fraction such as '8/255', not {value!r}") from None
     if not 0 <= number < float("inf"):
         raise ValueError(f"a budget is finite and not negative, not {value!r}")
+    if norm == "linf" and number > 1:
+        raise ValueError(
+            f"a budget in Linf is at most 1, for pixels lie in [0, 1], not {value!r}; "
+            f"{number:g} levels of 255 are '{number:g}/255'"
+        )
     return number
 
 
-def check_images(images: Tensor) -> None:
-    """Raise `TypeError` or `ValueError` unless `images` is float `(N, C, H, W)` in [0, 1] without NaN."""
+def check_form(images: Tensor) -> None:
+    """Raise `TypeError` or `ValueError` unless `images` is float `(N, C, H, W)`; no pixel is looked at."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images must be a float tensor in [0, 1], not {kind}; divide 8-bit images by 255")
     if images.dim() != 4:
         raise ValueError(f"images must have shape (N, C, H, W), not {tuple(images.shape)}")
+
+
+def check_images(images: Tensor) -> Tensor:
+    """`images`, float `(N, C, H, W)` in [0, 1], cut to it where they overshoot by rounding alone.
+
+    Raises `TypeError` or `ValueError` for any other dtype or shape, for NaN, and for pixels outside [0, 1].
+    """
+    check_form(images)
     if images.numel() == 0:
-        return
-    low, high = (float(v) for v in images.aminmax())
+        return images
+    low, high = (float(v) for v in images.detach().aminmax())
     if low != low or high != high:
         raise ValueError("images hold NaN pixels")
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"images must lie in [0, 1], found [{low:.4g}, {high:.4g}]; mean/std normalization belongs in the "
-            "classifier's first layer (see unperturb.wrap)"
-        )
+    if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+        if low >= 0:
+            advice = "divide pixels of 0 to 255 by 255"
+        else:
+            advice = "mean/std normalization belongs in the classifier's first layer (see unperturb.wrap)"
+        raise ValueError(f"images must lie in [0, 1], found [{low:.7g}, {high:.7g}]; {advice}")
+    return images.clamp(0, 1) if low < 0 or high > 1 else images
 
 
 def check_labels(images: Tensor, labels: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unperturb.defenses.base import Defense, Protected
+from unperturb.modules import ask
 from unperturb.registry import unknown
 
 KNOWLEDGE = {
@@ -106,6 +107,28 @@ class OutputsOnly(nn.Module):
         return out
 
 
+class Chain(nn.Module):
+    """A classifier behind purifiers, one after the other, each of which may be an adapter."""
+
+    def __init__(self, *purifiers: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.purifiers, self.classifier = nn.ModuleList(purifiers), classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        for purifier in self.purifiers:
+            images = purifier(images)
+        return ask(self.classifier, images)
+
+
+def check_attacker(attack: object, knowledge: str) -> None:
+    """Raise `ValueError` where an attacker who sees outputs only is to use an attack by gradients."""
+    if knowledge == "black_box" and getattr(attack, "needs_gradient", True):
+        raise ValueError(
+            f"{type(attack).__name__} needs a gradient, and black_box gives none: its random start would pass for "
+            "robustness. Ask by queries there (square, rays), or give it another knowledge"
+        )
+
+
 def target(
     classifier: nn.Module,
     defense: Defense,
@@ -139,10 +162,8 @@ def target(
     if knowledge == "white_box" and defense.differentiable:
         seen: nn.Module = Protected(classifier, defense)
     elif knowledge == "white_box":
-        links = defense.links()
-        seen = nn.Sequential(
-            *(link if link.differentiable else BPDA(link, stand_in or link.stand_in) for link in links), classifier
-        )
+        links = (k if k.differentiable else BPDA(k, stand_in or k.stand_in) for k in defense.links())
+        seen = Chain(*links, classifier=classifier)
     else:
-        seen = nn.Sequential(BPDA(defense, stand_in), classifier)
+        seen = Chain(BPDA(defense, stand_in), classifier=classifier)
     return EOT(seen, eot) if defense.random else seen

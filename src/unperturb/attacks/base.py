@@ -1,23 +1,25 @@
 """The contract of every attack: settings in, adversarial images out, inside the ball and inside [0, 1].
 
 A new attack is a frozen dataclass that writes `perturb` alone. It meets the model only through a `Problem`, which
-counts passes, keeps randomness per image and watches for logits that are not numbers.
+counts passes, keeps randomness per image and makes wrong answers of logits that are not finite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unperturb import draws
 from unperturb.attacks.balls import Norm, column, l2_norm, project_
 from unperturb.attacks.losses import LOSSES, LossFunction, margin
 from unperturb.contract import budget, check_images, check_labels
+from unperturb.modules import frozen, logits_of
 from unperturb.registry import Registry
 
 attacks: Registry[Attack] = Registry("attack")
@@ -26,8 +28,15 @@ Model = Callable[[Tensor], Tensor]
 Progress = Callable[[int], None]
 
 
-class NonFiniteLogitsError(ValueError):
-    """The attacked model returned NaN or infinite logits."""
+class NoGradientError(ValueError):
+    """The attacked model gives an attack by gradients none."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the attacked model gives no gradient (it works under no_grad, on detached values or on integers), so an "
+            "attack by gradients would stand still and look like robustness: attack it by queries (square, rays), or "
+            "give its hidden step a stand-in (knowledge 'bpda', unperturb.threats.BPDA)"
+        )
 
 
 def create_attack(name: str, **options: Any) -> Attack:
@@ -38,39 +47,51 @@ def create_attack(name: str, **options: Any) -> Attack:
 # The problem --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def frozen(model: Model) -> Iterator[None]:
-    """Inside: eval mode, no parameter asks for a gradient. After: every flag is as it was."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    training = [m.training for m in modules]
-    requires_grad = [p.requires_grad for p in parameters]
-    for m in modules:
-        if m.training:  # to set an attribute of a module costs more than to look
-            m.training = False
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for m, flag in zip(modules, training):
-            if m.training != flag:
-                m.training = flag
-        for p, flag in zip(parameters, requires_grad):
-            p.requires_grad_(flag)
-
-
 @dataclass
 class Tally:
-    """What an attack spent: batch passes, and forward passes per image. finite: 0, or NaN once a logit was not."""
+    """What an attack spent: batch passes, and per image `(N,)`.
+
+    queries: forward passes. gradients: how often a gradient was asked for, zero_gradients: how often it was exactly
+    zero. nonfinite: passes whose logits were not finite. classes: K, once the model has answered.
+    """
 
     forwards: int = 0
     backwards: int = 0
     queries: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     zero_gradients: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    finite: Tensor | None = None
+    gradients: Tensor = field(init=False)
+    nonfinite: Tensor = field(init=False)
+    classes: int | None = None
     felled_by: list[str] = field(default_factory=list)
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        self.gradients, self.nonfinite = torch.zeros_like(self.queries), torch.zeros_like(self.queries)
+
+    @property
+    def zero_gradient(self) -> Tensor:
+        """`(N,)`: the share, in [0, 1], of an image's gradients that was zero; 0 where none was asked for."""
+        return self.zero_gradients / self.gradients.clamp(min=1)
+
+    def warn(self, watched: Tensor) -> None:
+        """Warn of images with logits that are not finite, and of those of `watched` `(N,)` that gave hardly a gradient.
+
+        watched: whose gradients matter: an image that has fallen needs none, nor one whose logits were no numbers.
+        """
+        count = len(self.queries)
+        if count and (bad := int((self.nonfinite > 0).sum())):
+            warnings.warn(
+                f"the logits of {bad} of {count} images were NaN or infinite: these count as wrong answers",
+                stacklevel=3,
+            )
+        watched = watched & (self.nonfinite == 0)
+        if count and (still := int(((self.zero_gradient >= 0.5) & watched).sum())) > count / 10:
+            warnings.warn(
+                f"the gradient of {still} of {count} images was exactly zero in at least half of the passes: the model "
+                "hides it (by saturation or steps), and that they stand proves little. Try loss='margin', an attack by "
+                "queries (square, rays), or a stand-in (knowledge 'bpda')",
+                stacklevel=3,
+            )
 
 
 @dataclass
@@ -89,6 +110,7 @@ class Problem:
     seed: int
     tally: Tally
     rows: Tensor
+    _denial: Tensor | None = field(default=None, init=False, repr=False)
 
     def take(self, rows: Tensor) -> Problem:
         """The problem for the images at `rows` (positions or a mask)."""
@@ -104,16 +126,24 @@ class Problem:
         )
 
     def _forward(self, x: Tensor) -> Tensor:
-        logits = self.model(x)
-        if self.tally.finite is None:
-            _check_logits(logits, self.labels)
-            self.tally.finite = logits.new_zeros(())
-        self.tally.finite += (logits.detach() * 0).sum()  # of NaN and infinity 0 times is NaN
+        """Logits, float32; an image's that are not all finite give way to a denial of its label, which is wrong
+        for who is to leave it and no success for who is to reach it."""
+        logits = logits_of(self.model, x)
+        classes = logits.shape[1]
+        if self.tally.classes is None:
+            _check_classes(self.labels, classes)
+            self.tally.classes = classes
+        elif classes != self.tally.classes:
+            raise ValueError(f"the attacked model returned {classes} classes, and {self.tally.classes} before")
+        if self._denial is None:
+            self._denial = _denials(self.labels, classes)
+        bad = _not_finite(logits)
         self.tally.forwards += 1
         self._count(self.tally.queries)
+        self._count(self.tally.nonfinite, bad)
         if self.tally.progress is not None:
             self.tally.progress(self.tally.forwards)
-        return logits
+        return torch.where(bad[:, None], self._denial, logits)
 
     def _count(self, counts: Tensor, by: Tensor | int = 1) -> None:
         """Add `by` to the `counts` of this problem's images."""
@@ -125,7 +155,7 @@ class Problem:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Logits `(N, K)`, no gradient: one forward pass."""
-        return self._forward(x).float()
+        return self._forward(x)
 
     def fooled(self, logits: Tensor) -> Tensor:
         """`(N,)` bool: the attacker has what it wants."""
@@ -148,10 +178,11 @@ class Problem:
         The loss is summed, so an image's gradient does not depend on the rest of the batch.
         """
         x = x.detach().requires_grad_()
-        logits = self._forward(x).float()
+        logits = self._forward(x)
         value = self.value(logits, loss)
         gradient = _input_gradient(value.sum(), x)
         self.tally.backwards += 1
+        self._count(self.tally.gradients)
         self._count(self.tally.zero_gradients, gradient.flatten(1).abs().amax(1) == 0)
         return value.detach(), gradient, logits.detach()
 
@@ -159,7 +190,7 @@ class Problem:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One forward pass kept for `backward`: (the point to differentiate at, logits `(N, K)`)."""
         point = x.detach().requires_grad_()
-        return point, self._forward(point).float()
+        return point, self._forward(point)
 
     def backward(self, point: Tensor, logits: Tensor, weights: Tensor, *, keep: bool = False) -> Tensor:
         """One backward pass: the gradient at `point` of each image's logits times its `weights` `(N, K)`.
@@ -168,7 +199,8 @@ class Problem:
         """
         gradient = _input_gradient(logits, point, weights, keep=keep)
         self.tally.backwards += 1
-        asked = (weights != 0).any(1)  # of an image whose weights are all zero the model's gradient is not known
+        asked = weights.count_nonzero(1) > 0  # a gradient that nobody wanted is zero for no fault of the model's
+        self._count(self.tally.gradients, asked)
         self._count(self.tally.zero_gradients, asked & (gradient.flatten(1).abs().amax(1) == 0))
         return gradient
 
@@ -193,20 +225,32 @@ class Problem:
 
 
 def _input_gradient(of: Tensor, x: Tensor, weights: Tensor | None = None, *, keep: bool = False) -> Tensor:
-    """The gradient of `of` at `x`, in memory of its own."""
-    if not of.requires_grad:  # a constant model has no graph, and a zero gradient
-        return torch.zeros_like(x)
-    (gradient,) = torch.autograd.grad(of, x, weights, retain_graph=keep)
+    """The gradient of `of` at `x`, in memory of its own, 0 where it is not finite; raises `NoGradientError`."""
+    if not of.requires_grad:
+        raise NoGradientError
+    (gradient,) = torch.autograd.grad(of, x, weights, retain_graph=keep, allow_unused=True)
+    if gradient is None:
+        raise NoGradientError
     # A model that begins by summing pixels gives one number, expanded: it cannot be worked on in place.
-    return gradient.clone() if 0 in gradient.stride() else gradient
+    gradient = gradient.clone() if 0 in gradient.stride() else gradient
+    # A pixel that is NaN once would be NaN in every step after.
+    return gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _check_logits(logits: Tensor, labels: Tensor) -> None:
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the attacked model must return logits of shape ({len(labels)}, classes), it returned {got}")
-    if len(labels) and int(labels.max()) >= logits.shape[1]:
-        raise ValueError(f"label {int(labels.max())} is out of range: the model has {logits.shape[1]} classes")
+def _check_classes(labels: Tensor, classes: int) -> None:
+    if len(labels) and int(labels.max()) >= classes:
+        raise ValueError(f"label {int(labels.max())} is out of range: the model has {classes} classes")
+
+
+def _not_finite(logits: Tensor) -> Tensor:
+    """`(N,)` bool: an image whose logits `(N, K)` are not all finite."""
+    return (logits.detach() * 0).sum(1) != 0  # of NaN and infinity 0 times is NaN, which equals nothing
+
+
+def _denials(labels: Tensor, classes: int) -> Tensor:
+    """Logits `(N, K)` that say: anything but the label. No two are equal, so that no loss divides by zero."""
+    steps = torch.arange(classes, dtype=torch.float32, device=labels.device) / -classes
+    return steps.repeat(len(labels), 1).scatter_(1, labels[:, None], -1.0)
 
 
 # The attack ---------------------------------------------------------------------------------------------------------
@@ -218,9 +262,10 @@ class AttackResult:
 
     images: `(N, C, H, W)` adversarial images. success, success_8bit: `(N,)` bool, by one clean final forward, as they
     are and rounded to 8 bits. forwards, backwards: batch passes spent by the attack. queries: `(N,)` forward passes
-    per image. zero_gradients: `(N,)` how often an image's gradient was exactly zero (a saturated or masked model).
-    felled_by: N names, of the member of a cascade that felled each image ("" where it still stands, "clean" where it
-    needed no attack); empty for an attack that is no cascade.
+    per image. gradients, zero_gradients: `(N,)` how often an image's gradient was asked for, and how often it was
+    exactly zero (a saturated or masked model). nonfinite: `(N,)` passes, the final ones too, whose logits were NaN or
+    infinite: a wrong answer. felled_by: N names, of the member of a cascade that felled each image ("" where it still
+    stands, "clean" where it needed no attack); empty for an attack that is no cascade.
     """
 
     images: Tensor
@@ -229,7 +274,9 @@ class AttackResult:
     forwards: int
     backwards: int
     queries: Tensor
+    gradients: Tensor
     zero_gradients: Tensor
+    nonfinite: Tensor
     felled_by: list[str] = field(default_factory=list)
 
 
@@ -280,9 +327,29 @@ class Attack:
         random draws depend on (default: its place in the batch). seed: of those draws. progress: called after each
         forward pass with their number so far; nothing is ever printed from inside.
 
-        Raises `TypeError` or `ValueError` for inputs that are not so, `NonFiniteLogitsError` for NaN logits.
+        Raises `TypeError` or `ValueError` for inputs that are not so, `NoGradientError` where an attack by gradients
+        meets a model that gives none. Warns of logits that are not finite (wrong answers) and of gradients of zero.
         """
-        return self._solve(model, images, labels, targets, index, seed, progress)[0]
+        x, problem = self._solve(model, images, labels, targets, index, seed, progress)
+        # Whoever has reached a target has no gradient left, and who has not is not told apart without another pass.
+        problem.tally.warn(torch.full_like(problem.labels, not problem.targeted, dtype=torch.bool))
+        return x
+
+    @final
+    def solve(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        index: Tensor | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, Tally]:
+        """The same images as `__call__`, without a warning, with what they cost: for who asks batch by batch."""
+        x, problem = self._solve(model, images, labels, targets, index, seed, progress)
+        return x, problem.tally
 
     @final
     def run(
@@ -299,21 +366,28 @@ class Attack:
         """The same images as `__call__`, re-checked by clean forward passes, with what they cost."""
         x, problem = self._solve(model, images, labels, targets, index, seed, progress)
         tally = problem.tally
-        with frozen(model), torch.no_grad():
-            logits, rounded = model(x), model((x * 255).round() / 255)
-        if not bool(torch.isfinite(logits).all() & torch.isfinite(rounded).all()):
-            raise NonFiniteLogitsError("the attacked model returned NaN or infinite logits")
+        success = []
+        with torch.inference_mode(False), frozen(model), torch.no_grad():
+            for shown in (x, (x * 255).round() / 255):
+                logits = logits_of(model, shown)
+                bad = _not_finite(logits)
+                tally.nonfinite += bad
+                success.append(torch.where(bad, not problem.targeted, problem.fooled(logits)))
+        tally.warn(~success[0])
         return AttackResult(
-            x,
-            problem.fooled(logits),
-            problem.fooled(rounded),
-            tally.forwards,
-            tally.backwards,
-            tally.queries,
-            tally.zero_gradients,
-            tally.felled_by,
+            images=x,
+            success=success[0],
+            success_8bit=success[1],
+            forwards=tally.forwards,
+            backwards=tally.backwards,
+            queries=tally.queries,
+            gradients=tally.gradients,
+            zero_gradients=tally.zero_gradients,
+            nonfinite=tally.nonfinite,
+            felled_by=tally.felled_by,
         )
 
+    @torch.inference_mode(False)  # where there is no gradient; it would read as robustness
     def _solve(
         self,
         model: Model,
@@ -324,10 +398,11 @@ class Attack:
         seed: int,
         progress: Progress | None,
     ) -> tuple[Tensor, Problem]:
-        check_images(images)
+        images = check_images(images)
         check_labels(images, labels)
-        images, labels = images.detach().float(), labels.to(torch.int64)
-        index = torch.arange(len(images), device=images.device) if index is None else index.to(images.device)
+        self._check_reach(images)
+        images, labels = _plain(images.detach().float()), _plain(labels.to(torch.int64))
+        index = torch.arange(len(images), device=images.device) if index is None else _plain(index.to(images.device))
         if index.shape != labels.shape:
             raise ValueError(f"index must have shape {tuple(labels.shape)}, not {tuple(index.shape)}")
         counts = torch.zeros_like(labels)
@@ -336,14 +411,26 @@ class Attack:
         problem = Problem(model, images, labels, False, index, seed, tally, rows)
         if not len(images):
             return images.clone(), problem
-        with frozen(model):
+        with frozen(model) as modules:
+            tensors = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+            if any(t.is_inference() for t in tensors) and getattr(self, "needs_gradient", True):
+                raise ValueError(
+                    "the model was made in torch.inference_mode and can give no gradient: make it, or "
+                    "copy.deepcopy it, outside"
+                )
             if targets is not None or self.targets is not None:
-                problem.labels = self._choose_targets(problem, targets)
-                problem.targeted = True
+                problem = replace(problem, labels=self._choose_targets(problem, targets), targeted=True)
             x = self.limit(self.perturb(problem).detach(), images)
-        if tally.finite is not None and bool(tally.finite.isnan()):
-            raise NonFiniteLogitsError("the attacked model returned NaN or infinite logits")
         return x, problem
+
+    def _check_reach(self, images: Tensor) -> None:
+        """Raise `ValueError` for an L2 budget that no two images are apart by."""
+        eps, far = getattr(self, "eps", None), math.sqrt(images[0].numel()) if len(images) else math.inf
+        if eps is not None and getattr(self, "norm", None) == "l2" and eps > far:
+            raise ValueError(
+                f"an L2 budget of {eps:g} is more than any two images of {tuple(images.shape[1:])} in [0, 1] are "
+                f"apart ({far:.4g}); divide a budget made for pixels of 0 to 255 by 255"
+            )
 
     def _choose_targets(self, problem: Problem, given: Tensor | None) -> Tensor:
         labels = problem.labels
@@ -351,16 +438,19 @@ class Attack:
             check_labels(problem.images, given)
             if bool((given == labels).any()):
                 raise ValueError("a target equals the true class of its image")
-            return given.to(labels)
+            return _plain(given.to(labels))
         logits = problem.logits(problem.images)
-        if logits.shape[1] < 2:
-            raise ValueError("a targeted attack needs at least two classes")
         if self.targets == "least_likely":
             return logits.scatter(1, labels[:, None], torch.inf).argmin(1)
         if self.targets == "random":
             shift = 1 + draws.integers(problem.seed, problem.index, 1 << 41, logits.shape[1] - 1).squeeze(1)
             return (labels + shift) % logits.shape[1]
         raise ValueError(f"targets must be None, 'least_likely' or 'random', not {self.targets!r}")
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of one that was made in inference mode and can have no gradient."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +467,7 @@ class BallAttack(Attack):
     loss: str = "cross_entropy"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eps", budget(self.eps))
+        object.__setattr__(self, "eps", budget(self.eps, self.norm))
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"norm must be 'linf' or 'l2', not {self.norm!r}")
         if self.loss not in LOSSES:

@@ -79,7 +79,7 @@ class FAB(MinimalAttack):
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"norm must be 'linf' or 'l2', not {self.norm!r}")
         if self.eps is not None:
-            object.__setattr__(self, "eps", budget(self.eps))
+            object.__setattr__(self, "eps", budget(self.eps, self.norm))
         if self.steps < 1 or self.restarts < 1 or self.target_classes < 1:
             raise ValueError("steps, restarts and target_classes must be at least 1")
 

@@ -32,7 +32,7 @@ class MIM(BallAttack):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alpha is not None:
-            object.__setattr__(self, "alpha", budget(self.alpha))
+            object.__setattr__(self, "alpha", budget(self.alpha, self.norm))
         if self.steps < 1:
             raise ValueError("steps must be at least 1")
 

@@ -33,7 +33,7 @@ class PGD(BallAttack):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alpha is not None:
-            object.__setattr__(self, "alpha", budget(self.alpha))
+            object.__setattr__(self, "alpha", budget(self.alpha, self.norm))
         if self.steps < 1 or self.restarts < 1:
             raise ValueError("steps and restarts must be at least 1")
 

@@ -35,7 +35,7 @@ class RayS(MinimalAttack):
 
     def __post_init__(self) -> None:
         if self.eps is not None:
-            object.__setattr__(self, "eps", budget(self.eps))
+            object.__setattr__(self, "eps", budget(self.eps, "linf"))
         if self.queries < 1:
             raise ValueError("queries must be at least 1")
         if not 0 < self.tolerance < 1:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unperturb.contract import check_form
+from unperturb.modules import ask, check_logits, deep_copy, evaluating
 from unperturb.registry import Registry, UnknownNameError
 from unperturb.runs import RunError, load_tensors, read_json, save_tensors, write_json
 
@@ -21,7 +21,10 @@ classifiers: Registry[nn.Module] = Registry("classifier")
 
 
 class Normalize(nn.Module):
-    """`(images - mean) / std`, channel by channel; raises `ValueError` where the images have other channels."""
+    """`(images - mean) / std`, channel by channel.
+
+    mean, std: of images in [0, 1]. Raises `ValueError` for those of 0 to 255, and where images have other channels.
+    """
 
     mean: Tensor
     std: Tensor
@@ -33,6 +36,11 @@ class Normalize(nn.Module):
             raise ValueError(f"mean and std need one number per channel each; got {list(mean)} and {list(std)}")
         if not (m.isfinite().all() and s.isfinite().all() and (s > 0).all()):
             raise ValueError(f"mean must be finite and std above zero; got {list(mean)} and {list(std)}")
+        if (m < 0).any() or (m > 1).any() or (s > 1).any():
+            raise ValueError(
+                f"mean and std are those of images in [0, 1]; {list(mean)} and {list(std)} are not: divide those of "
+                "pixels of 0 to 255 by 255; for pixels of -1 to 1 both are 0.5"
+            )
         self.register_buffer("mean", m.view(1, -1, 1, 1))
         self.register_buffer("std", s.view(1, -1, 1, 1))
 
@@ -41,6 +49,7 @@ class Normalize(nn.Module):
         if images.ndim != 4 or images.shape[1] != self.mean.shape[1]:
             wanted = f"(N, {self.mean.shape[1]}, H, W)"
             raise ValueError(f"this classifier takes images {wanted}; got {tuple(images.shape)}")
+        check_form(images)
         return (images - self.mean) / self.std
 
     def extra_repr(self) -> str:
@@ -51,7 +60,8 @@ class Classifier(nn.Module):
     """A network behind its normalization: images `(N, C, H, W)` in [0, 1] -> logits `(N, K)`.
 
     spec: what rebuilds it (name, options, channels, size, classes, mean, std), JSON-able; None for a model that was
-    wrapped, not built here. A frozen one stays in eval mode whatever it is part of.
+    wrapped, not built here: such a one gets its input in a dtype that it takes, and may write over it. A frozen one
+    stays in eval mode whatever it is part of.
     """
 
     def __init__(self, normalize: nn.Module, net: nn.Module, spec: Mapping[str, Any] | None = None) -> None:
@@ -62,7 +72,9 @@ class Classifier(nn.Module):
         self.frozen = False
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.spec is not None and images.shape[2:] != (self.spec["size"], self.spec["size"]):
+        if self.spec is None:
+            return ask(self.net, self.normalize(images))
+        if images.shape[2:] != (self.spec["size"], self.spec["size"]):
             size = self.spec["size"]
             raise ValueError(f"{self.spec['name']} takes images of {size}x{size} pixels; got {tuple(images.shape)}")
         return self.net(self.normalize(images))
@@ -136,6 +148,24 @@ def load_classifier(folder: str | Path) -> Classifier:
     return classifier.eval()
 
 
+class _TwoLogits(nn.Module):
+    """The one logit z of a binary model, `(N,)` or `(N, 1)`, as two: (0, z). Softmax makes of them what sigmoid makes
+    of z."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        z = ask(self.net, images)
+        if not isinstance(z, Tensor) or tuple(z.shape) not in ((len(images),), (len(images), 1)):
+            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"binary=True is for a model that gives one logit per image; this one gave {got}")
+        z = z.reshape(-1, 1)
+        return torch.cat([torch.zeros_like(z), z], 1)
+
+
+@torch.inference_mode(False)
 def wrap(
     module: nn.Module,
     mean: Sequence[float] | None = None,
@@ -143,65 +173,60 @@ def wrap(
     size: int | None = None,
     channels: int | None = None,
     classes: int | None = None,
+    binary: bool = False,
 ) -> Classifier:
     """Any model of yours as a classifier: a frozen copy in eval mode, behind `Normalize(mean, std)` if these are given.
 
-    size: side of the images it takes, in pixels; with it, two random images in [0, 1] are shown to the model at once.
-    channels: theirs, if there is no mean to count (default 3). classes: K, where it should be checked.
+    mean, std: in [0, 1] pixel units. size: side of the images it takes, in pixels; with it, two random images in [0, 1]
+    are shown to the model at once. channels: theirs, if there is no mean to count (default 3). classes: K, where it
+    should be checked. binary: the model gives one logit z per image, of which two are made, (0, z): class 1 is what it
+    calls positive (z > 0), class 0 the other.
 
-    Raises `ValueError` where the model fails on the two images or gives anything but finite logits `(2, K)`. Warns
-    where they look like probabilities: attacks and losses here apply the softmax themselves.
+    Raises `TypeError` for what is no module, `ValueError` for one that cannot be copied, and where the model fails on
+    the two images or gives anything but finite logits `(2, K)`. Warns where they look like probabilities: attacks and
+    losses here apply the softmax themselves.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"wrap takes a torch.nn.Module, not {type(module).__name__}; a function becomes one as the forward of a "
+            "class of yours, its networks as attributes"
+        )
     if (mean is None) != (std is None):
         raise ValueError("mean and std go together; give both, or neither if the model normalizes its own input")
     if mean is not None and channels is not None and len(mean) != channels:
         raise ValueError(f"mean and std need one number per channel: {channels}; got {list(mean)}")
     normalize = Normalize(mean, std) if mean is not None and std is not None else nn.Identity()
-    classifier = Classifier(normalize, copy.deepcopy(module)).freeze()
+    net = deep_copy(module)
+    classifier = Classifier(normalize, _TwoLogits(net) if binary else net).freeze()
     at = next((t for t in module.parameters() if t.is_floating_point()), torch.zeros(()))
     normalize.to(at.device)
     if size is not None:
         shape = (2, len(mean) if mean is not None else channels or 3, size, size)
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        _check_logits(classifier, images.to(at.device), classes)
+        _check_answers(classifier, images.to(at.device), classes)
     return classifier
 
 
 @torch.no_grad()
-def _check_logits(classifier: nn.Module, images: Tensor, classes: int | None) -> None:
+def _check_answers(classifier: nn.Module, images: Tensor, classes: int | None) -> None:
     shape = tuple(images.shape)
     try:
-        logits = classifier(images)
+        answers = classifier(images)
     except Exception as error:
         raise ValueError(
             f"the model failed on two float32 images {shape} in [0, 1]; are size and channels its own? It said: {error}"
         ) from error
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"the model must return one tensor of logits (N, K); it returned {type(logits).__name__}")
-    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
-        raise ValueError(f"the model must give logits (N, K), (2, K) for two images; it gave {tuple(logits.shape)}")
+    logits = check_logits(answers, len(images))
     if classes is not None and logits.shape[1] != classes:
         raise ValueError(f"the model gives {logits.shape[1]} logits an image, where {classes} classes were expected")
     if not logits.isfinite().all():
         raise ValueError(f"the model gives NaN or infinite logits for random images {shape} in [0, 1]")
-    if (logits >= 0).all() and torch.allclose(logits.float().sum(1), torch.ones(2, device=logits.device), atol=1e-3):
+    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(2, device=logits.device), atol=1e-3):
         warnings.warn(
             "the model's outputs are probabilities, not logits (they are >= 0 and sum to 1): remove its softmax, "
             "or attacks will find no gradient and look weaker than they are",
-            stacklevel=3,
+            stacklevel=5,
         )
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every submodule's own mode as it was after."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 def macs(module: nn.Module, shape: Sequence[int]) -> int:
@@ -210,6 +235,6 @@ def macs(module: nn.Module, shape: Sequence[int]) -> int:
 
     at = next(module.parameters(), torch.zeros(()))
     counter = FlopCounterMode(display=False)
-    with evaluating(module), torch.no_grad(), counter:
+    with evaluating(module.modules()), torch.no_grad(), counter:
         module(torch.zeros(1, *shape, device=at.device))
     return counter.get_total_flops() // 2

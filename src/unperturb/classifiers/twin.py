@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import fusion
 
 from unperturb.classifiers.base import Classifier, Normalize
+from unperturb.modules import ask, deep_copy, frozen
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _PROBE_IMAGES = 32
@@ -30,14 +30,28 @@ class Twin(nn.Module):
         self.channels_last = channels_last
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.module(images)
+        return ask(self.module, images)
 
     def train(self, mode: bool = True) -> Twin:
         return super().train(False)
 
 
+class _Borrowed(nn.Module):
+    """A model that cannot be copied, asked as if it were frozen; between calls it is what its owner made of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.lender = (model,)  # in a tuple it is no part of this module, whose mode and device are its own
+
+    def forward(self, images: Tensor) -> Tensor:
+        (model,) = self.lender
+        with frozen(model):
+            return ask(model, images)
+
+
+@torch.inference_mode(False)
 def twin(model: nn.Module, example: Tensor | None = None, *, channels_last: bool | None = None) -> Twin:
-    """The frozen fast copy of `model`, which stays as it is.
+    """The frozen fast copy of `model`, which stays as it is; one that cannot be copied is asked itself, as if frozen.
 
     example: images `(N, C, H, W)` in [0, 1] like those to be attacked; they give shape and device of the trials.
     Without them the `spec` of a `Classifier` does; where there is none either, nothing is folded or probed.
@@ -48,7 +62,12 @@ def twin(model: nn.Module, example: Tensor | None = None, *, channels_last: bool
     stays: it cannot go into a convolution that pads with zeros. Each change is kept if, on random images, logits (to
     1e-4) and input gradient (to 1e-2, of the median image) stay what they were; else the copy is frozen as it is.
     """
-    module = copy.deepcopy(model).requires_grad_(False).eval()
+    try:
+        module = deep_copy(model).eval()
+    except ValueError:
+        return Twin(_Borrowed(model), 0, False).eval()
+    for parameter in module.parameters():  # TorchScript has no `requires_grad_` of its own
+        parameter.requires_grad_(False)
     images = _trial_images(model, example)
     if images is None:
         return Twin(module, 0, False).eval()
@@ -84,8 +103,8 @@ class _Tracer(fx.Tracer):
 def _folded(plain: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
     """`plain` with its batch norms folded, and how many; `plain` itself and 0 where that would change what it does."""
     few = images[:8]
-    module = copy.deepcopy(plain)
     try:
+        module = deep_copy(plain)
         pairs = list(_pairs(module))
         for layer, norm in pairs:
             _fold(module, layer, norm)
@@ -176,7 +195,7 @@ def _pass(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, and the gradient with respect to the images of a sum in which no two classes weigh the same."""
     images = images.clone().requires_grad_(True)
     with torch.enable_grad():
-        logits = model(images)
+        logits = ask(model, images)
         weights = torch.linspace(-1, 1, logits.shape[1], device=logits.device)
         (gradient,) = torch.autograd.grad((logits * weights).sum(), images)
     return logits.detach(), gradient
@@ -189,8 +208,8 @@ def _laid_out(module: nn.Module, images: Tensor, channels_last: bool | None) -> 
     """`module` in the memory format asked for, or the faster one where none is; and whether that is channels last."""
     if channels_last is False:
         return module, False
-    other = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
+        other = deep_copy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if (channels_last or _faster(other, module, images)) and _agree(module, other, images[:8]):
             return other, True
     except Exception:  # a view that needs its memory in the plain order, or no gradient to time

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from unperturb import runs
-from unperturb.contract import check_images
+from unperturb.contract import check_form, check_images
+from unperturb.modules import ask, evaluating
 from unperturb.registry import Registry
 
 defenses: Registry[Defense] = Registry("defense")
@@ -39,14 +40,16 @@ class Defense(nn.Module):
 
     differentiable: gradients flow through `purify`. random: two calls may differ. Both say what an attacker needs.
     learns_from_pairs: its losses look at adversarial images; where they do not, none are made. size: the only side of
-    images that it can purify (None: any). held_out: at most so many validation images are looked at while it is trained
-    and for its thresholds, because purifying is dear (None: as many as the job takes for any other).
+    images that it can purify, channels: their only number of channels (None: any). held_out: at most so many validation
+    images are looked at while it is trained and for its thresholds, because purifying is dear (None: as many as the job
+    takes for any other).
     """
 
     differentiable = True
     random = False
     learns_from_pairs = True
     size: int | None = None
+    channels: int | None = None
     held_out: int | None = None
     spec: dict[str, Any] | None = None
     outcome: Any = None  # what the training cost, where this object was just trained
@@ -56,6 +59,13 @@ class Defense(nn.Module):
         raise TypeError(f"{type(self).__name__} does not say how it purifies")
 
     def forward(self, images: Tensor) -> Tensor:
+        """`purify`; raises `TypeError` or `ValueError` for images that are not float or not of its channels."""
+        check_form(images)
+        if self.channels not in (None, images.shape[1]):
+            raise ValueError(
+                f"this {type(self).__name__} purifies images of {self.channels} channel(s), and these have "
+                f"{images.shape[1]}: pass images of {self.channels}, or train one for {images.shape[1]}"
+            )
         return self.purify(images)
 
     def stand_in(self, images: Tensor) -> Tensor:
@@ -115,26 +125,56 @@ class Defense(nn.Module):
 class Protected(nn.Module):
     """A classifier behind a defense: one module from images to logits.
 
-    classifier: any module from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is never changed. Without
-    gradients (`torch.no_grad`) images that are not float, not `(N, C, H, W)`, not in [0, 1] or NaN are refused.
+    classifier: any module from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`. Neither it nor the defense is
+    changed: both work in eval mode, whatever mode they or this module are in, and are then back in their own.
+
+    Images that are not float `(N, C, H, W)`, or of channels that the defense does not purify, are refused. So are those
+    that are not in [0, 1] or NaN: at the first call, and at each one without gradients (`torch.no_grad`).
     """
 
     def __init__(self, classifier: nn.Module, defense: Defense) -> None:
         super().__init__()
+        if isinstance(classifier, Defense) and not isinstance(defense, Defense):
+            raise TypeError("the classifier comes first: Protected(classifier, defense)")
+        if not isinstance(classifier, nn.Module) or isinstance(classifier, Defense):
+            raise TypeError(
+                f"Protected takes a torch.nn.Module from images to logits as classifier, not {_kind(classifier)}"
+            )
+        if not isinstance(defense, Defense):
+            raise TypeError(
+                f"Protected takes a unperturb.Defense (load_defense, create_defense, or a class of yours that writes "
+                f"purify) as defense, not {_kind(defense)}"
+            )
         self.classifier = classifier
         self.defense = defense
+        self.met_images = False
+
+    def train(self, mode: bool = True) -> Protected:
+        """Nothing but the flag of this module: what is protected is not trained from here. `eval` reaches the parts."""
+        if not mode:
+            return super().train(False)
+        self.training = True
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
-        # Not where a gradient is asked for: an attacker's loop has checked once, and must not wait for the device.
-        if not torch.is_grad_enabled():
-            check_images(images)
-        return self.classifier(self.defense.purify(images))
+        # Where a gradient is asked for only once: an attacker's loop has checked, and must not wait for the device.
+        if not (self.met_images and torch.is_grad_enabled()):
+            images = check_images(images)
+            self.met_images = True
+        with evaluating(self.modules()):
+            return ask(self.classifier, ask(self.defense, images))
 
     @torch.no_grad()
     def rejects(self, images: Tensor) -> Tensor:
         """`(N,)` bool: images that a detector of the defense finds too suspicious."""
-        scores = self.defense.scores(images, self.classifier)
+        images = check_images(images)
+        with evaluating(self.modules()):
+            scores = self.defense.scores(images.clone(), lambda x: ask(self.classifier, x))
         return (scores > self.defense.thresholds.to(scores)).any(1)
+
+
+def _kind(thing: object) -> str:
+    return thing.__name__ if isinstance(thing, type) else type(thing).__name__
 
 
 def create_defense(name: str, **options: Any) -> Defense:
@@ -144,6 +184,8 @@ def create_defense(name: str, **options: Any) -> Defense:
     if "channels" not in takes:
         options.pop("channels", None)
     defense = defenses.create(name, **options)
+    if defense.channels is None:
+        defense.channels = options.get("channels")
     if defense.spec is None:  # a pipeline has told its own: its parts may be defenses in hand
         defense.spec = {"name": name, "options": options}
     return defense

@@ -30,6 +30,7 @@ class Pipeline(Defense):
         self.differentiable = all(p.differentiable for p in made)
         self.random = any(p.random for p in made)
         self.size = next((p.size for p in made if p.size is not None), None)
+        self.channels = next((p.channels for p in made if p.channels is not None), channels)
         self.held_out = min((p.held_out for p in made if p.held_out is not None), default=None)
         if all(p.spec for p in made):
             specs = [{"name": p.spec["name"], **p.spec["options"]} for p in made if p.spec]

@@ -109,6 +109,7 @@ class Grid:
                     f"{height}x{width}; leave it out of the recipe's defenses, or train one for that size"
                 )
         for cell in self.cells():
+            threats.check_attacker(cell.attack, cell.knowledge)
             self.target(cell)
 
 

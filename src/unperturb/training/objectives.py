@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb import draws, runs
-from unperturb.attacks.base import Attack, attacks, frozen
+from unperturb.attacks.base import Attack, attacks
 from unperturb.classifiers import load_classifier
 from unperturb.config import Thing
 from unperturb.contract import budget
 from unperturb.defenses.base import Batch, Defense
+from unperturb.modules import frozen
 from unperturb.registry import Registry
 from unperturb.training.pairs import Mixture, PairSource, Sampler, hardest
 
