@@ -95,7 +95,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 90
-    while not (out / "checkpoint.pt").exists():
+    while not (out / "checkpoint.safetensors").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
