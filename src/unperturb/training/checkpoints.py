@@ -94,10 +94,11 @@ def load(folder: Path, networks: Mapping[str, nn.Module], steps: int) -> Checkpo
         try:
             found = _read(path, networks, steps)
         except runs.RunError as error:
-            wrong.append(str(error))
+            wrong.append(str(error).partition("; make it again")[0])
             continue
         if wrong:
             warnings.warn(f"{wrong[0]}. Going on from the one before, at step {found.progress.step}", stacklevel=3)
+            there[0].unlink(missing_ok=True)  # or the next checkpoint would put it in the place of the good one
         return found
     if wrong:
         names = " and ".join(path.name for path in there)
