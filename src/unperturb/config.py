@@ -265,5 +265,5 @@ def _explain(model: type[BaseModel], error: Any) -> str:
         return str(unknown("key", where, [".".join(map(str, (*path[:-1], f))) for f in _fields(model, path[:-1])]))
     if error["type"] == "missing":
         return f"{where} is missing"
-    given = f", not {error['input']!r}" if not isinstance(error["input"], dict) else ""
+    given = f", not {error['input']!r:.80}" if not isinstance(error["input"], dict) else ""
     return f"{where + ': ' if where else ''}{error['msg'].removeprefix('Value error, ')}{given}"
