@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from unperturb import runs
 from unperturb.attacks import create_attack
 from unperturb.classifiers import create_classifier, load_classifier, save_classifier
-from unperturb.config import Augmentation, Thing, Training, read_recipe, resolve
+from unperturb.config import Augmentation, Thing, Training, resolve
 from unperturb.data import Splits, load_dataset
 from unperturb.defenses import create_defense, load_defense, save_defense
-from unperturb.devices import FlopCounter, Speed, pick_device, probe
+from unperturb.devices import FlopCounter, Speed, pick_device, probe, set_threads
 from unperturb.registry import UnknownNameError
 from unperturb.training import checkpoints, jobs, loop, rehearsal
 from unperturb.training.loop import DivergedError, learning_rate, total_steps, train
 from unperturb.training.muon import Muon, orthogonalized
 from unperturb.training.objectives import PlainClassifier
-from unperturb.training.pairs import Mixture, Sampler, hardest
+from unperturb.training.pairs import Mixture, Sampler, _draw, hardest
 
 RATES = {(p, m): 10.0 for p in ("float32", "bfloat16") for m in ("contiguous", "channels_last")}
 KNOWN = functools.cache(lambda device="cpu": Speed(RATES))
@@ -583,7 +583,8 @@ def test_shares_of_a_mixture(n: int) -> None:
 
 
 def test_ranges_are_drawn_afresh_each_step() -> None:
-    drawn = [Mixture(THINGS, 3).at(step) for step in range(400)]
+    mixture = Mixture(THINGS, 3)
+    drawn = [mixture.at(step) for step in range(400)]
     eps = [a[0].eps for a in drawn]  # type: ignore[attr-defined]
     assert stats.kstest(eps, stats.uniform(0.1, 0.2).cdf).pvalue > 1e-3
     steps = [a[1].steps for a in drawn]  # type: ignore[attr-defined]
@@ -593,6 +594,17 @@ def test_ranges_are_drawn_afresh_each_step() -> None:
     assert Mixture(THINGS, 3).at(17) == drawn[17]
     assert Mixture(THINGS, 4).at(17) != drawn[17]
     assert hardest(THINGS[1]) == ("pgd", {"eps": 0.3, "steps": 8, "alpha": 0.01})
+    ranged = Thing(name="pgd", eps=["2/255", "8/255"], steps=2)
+    assert all(2 / 255 <= Mixture([ranged], 1).at(step)[0].eps <= 8 / 255 for step in range(9))  # type: ignore[attr-defined]
+    assert hardest(ranged) == ("pgd", {"eps": 8 / 255, "steps": 2})
+    assert [_draw(v, 0.5) for v in ([True, False], ["a", "b"], [0.1], [0, "1/2"])] == [
+        [True, False],
+        ["a", "b"],
+        [0.1],
+        0.25,
+    ]
+    with pytest.raises(ValueError, match=r"a range is \[low, high\]; got \[0.3, 0.1\]"):
+        Mixture([Thing(name="fgsm", eps=[0.3, 0.1])], 0)
     with pytest.raises(ValueError, match="share must be above 0"):
         Mixture([Thing(name="fgsm", eps=0.1, share=0)], 0)
 
@@ -684,6 +696,13 @@ def test_bfloat16_trains_float32_weights(data: Splits, tmp_path: Path) -> None:
 
 
 def test_devices() -> None:
+    before = torch.get_num_threads()
+    set_threads(None)
+    set_threads(1)
+    assert torch.get_num_threads() == before == 1
+    for threads in (0, -3, 100_000):
+        with pytest.raises(ValueError, match=rf"{threads} threads were asked for; expected 1 to [0-9]+"):
+            set_threads(threads)
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="unknown device 'gpu'; expected auto, cpu, cuda"):
         pick_device("gpu")
@@ -694,6 +713,45 @@ def test_devices() -> None:
 
 
 # Whole jobs ----------------------------------------------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    """A net of a user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.flatten(1))
+
+
+def test_what_was_used_is_what_is_kept(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
+    filter_ = {"name": "jpeg", "quality": 30}
+    values = {**defense_recipe().model_dump(mode="json"), "dataset": "mnist", "size": None, "defense": filter_}
+    values["pairs"]["attacks"] = [{"name": "fgsm", "eps": ["2/255", "8/255"]}]
+    recipe, own = resolve(values), Own()
+    folder = tmp_path / "run"
+    jobs.train_defense(recipe, [own, classifier], data, out=folder, device="cpu")
+    kept = runs.read_json(folder / "recipe.json")
+    assert (kept["dataset"], kept["size"], kept["classifiers"]) == ("digits", 8, ["in hand: Own", "in hand: convnet"])
+    assert kept["used"]["data"] == {"source": "digits", "fingerprint": data.train.fingerprint, "shape": [1, 8, 8]}
+    first, second = kept["used"]["classifiers"]
+    assert first == {"name": "Own", "spec": None, "weights": runs.digest_of(own.state_dict())[:16]}
+    assert second["spec"]["name"] == "convnet"
+    about = runs.read_json(folder / "defense.json")["about"]
+    assert (about["dataset"], about["classifiers"]) == ("digits", kept["used"]["classifiers"])
+    assert (
+        load_defense(folder).outcome
+        == jobs.train_defense(recipe, [own, classifier], data, out=folder, device="cpu", resume=True).outcome
+    )
+    with torch.no_grad():
+        own.layer.bias.add_(1)
+    with pytest.raises(runs.RunError, match=r"another run \(it differs in used.classifiers\)"):
+        jobs.train_defense(recipe, [own, classifier], data, out=folder, device="cpu", resume=True)
+    with pytest.raises(runs.RunError, match="cannot start with .*, the folder that it is to write"):
+        again = recipe.model_copy(update={"start": str(folder)})
+        jobs.train_defense(again, [own, classifier], data, out=folder, device="cpu", resume=True)
 
 
 def test_a_run_folder_rebuilds_what_was_trained(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
@@ -757,17 +815,44 @@ def test_validation_judges_the_mixture_at_its_hardest(data: Splits, classifier: 
     assert found["score"] == pytest.approx(sum(found[k] for k in right) / 3, abs=1e-4)
 
 
+TWO = """
+import functools, json, os, sys
+import torch
+torch.set_num_threads(1)
+from unperturb.config import resolve
+from unperturb.data import load_dataset
+from unperturb.devices import Speed
+from unperturb.training import jobs, loop
+
+
+def fastest(task, *of):
+    if "auto" not in of:
+        return of
+    assert not int(os.environ.get("LOCAL_RANK", "0")), "each process chooses for itself"
+    return "float32", "channels_last"
+
+
+rates = {("float32", "contiguous"): 10.0, ("float32", "channels_last"): 10.0}
+loop.probe, jobs.fastest = functools.cache(lambda device="cpu": Speed(rates)), fastest
+recipe, out = resolve(json.loads(sys.argv[1])), sys.argv[2]
+jobs.train_classifier(recipe, load_dataset("digits", size=8), out=out, device="cpu", devices=2)
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(data: Splits, tmp_path: Path) -> None:
-    changes = ["size=8", "training.epochs=0.14", "training.precision=float32", "training.memory_format=contiguous"]
-    changes += ["training.optimizer=sgd", "training.lr=0.05", "training.checkpoint_seconds=0"]
-    command = [sys.executable, "-m", "unperturb.cli", "train-classifier", "classifier-digits", "--devices", "2"]
-    command += ["--device", "cpu", "--threads", "1", "--out", str(tmp_path / "two")]
-    command += [part for change in changes for part in ("--set", change)]
+    fixed = {"optimizer": "sgd", "lr": 0.05, "steps": 3, "log_every": 1}
+    recipe = classifier_recipe(**fixed, precision="auto", memory_format="auto")
+    recipe = recipe.model_copy(update={"classifier": Thing(name="convnet")})
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, str(tmp_path / "two.py"), recipe.model_dump_json(), str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    one, _ = jobs.train_classifier(read_recipe("classifier-digits", changes), data, out=tmp_path / "one", device="cpu")
+    training = recipe.training.model_copy(update={"precision": "float32", "memory_format": "channels_last"})
+    alone = recipe.model_copy(update={"training": training})
+    one, _ = jobs.train_classifier(alone, data, out=tmp_path / "one", device="cpu")
     two = load_classifier(tmp_path / "two")
-    assert runs.read_json(tmp_path / "two" / "training.json")["steps"] == 3
+    assert runs.read_json(tmp_path / "two" / "recipe.json") == runs.read_json(tmp_path / "one" / "recipe.json")
+    assert [r["step"] for r in records(tmp_path / "two")] == [1, 2, 3]  # the first process alone keeps the log
     for a, b in zip(one.state_dict().values(), two.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
