@@ -749,14 +749,14 @@ def test_what_was_used_is_what_is_kept(data: Splits, classifier: nn.Module, tmp_
         own.layer.bias.add_(1)
     with pytest.raises(runs.RunError, match=r"another run \(it differs in used.classifiers\)"):
         jobs.train_defense(recipe, [own, classifier], data, out=folder, device="cpu", resume=True)
-    with pytest.raises(runs.RunError, match="cannot start with .*, the folder that it is to write"):
-        again = recipe.model_copy(update={"start": str(folder)})
+    again = recipe.model_copy(update={"start": str(folder)})
+    with pytest.raises(runs.RunError, match=r"cannot start with .*, the folder that it is to write"):
         jobs.train_defense(again, [own, classifier], data, out=folder, device="cpu", resume=True)
 
 
 def test_a_run_folder_rebuilds_what_was_trained(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
     images, labels = data.val.batch(torch.arange(len(data.val)))
-    recipe = classifier_recipe(steps=40, batch=64, lr=0.01)
+    recipe = classifier_recipe(steps=40, batch=64, lr=0.01).model_copy(update={"classifier": Thing(name="convnet")})
     trained, outcome = jobs.train_classifier(recipe, data, out=tmp_path / "c", device="cpu")
     assert torch.equal(load_classifier(tmp_path / "c")(images), trained(images))
     assert outcome.validation["score"] == pytest.approx(float((trained(images).argmax(1) == labels).float().mean()))
