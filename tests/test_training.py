@@ -43,8 +43,10 @@ KNOWN = functools.cache(lambda device="cpu": Speed(RATES))
 
 @pytest.fixture(autouse=True)
 def _no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    # How fast a large convolution is on this machine is beside the point here, and takes seconds to find out.
+    # How fast a large convolution is on this machine, and what each step costs, is beside the point here, and takes
+    # longer to find out than these trainings last.
     monkeypatch.setattr(loop, "probe", KNOWN)
+    monkeypatch.setattr(loop, "flop_per_image", lambda _: 1e6)
     monkeypatch.setattr(jobs, "probe", KNOWN)
 
 
@@ -133,6 +135,7 @@ from unperturb.devices import Speed
 from unperturb.training import jobs, loop
 
 loop.probe = functools.cache(lambda device="cpu": Speed({("float32", "contiguous"): 10.0}))
+loop.flop_per_image = lambda _: 1e6
 data, at = load_dataset("digits", size=8), 5
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 saves, write_bytes = [], Path.write_bytes
@@ -340,6 +343,8 @@ def test_full_disk_keeps_the_last_checkpoint(data: Splits, tmp_path: Path, monke
     recipe, out, whole = classifier_recipe(steps=4), tmp_path / "full", tmp_path / "whole"
     jobs.train_classifier(recipe, data, out=whole, device="cpu")
 
+    real = runs._temporary
+
     def fill(step: int, _: int) -> None:
         if step == 2:  # from here on, what the next checkpoint is written to has no room
             monkeypatch.setattr(runs, "_temporary", no_room)
@@ -351,8 +356,7 @@ def test_full_disk_keeps_the_last_checkpoint(data: Splits, tmp_path: Path, monke
 
     with pytest.raises(runs.RunError, match=r"disk is full: .*the last whole checkpoint.safetensors is still there"):
         jobs.train_classifier(recipe, data, out=out, device="cpu", progress=fill)
-    monkeypatch.undo()
-    monkeypatch.setattr(loop, "probe", KNOWN)
+    monkeypatch.setattr(runs, "_temporary", real)
     assert step_of(out) == 1
     assert not list(out.glob(".*.tmp"))
     jobs.train_classifier(recipe, data, out=out, device="cpu", resume=True)
