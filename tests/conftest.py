@@ -37,11 +37,13 @@ def _seeded() -> None:
 
 @pytest.fixture
 def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How fast a large convolution is on this machine is beside the point of most tests, and takes seconds."""
+    """How fast a large convolution is on this machine, and what a step costs, is beside the point of most tests, and
+    takes longer than their trainings."""
     from unperturb.training import loop
 
     known = functools.cache(lambda device="cpu": Speed({("float32", "contiguous"): 10.0}))
     monkeypatch.setattr(loop, "probe", known)
+    monkeypatch.setattr(loop, "flop_per_image", lambda _: 1e6)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 90
-    while not (out / "checkpoint.pt").exists():
+    while not (out / "checkpoint.safetensors").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -143,6 +144,25 @@ def test_an_error_on_the_way_out_of_ctrl_c_is_no_error(monkeypatch: pytest.Monke
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 130
+
+
+def test_a_stop_by_kill_ends_as_one_by_ctrl_c_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(**_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(cli, "app", stopped)
+    monkeypatch.setattr(sys, "argv", ["unperturb", "train", "protect-mnist"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 130
+    assert "stopped. Go on with: unperturb train protect-mnist --resume" in capsys.readouterr().err
 
 
 def test_our_errors_are_told_from_bugs() -> None:

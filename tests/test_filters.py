@@ -167,6 +167,8 @@ def test_options_that_make_no_filter() -> None:
 def test_each_filter_by_its_name_alone() -> None:
     for name in ("median", "jpeg", "bit_depth", "total_variation"):
         assert load_defense(name).spec == {"name": name, "options": {}}
+    with pytest.raises(runs.RunError, match=r"no defense is called 'jpg'; did you mean 'jpeg'\?"):
+        load_defense("jpg")
     with pytest.raises(runs.RunError, match="paired_gan holds no trained defense"):
         load_defense("paired_gan")
     with pytest.raises(runs.RunError, match="hgd holds no trained defense"):

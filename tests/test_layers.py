@@ -49,7 +49,7 @@ SHARED = {
     "classifiers": {"base"},
 }
 ORDER = {
-    "training": ["pairs", "objectives", "muon", "rehearsal", "loop", "jobs"],
+    "training": ["pairs", "objectives", "muon", "rehearsal", "checkpoints", "loop", "jobs"],
     "evaluation": ["adversarials", "spent", "grid", "jobs"],
 }
 # An arrow from one attack to another: a cascade is made of its members.
@@ -260,7 +260,7 @@ HOUSE = {
         (
             "training/pairs.py",
             "from unperturb.training.loop import train",
-            "up in training/: pairs < objectives < muon < rehearsal < loop",
+            "up in training/: pairs < objectives < muon < rehearsal < checkpoints < loop",
         ),
         ("training/pairs.py", "from unperturb.evaluation import grid", "imports evaluation: across floor 5"),
         ("utils.py", "from unperturb import draws", "utils stands on no floor"),

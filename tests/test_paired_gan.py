@@ -384,5 +384,5 @@ def test_folders_that_hold_no_defense(tmp_path: Path) -> None:
         load_defense(tmp_path)
     save_defense(tmp_path / "other", gan(generator={"name": "unet", "width": 8}), {})
     weights.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
-    with pytest.raises(RunError, match=r"do not fit its defense\.json"):
+    with pytest.raises(RunError, match=r"does not hold the weights of .*defense\.json"):
         load_defense(tmp_path)

@@ -17,14 +17,22 @@ from unperturb.classifiers import create_classifier, save_classifier
 from unperturb.config import resolve
 from unperturb.data import load_dataset
 from unperturb.defenses import Protected, create_defense, save_defense
+from unperturb.devices import Speed
+from unperturb.evaluation import jobs as evaluation_jobs
 from unperturb.evaluation.grid import Grid, run_grid
 from unperturb.evaluation.jobs import estimate, evaluate, grid_of, run_evaluation
 from unperturb.training import jobs
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNPERTURB_CACHE", str(tmp_path / "cache"))
+def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNPERTURB_CACHE", str(cache))  # the module's: the digits are decoded once
+    monkeypatch.setattr(evaluation_jobs, "probe", lambda *_: Speed({("float32", "contiguous"): 10.0}))
 
 
 def net(seed: int) -> Any:

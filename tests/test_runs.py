@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
+
+
+def on_a_full_disk(path: Path) -> Path:
+    """In the place of a new file a device without room: what the libraries raise there is theirs to choose. By a link,
+    since one of them removes the file that it could not write."""
+    temporary = path.with_name(f".{path.name}.0.tmp")
+    temporary.symlink_to("/dev/full")
+    return temporary
 
 
 def hidden(folder: Path) -> list[str]:
@@ -75,8 +84,57 @@ def test_a_full_disk_says_so(there: bool, code: int, tmp_path: Path) -> None:
         runs.write_atomically(path, write)
     assert path.exists() == there
     assert hidden(tmp_path) == []
-    with pytest.raises(PermissionError):  # another error is its own
-        runs.write_atomically(path, lambda _: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
+
+
+@pytest.mark.parametrize("place", ["file.txt/run", "/proc/run", "x" * 300])
+def test_a_folder_that_cannot_be_made_says_so(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file.txt").touch()
+    out = tmp_path / place
+    for use in (
+        lambda: runs.write_text(out / "a.txt", "a"),
+        lambda: runs.lock(out).__enter__(),
+        lambda: runs.open_run(out, RECIPE, resume=False),
+    ):
+        with pytest.raises(
+            RunError, match=r"could not write .* \(.*\); choose another folder, or make this one writable"
+        ):
+            use()
+    with pytest.raises(RunError, match=r"a.txt \(permission denied\)"):
+        runs.write_atomically(tmp_path / "a.txt", denied)
+
+
+def denied(_: Path) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_links_that_somebody_planted_are_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("years of work")
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / f".recipe.json.{os.getpid()}.tmp").symlink_to(victim)
+    (out / ".lock").symlink_to(victim)
+    with pytest.raises(RunError, match=r"could not write .*\.lock"), runs.lock(out):
+        pass
+    (out / ".lock").unlink()
+    (out / "recipe.json").symlink_to(victim)
+    runs.write_json(out / "recipe.json", RECIPE)  # the link goes, what it points to stays
+    assert victim.read_text() == "years of work"
+    names = {runs._temporary(out / "a").name for _ in range(5)}
+    assert len(names) == 5
+
+
+def test_what_a_kill_left_is_swept_up_at_the_next_start(tmp_path: Path) -> None:
+    runs.open_run(tmp_path, RECIPE, resume=False)
+    (tmp_path / "rows" / "cell").mkdir(parents=True)
+    left = [tmp_path / ".model.safetensors.0a1b.tmp", tmp_path / "rows" / "cell" / ".0000.parquet.77.tmp"]
+    mine = tmp_path / "rows" / "notes.tmp"
+    for path in (*left, mine):
+        path.touch()
+    with runs.lock(tmp_path):
+        runs.open_run(tmp_path, RECIPE, resume=True)
+    assert not any(path.exists() for path in left)
+    assert mine.exists()
 
 
 def rows(n: int = 5, **changed: Any) -> dict[str, Any]:
@@ -105,10 +163,10 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 @full_device
 @pytest.mark.parametrize("name", sorted(WRITERS))
-def test_each_kind_of_file_on_a_disk_that_is_really_full(name: str, tmp_path: Path) -> None:
-    # Written to a device without room: what the libraries below raise there is theirs to choose. By a link, since one
-    # of them removes the file that it could not write.
-    (tmp_path / f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+def test_each_kind_of_file_on_a_disk_that_is_really_full(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_temporary", on_a_full_disk)
     with pytest.raises(RunError, match="the disk is full"):
         WRITERS[name](tmp_path / name)
     assert list(tmp_path.iterdir()) == []
@@ -127,6 +185,19 @@ def test_json(tmp_path: Path) -> None:
         runs.read_json(path)
     with pytest.raises(RunError, match=r"b.json is not there: .* holds no finished run"):
         runs.read_json(tmp_path / "b.json")
+    with pytest.raises(RunError, match="cannot be read: Is a directory"):
+        runs.read_json(tmp_path)
+    for text in ("[" * 100_000, "1" * 5000):
+        path.write_text(text)
+        with pytest.raises(RunError, match="not valid JSON"):
+            runs.read_json(path)
+    runs.write_json(path, {"pflop": 1.5, "seconds": 2, "validation": {"score": 0.5}})
+    assert runs.read_json(path, runs.Outcome) == runs.Outcome(pflop=1.5, seconds=2.0, validation={"score": 0.5})
+    runs.write_json(path, {"pflop": 1.5, "seconds": 2, "validation": {"score": float("nan")}})
+    with pytest.raises(
+        RunError, match=r"a.json is not what was written there: validation.score: .*finite number, not nan"
+    ):
+        runs.read_json(path, runs.Outcome)
 
 
 def test_tensors(tmp_path: Path) -> None:
@@ -152,6 +223,118 @@ def test_tensors(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(RunError, match=r"no weights at .*a\.safetensors"):
         runs.load_tensors(path)
+
+
+def test_the_digest_tells_names_dtypes_shapes_bytes_and_metadata_apart() -> None:
+    a = {"a": torch.arange(6, dtype=torch.float32), "b": torch.zeros(0)}
+    others: list[tuple[dict[str, torch.Tensor], dict[str, str]]] = [
+        ({"a": a["a"]}, {}),
+        ({**a, "b": torch.zeros(0, 2)}, {}),
+        ({"c": a["a"], "b": a["b"]}, {}),
+        ({**a, "a": a["a"].reshape(2, 3)}, {}),
+        ({**a, "a": a["a"].view(torch.int32)}, {}),
+        ({**a, "a": a["a"] + torch.eye(6)[5] * 1e-6}, {}),
+        (a, {"attack": "pgd"}),
+        (a, {"attack": "fgsm"}),
+    ]
+    digests = {runs.digest_of(a), *(runs.digest_of(*other) for other in others)}
+    assert len(digests) == 1 + len(others)
+    assert runs.digest_of({"b": a["b"], "a": a["a"].repeat(2, 1).T.contiguous().T[0]}) == runs.digest_of(a)
+
+
+def test_every_damage_to_a_file_of_tensors_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    runs.save_tensors(path, {"w": torch.randn(40, 50), "n": torch.tensor(3)}, {"attack": "pgd"})
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    for number in range(60):
+        broken = bytearray(whole)
+        at = int(generator.integers(0, len(whole)))
+        if number % 3 == 0:
+            broken[at] ^= 1 << int(generator.integers(8))
+        elif number % 3 == 1:
+            broken[at : at + 4096] = bytes(len(broken[at : at + 4096]))
+        else:
+            del broken[at:]
+        path.write_bytes(broken)
+        if bytes(broken) == whole:
+            continue
+        with pytest.raises(RunError, match=r"a\.safetensors") as error:
+            runs.load_tensors(path, require_digest=True, metadata={"attack": "pgd"})
+        assert "\n" not in str(error.value)
+
+
+def test_tensors_that_are_not_what_is_expected(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "a.safetensors"
+    images = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
+    runs.save_tensors(path, {"images": images, "seconds": torch.tensor(0.5)}, {"attack": "pgd"})
+    right: Any = {"images": ("uint8", (None, 1, 4, 4)), "seconds": ("float32", ())}
+    assert set(runs.load_tensors(path, expect=right, metadata={"attack": "pgd"})) == set(right)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"expect": {"images": right["images"]}}, "holds images, seconds; expected images"),
+        ({"expect": {**right, "images": ("uint8", (2, 1, 4, 4))}}, r"images is torch.uint8 \(3, 1, 4, 4\); expected"),
+        ({"expect": {**right, "images": ("uint8", (None, 1, 4))}}, "images is torch.uint8"),
+        ({"expect": {**right, "seconds": ("float64", ())}}, "seconds is torch.float32"),
+        ({"metadata": {"attack": "fgsm"}}, "its attack is 'pgd', not 'fgsm'"),
+        ({"metadata": {"seed": "1"}}, "its seed is None, not '1'"),
+    ]
+    for options, said in wrong:
+        with pytest.raises(RunError, match=said):
+            runs.load_tensors(path, **options)
+    save_file({"w": torch.tensor([1.0, float("nan")])}, path)
+    with pytest.raises(RunError, match="holds no digest of its contents"):
+        runs.load_tensors(path, require_digest=True)
+    with pytest.raises(RunError, match="w holds NaN or infinity"):
+        runs.load_tensors(path)
+    assert runs.load_tensors(path, finite=False)["w"].isnan().any()
+
+
+class Small(torch.nn.Linear):
+    """One layer and a threshold that is not set yet."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.register_buffer("limit", torch.full((2,), float("inf")))
+
+
+def fit(folder: Path, digest: str | None = None) -> Small:
+    net = Small()
+    runs.fit_weights(net, runs.load_tensors(folder / "model.safetensors", finite=False), folder, "net.json", digest)
+    return net
+
+
+def test_weights_fit_or_are_refused(tmp_path: Path) -> None:
+    state, path = Small().state_dict(), tmp_path / "model.safetensors"
+    digest = runs.save_tensors(path, state)
+    assert torch.equal(fit(tmp_path, digest).weight, state["weight"])
+    with pytest.raises(RunError, match=r"of another run: its contents do not match the digest in net.json"):
+        fit(tmp_path, "0" * 64)
+    foreign: list[tuple[dict[str, torch.Tensor], str]] = [
+        ({**state, "more": torch.zeros(1)}, "does not hold the weights of .*net.json .1 tensors differ.*: more"),
+        ({"weight": state["weight"], "bias": state["bias"]}, "1 tensors differ in name, shape or dtype: limit"),
+        ({**state, "bias": state["bias"][:1]}, "shape or dtype: bias"),
+        ({**state, "bias": state["bias"].double()}, "shape or dtype: bias"),
+        ({k: v.half() for k, v in state.items()}, "3 tensors differ"),
+        ({**state, "bias": state["bias"] * torch.nan}, "bias holds NaN or infinity"),
+        ({**state, "weight": state["weight"] / 0}, "weight holds NaN or infinity"),
+        ({**state, "limit": torch.tensor([torch.inf, torch.nan])}, "limit holds NaN or infinity"),
+    ]
+    for tensors, said in foreign:
+        runs.save_tensors(path, tensors)
+        with pytest.raises(RunError, match=said):
+            fit(tmp_path)
+
+
+def test_half_precision_on_purpose_is_said_in_the_file(tmp_path: Path) -> None:
+    state = Small().state_dict()
+    digest = runs.save_tensors(
+        tmp_path / "model.safetensors", {k: v.half() for k, v in state.items()}, {"stored_as": "float16"}
+    )
+    net = fit(tmp_path, digest)
+    assert {v.dtype for v in net.state_dict().values()} == {torch.float32}
+    assert torch.equal(net.weight, state["weight"].half().float())
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
@@ -206,6 +389,9 @@ def test_opening_a_run(tmp_path: Path) -> None:
     )
     assert {"date", "python", "device", "threads", "commit"} <= set(there)
     runs.open_run(out, RECIPE, resume=True)
+    (out / "environment.json").unlink()  # killed before it was written, by a version that wrote it last
+    runs.open_run(out, RECIPE, resume=True)
+    assert runs.read_json(out / "environment.json")["versions"] == there["versions"]
     with pytest.raises(RunError, match="already holds this run; go on with --resume, or choose another folder"):
         runs.open_run(out, RECIPE, resume=False)
     for resume in (True, False):
@@ -215,6 +401,10 @@ def test_opening_a_run(tmp_path: Path) -> None:
             )
     with pytest.raises(RunError, match=r"it differs in attacks\)"):
         runs.open_run(out, {**RECIPE, "attacks": []}, resume=True)
+    slower = {**RECIPE, "training": {**RECIPE["training"], "lr": 0.2}}
+    runs.open_run(out, slower, resume=True, free={"training.lr"})
+    with pytest.raises(RunError, match=r"it differs in seed\)"):
+        runs.open_run(out, {**slower, "seed": 2}, resume=True, free={"training.lr"})
     assert runs.read_json(out / "recipe.json")["seed"] == 0
 
 
@@ -223,6 +413,31 @@ def test_what_else_the_numbers_depend_on_lies_beside_the_environment(tmp_path: P
     kept = runs.read_json(tmp_path / "run" / "environment.json")
     assert kept["data mnist"] == "a JPEG copy"
     assert kept["versions"] == runs.environment()["versions"]
+
+
+def test_a_run_killed_before_its_recipe_was_written_is_begun_again(tmp_path: Path) -> None:
+    runs.write_json(tmp_path / "environment.json", runs.environment())
+    runs.open_run(tmp_path, RECIPE, resume=False)
+    assert runs.read_json(tmp_path / "recipe.json")["seed"] == 0
+
+
+def test_going_on_under_other_conditions_is_said_and_kept(tmp_path: Path) -> None:
+    def goes_on_quietly() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            runs.open_run(tmp_path, RECIPE, resume=True)
+
+    runs.open_run(tmp_path, RECIPE, resume=False)
+    goes_on_quietly()
+    path = tmp_path / "environment.json"
+    began = runs.read_json(path)
+    runs.write_json(path, {**began, "threads": 7})
+    with pytest.warns(
+        UserWarning, match=r"other conditions than it began with \(threads was 7, is 1\): the last digits"
+    ):
+        runs.open_run(tmp_path, RECIPE, resume=True)
+    assert runs.read_json(path) == {**began, "threads": 7, "resumed": [runs.environment()]}
+    goes_on_quietly()  # said once
 
 
 def test_a_folder_with_strangers_is_refused(tmp_path: Path) -> None:

@@ -6,9 +6,13 @@ import functools
 import json
 import math
 import os
+import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,26 +26,28 @@ from torch import Tensor, nn
 from unperturb import runs
 from unperturb.attacks import create_attack
 from unperturb.classifiers import create_classifier, load_classifier, save_classifier
-from unperturb.config import Augmentation, Thing, Training, read_recipe, resolve
+from unperturb.config import Augmentation, Thing, Training, resolve
 from unperturb.data import Splits, load_dataset
 from unperturb.defenses import create_defense, load_defense, save_defense
-from unperturb.devices import FlopCounter, Speed, pick_device, probe
+from unperturb.devices import FlopCounter, Speed, pick_device, probe, set_threads
 from unperturb.registry import UnknownNameError
-from unperturb.training import jobs, loop, rehearsal
+from unperturb.training import checkpoints, jobs, loop, rehearsal
 from unperturb.training.loop import DivergedError, learning_rate, total_steps, train
 from unperturb.training.muon import Muon, orthogonalized
 from unperturb.training.objectives import PlainClassifier
-from unperturb.training.pairs import Mixture, Sampler, hardest
+from unperturb.training.pairs import Mixture, Sampler, _draw, hardest
 
 RATES = {(p, m): 10.0 for p in ("float32", "bfloat16") for m in ("contiguous", "channels_last")}
+KNOWN = functools.cache(lambda device="cpu": Speed(RATES))
 
 
 @pytest.fixture(autouse=True)
 def _no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    # How fast a large convolution is on this machine is beside the point here, and takes seconds to find out.
-    known = functools.cache(lambda device="cpu": Speed(RATES))
-    monkeypatch.setattr(loop, "probe", known)
-    monkeypatch.setattr(jobs, "probe", known)
+    # How fast a large convolution is on this machine, and what each step costs, is beside the point here, and takes
+    # longer to find out than these trainings last.
+    monkeypatch.setattr(loop, "probe", KNOWN)
+    monkeypatch.setattr(loop, "flop_per_image", lambda _: 1e6)
+    monkeypatch.setattr(jobs, "probe", KNOWN)
 
 
 @pytest.fixture(scope="module")
@@ -119,58 +125,97 @@ def weights(folder: Path) -> bytes:
 
 KILLED = """
 import functools, json, os, signal, sys
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
+import lightning_fabric
 from unperturb.config import resolve
+from unperturb.data import load_dataset
 from unperturb.devices import Speed
 from unperturb.training import jobs, loop
 
-recipe, out, how, at = resolve(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3], int(sys.argv[4])
 loop.probe = functools.cache(lambda device="cpu": Speed({("float32", "contiguous"): 10.0}))
+loop.flop_per_image = lambda _: 1e6
+data, at = load_dataset("digits", size=8), 5
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-saves, save = [], torch.save
+saves, write_bytes = [], Path.write_bytes
 
 
-def half_a_save(state, file):
+def half_a_save(path, packed):
     saves.append(1)
     if len(saves) < at:
-        return save(state, file)
-    file.write(b"half a checkpoint")
-    file.flush()
+        return write_bytes(path, packed)
+    write_bytes(path, packed[: len(packed) // 2])
     die()
 
 
-if how == "while_saving":
-    torch.save = half_a_save
-job = jobs.train_classifier if recipe.kind == "classifier" else jobs.train_defense
-job(recipe, out=out, device="cpu", progress=lambda step, steps: step == at and how == "between" and die())
+def run(values, out, how):
+    if how == "while_saving":
+        Path.write_bytes = half_a_save
+    recipe = resolve(values)
+    job = jobs.train_classifier if recipe.kind == "classifier" else jobs.train_defense
+    job(recipe, data=data, out=out, device="cpu", progress=lambda step, _: step == at and how == "between" and die())
+
+
+for values, out, how in json.loads(sys.argv[1]):
+    child = os.fork()  # what has been imported need not be imported again
+    if not child:
+        run(values, out, how)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-@pytest.mark.parametrize(("kind", "how"), [("classifier", "while_saving"), ("defense", "between")])
-def test_a_killed_run_resumes_to_the_same_weights(
-    kind: str, how: str, data: Splits, classifier: nn.Module, tmp_path: Path
-) -> None:
-    save_classifier(tmp_path / "digits-convnet", classifier)
-    muon = classifier_recipe(optimizer="muon")
-    recipe = muon if kind == "classifier" else defense_recipe(str(tmp_path / "digits-convnet"))
-    job = jobs.train_classifier if kind == "classifier" else jobs.train_defense
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    job(recipe, data=data, out=whole, device="cpu")
+@pytest.fixture(scope="module")
+def killed(classifier_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run folders, by kind, of trainings that a SIGKILL ended."""
+    out = tmp_path_factory.mktemp("killed")
+    runs_ = [
+        (recipes(classifier_folder)[kind].model_dump(mode="json"), str(out / kind), how)
+        for kind, how in (("classifier", "while_saving"), ("defense", "between"))
+    ]
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(runs_)], capture_output=True, text=True, timeout=500
+    )
+    assert child.stdout.split() == [str(-signal.SIGKILL)] * 2, child.stderr
+    return {kind: out / kind for kind in ("classifier", "defense")}
 
-    arguments = [json.dumps(recipe.model_dump(mode="json")), str(killed), how, "5"]
-    child = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=500)
-    assert child.returncode == -signal.SIGKILL, child.stderr
-    assert not (killed / "model.safetensors").exists()
-    assert torch.load(killed / "checkpoint.pt", weights_only=True)["step"] == 4
+
+@pytest.fixture(scope="module")
+def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifiers") / "digits-convnet"
+    save_classifier(folder, create_classifier("convnet", channels=1, size=8, classes=10, mean=[0.3], std=[0.35]))
+    return folder
+
+
+def recipes(classifier: Path) -> dict[str, Any]:
+    return {"classifier": classifier_recipe(optimizer="muon"), "defense": defense_recipe(str(classifier))}
+
+
+def step_of(folder: Path, name: str = checkpoints.LAST) -> int:
+    """The step that a checkpoint was kept at."""
+    return int(json.loads(runs.read_metadata(folder / name)["numbers"])["progress"]["step"])
+
+
+@pytest.mark.parametrize("kind", ["classifier", "defense"])
+def test_a_killed_run_resumes_to_the_same_weights(
+    kind: str, killed: dict[str, Path], classifier_folder: Path, data: Splits, tmp_path: Path
+) -> None:
+    recipe, folder, whole = recipes(classifier_folder)[kind], killed[kind], tmp_path / "whole"
+    job: Any = jobs.train_classifier if kind == "classifier" else jobs.train_defense
+    job(recipe, data=data, out=whole, device="cpu")
+    assert not (folder / "model.safetensors").exists()
+    assert bool(list(folder.glob(".checkpoint.*.tmp"))) == (kind == "classifier")
+    assert (step_of(folder), step_of(folder, checkpoints.BEFORE)) == (4, 3)
 
     steps: list[int] = []
-    job(recipe, data=data, out=killed, device="cpu", resume=True, progress=lambda step, _: steps.append(step))
+    job(recipe, data=data, out=folder, device="cpu", resume=True, progress=lambda step, _: steps.append(step))
     assert steps == [5, 6, 7, 8]
-    assert weights(killed) == weights(whole)
-    assert records(killed) == records(whole)
+    assert weights(folder) == weights(whole)
+    assert records(folder) == records(whole)
     assert [r["step"] for r in records(whole) if "lr" in r] == [2, 4, 6, 8]
-    last = runs.read_json(killed / "training.json")
+    assert not list(folder.glob(".*.tmp"))
+    last = runs.read_json(folder / "training.json")
     assert last["steps"] == 8
     assert last["validation"] == runs.read_json(whole / "training.json")["validation"]
     assert last["kept_step"] == runs.read_json(whole / "training.json")["kept_step"]
@@ -186,8 +231,15 @@ def test_a_finished_run_is_resumed_at_once(data: Splits, tmp_path: Path) -> None
         recipe, data, out=tmp_path, device="cpu", resume=True, progress=lambda *_: pytest.fail("it trained on")
     )
     assert weights(tmp_path) == before
-    with pytest.raises(runs.RunError, match=r"another run \(it differs in training.lr\)"):
-        jobs.train_classifier(classifier_recipe(steps=2, lr=0.1), data, out=tmp_path, device="cpu", resume=True)
+    # What changes no weight may differ; what does may not, precision neither.
+    other = classifier_recipe(steps=2, log_every=7, checkpoint_seconds=5, precision="auto", memory_format="auto")
+    jobs.train_classifier(other, data, out=tmp_path, device="cpu", resume=True)
+    with pytest.raises(runs.RunError, match="already holds this run; go on with --resume"):
+        jobs.train_classifier(other, data, out=tmp_path, device="cpu")
+    for changed in ({"lr": 0.1}, {"precision": "bfloat16"}):
+        with pytest.raises(runs.RunError, match=rf"another run \(it differs in training.{next(iter(changed))}\)"):
+            jobs.train_classifier(classifier_recipe(steps=2, **changed), data, out=tmp_path, device="cpu", resume=True)
+    assert weights(tmp_path) == before
 
 
 def test_second_writer_is_refused(data: Splits, tmp_path: Path) -> None:
@@ -195,12 +247,76 @@ def test_second_writer_is_refused(data: Splits, tmp_path: Path) -> None:
         jobs.train_classifier(classifier_recipe(), data, out=tmp_path, device="cpu")
 
 
-def test_truncated_checkpoint(data: Splits, tmp_path: Path) -> None:
-    jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path, device="cpu")
-    checkpoint = tmp_path / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:2000])
-    with pytest.raises(runs.RunError, match=r"checkpoint.pt is truncated or not a checkpoint .*delete it to"):
-        jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path, device="cpu", resume=True)
+def damaged(whole: bytes, number: int) -> bytes:
+    """`whole` with a bit flipped, a page zeroed or its end missing."""
+    generator = random.Random(number)
+    broken = bytearray(whole)
+    at = generator.randrange(len(whole) - 4096)
+    if number % 3 == 0:
+        broken[at] ^= 1 << generator.randrange(8)
+    elif number % 3 == 1:
+        broken[at : at + 4096] = bytes(4096)
+    else:
+        del broken[at:]
+    return bytes(broken)
+
+
+def test_a_damaged_checkpoint_is_met_by_the_one_before(data: Splits, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "damaged"
+    recipe = classifier_recipe(steps=3)
+    jobs.train_classifier(recipe, data, out=whole, device="cpu")
+    shutil.copytree(whole, out)
+    (out / "model.safetensors").unlink()
+    last, before = out / checkpoints.LAST, out / checkpoints.BEFORE
+    last.write_bytes(damaged(last.read_bytes(), 0))
+    with pytest.warns(UserWarning, match=r"checkpoint.safetensors is damaged: .*from the one before, at step 2"):
+        jobs.train_classifier(recipe, data, out=out, device="cpu", resume=True)
+    assert weights(out) == weights(whole)
+    assert records(out) == records(whole)
+    task = jobs.classifier_task(recipe, data)
+    good, older, used = last.read_bytes(), before.read_bytes(), 0
+    for number in range(30):
+        last.write_bytes(damaged(good, number))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = checkpoints.load(out, task.networks(), 3)
+        assert found is not None
+        used += found.progress.step == 2 or last.read_bytes() == good
+    assert used == 30
+    before.write_bytes(damaged(older, 1))
+    with pytest.raises(
+        runs.RunError, match=r"is (damaged|truncated).*No checkpoint is left to go on from; delete"
+    ) as e:
+        checkpoints.load(out, task.networks(), 3)
+    assert "\n" not in str(e.value)
+
+
+def test_a_checkpoint_of_another_run_is_refused(data: Splits, tmp_path: Path) -> None:
+    task = jobs.classifier_task(classifier_recipe(), data)
+    networks = task.networks()
+    state = {"classifier": {k: v.clone() for k, v in task.classifier.state_dict().items()}}
+    optimizer = loop._optimizer(task.classifier, classifier_recipe().training).state_dict()
+    first = next(iter(state["classifier"]))
+
+    def kept(progress: checkpoints.Progress, **changed: Tensor) -> None:
+        state_ = {"classifier": {**state["classifier"], **changed}}
+        checkpoints.save(tmp_path, checkpoints.Checkpoint(progress, state_, {"classifier": optimizer}))
+        (tmp_path / checkpoints.BEFORE).unlink(missing_ok=True)
+
+    kept(checkpoints.Progress(step=5))
+    assert checkpoints.load(tmp_path, networks, 5) is not None
+    for progress, changed, said in (
+        (checkpoints.Progress(step=10**9), {}, "not of this run: it is at step 1000000000 of 8"),
+        (checkpoints.Progress(), {"more": torch.zeros(1)}, "not of this run: its networks are others"),
+        (checkpoints.Progress(), {first: torch.zeros(1)}, "not of this run: its networks are others"),
+        (checkpoints.Progress(), {first: state["classifier"][first] * torch.nan}, "weights that are NaN"),
+    ):
+        kept(progress, **changed)
+        with pytest.raises(runs.RunError, match=said):
+            checkpoints.load(tmp_path, networks, 8)
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(runs.RunError, match="written by an older version; delete it to start over"):
+        checkpoints.load(tmp_path, networks, 8)
 
 
 class Payload:
@@ -215,24 +331,33 @@ class Payload:
 
 def test_a_checkpoint_is_never_unpickled(data: Splits, tmp_path: Path) -> None:
     jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path / "run", device="cpu")
-    torch.save({"step": Payload(tmp_path / "owned")}, tmp_path / "run" / "checkpoint.pt")
-    with pytest.raises(runs.RunError, match="not a checkpoint"):
+    (tmp_path / "run" / checkpoints.BEFORE).unlink()
+    torch.save({"step": Payload(tmp_path / "owned")}, tmp_path / "run" / checkpoints.LAST)
+    with pytest.raises(runs.RunError, match="not a safetensors file"):
         jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path / "run", device="cpu", resume=True)
     assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_full_disk_keeps_the_last_checkpoint(data: Splits, tmp_path: Path) -> None:
+def test_full_disk_keeps_the_last_checkpoint(data: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, out, whole = classifier_recipe(steps=4), tmp_path / "full", tmp_path / "whole"
     jobs.train_classifier(recipe, data, out=whole, device="cpu")
 
+    real = runs._temporary
+
     def fill(step: int, _: int) -> None:
         if step == 2:  # from here on, what the next checkpoint is written to has no room
-            (out / f".checkpoint.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+            monkeypatch.setattr(runs, "_temporary", no_room)
 
-    with pytest.raises(runs.RunError, match=r"disk is full: could not write .*last whole checkpoint.pt is still"):
+    def no_room(path: Path) -> Path:
+        temporary = path.with_name(f".{path.name}.0.tmp")
+        temporary.symlink_to("/dev/full")
+        return temporary
+
+    with pytest.raises(runs.RunError, match=r"disk is full: .*the last whole checkpoint.safetensors is still there"):
         jobs.train_classifier(recipe, data, out=out, device="cpu", progress=fill)
-    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 1
+    monkeypatch.setattr(runs, "_temporary", real)
+    assert step_of(out) == 1
     assert not list(out.glob(".*.tmp"))
     jobs.train_classifier(recipe, data, out=out, device="cpu", resume=True)
     assert weights(out) == weights(whole)
@@ -250,16 +375,43 @@ def test_the_test_split_is_refused(data: Splits, classifier: nn.Module, tmp_path
         jobs.train_defense(defense_recipe(), classifier, wrong, out=tmp_path, device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("saves", "last"), [(0, r"the last good checkpoint is .*checkpoint\.pt"), (1e9, "no checkpoint")]
-)
-def test_a_loss_that_is_no_number(saves: float, last: str, data: Splits, tmp_path: Path) -> None:
-    recipe = classifier_recipe(lr=1e30, checkpoint_seconds=saves)
+def test_a_loss_that_is_no_number(data: Splits, tmp_path: Path) -> None:
+    recipe = classifier_recipe(lr=1e30, checkpoint_seconds=1e9)
     said = (
-        rf"loss of the classifier is not a number at step [12]: cross_entropy = (nan|inf).*{last}.*Lower training\.lr"
+        r"loss of the classifier is not a number at step [12]: cross_entropy = (nan|inf); there is no checkpoint yet\. "
+        r"Go on with --resume and a lower training\.lr, or set training\.clip"
     )
     with pytest.raises(DivergedError, match=said):
         jobs.train_classifier(recipe, data, out=tmp_path, device="cpu")
+
+
+def test_a_run_that_diverged_goes_on_with_a_lower_rate(data: Splits, tmp_path: Path) -> None:
+    # The rate rises by 1,000 a step: the first weights are sound, the later ones finite, but nothing is learned.
+    def recipe(lr: float, **training: Any) -> Any:
+        return classifier_recipe(**{"lr": lr, "steps": 30, "warmup": 0.98, "log_every": 100, **training})
+
+    with pytest.raises(DivergedError) as error:
+        jobs.train_classifier(recipe(3e4), data, out=tmp_path, device="cpu")
+    last = step_of(tmp_path)
+    assert 1 <= last < 29
+    said = f"no longer sound: .* reaches .* at step {last + 1}; the last good checkpoint is .*checkpoint.safetensors"
+    assert re.search(said, str(error.value))
+    kept = runs.load_tensors(tmp_path / checkpoints.LAST)
+    assert max(float(v.abs().max()) for k, v in kept.items() if k.startswith("networks/") and "running" not in k) <= 1e5
+
+    with pytest.raises(runs.RunError, match=r"it differs in training.batch\)"):  # slower, but not otherwise
+        jobs.train_classifier(recipe(1e-3, batch=8), data, out=tmp_path, device="cpu", resume=True)
+    steps: list[int] = []
+    jobs.train_classifier(
+        recipe(1e-3), data, out=tmp_path, device="cpu", resume=True, progress=lambda step, _: steps.append(step)
+    )
+    assert steps == list(range(last + 1, 31))
+    there = runs.read_json(tmp_path / "recipe.json")
+    assert there["training"]["lr"] == 1e-3
+    assert there["changes"] == [{"diverged_at": last + 1, "training_before": {"lr": 3e4}}]
+    jobs.train_classifier(recipe(1e-3), data, out=tmp_path, device="cpu", resume=True)
+    with pytest.raises(runs.RunError, match=r"it differs in training.lr\)"):
+        jobs.train_classifier(recipe(2e-3), data, out=tmp_path, device="cpu", resume=True)
 
 
 def test_wrong_names_are_met_before_anything_is_trained(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
@@ -435,7 +587,8 @@ def test_shares_of_a_mixture(n: int) -> None:
 
 
 def test_ranges_are_drawn_afresh_each_step() -> None:
-    drawn = [Mixture(THINGS, 3).at(step) for step in range(400)]
+    mixture = Mixture(THINGS, 3)
+    drawn = [mixture.at(step) for step in range(400)]
     eps = [a[0].eps for a in drawn]  # type: ignore[attr-defined]
     assert stats.kstest(eps, stats.uniform(0.1, 0.2).cdf).pvalue > 1e-3
     steps = [a[1].steps for a in drawn]  # type: ignore[attr-defined]
@@ -445,6 +598,17 @@ def test_ranges_are_drawn_afresh_each_step() -> None:
     assert Mixture(THINGS, 3).at(17) == drawn[17]
     assert Mixture(THINGS, 4).at(17) != drawn[17]
     assert hardest(THINGS[1]) == ("pgd", {"eps": 0.3, "steps": 8, "alpha": 0.01})
+    ranged = Thing(name="pgd", eps=["2/255", "8/255"], steps=2)
+    assert all(2 / 255 <= Mixture([ranged], 1).at(step)[0].eps <= 8 / 255 for step in range(9))  # type: ignore[attr-defined]
+    assert hardest(ranged) == ("pgd", {"eps": 8 / 255, "steps": 2})
+    assert [_draw(v, 0.5) for v in ([True, False], ["a", "b"], [0.1], [0, "1/2"])] == [
+        [True, False],
+        ["a", "b"],
+        [0.1],
+        0.25,
+    ]
+    with pytest.raises(ValueError, match=r"a range is \[low, high\]; got \[0.3, 0.1\]"):
+        Mixture([Thing(name="fgsm", eps=[0.3, 0.1])], 0)
     with pytest.raises(ValueError, match="share must be above 0"):
         Mixture([Thing(name="fgsm", eps=0.1, share=0)], 0)
 
@@ -506,7 +670,8 @@ def test_the_choice_of_precision_is_kept(data: Splits, tmp_path: Path, monkeypat
     assert (outcome.precision, outcome.memory_format) == ("float32", "channels_last")
     kept = runs.read_json(tmp_path / "recipe.json")["training"]
     assert (kept["precision"], kept["memory_format"]) == ("float32", "channels_last")
-    monkeypatch.setattr(jobs, "fastest", lambda *_: ("bfloat16", "contiguous"))  # resumed elsewhere
+    # Resumed elsewhere, where another choice would be faster.
+    monkeypatch.setattr(jobs, "fastest", lambda _, *of: ("bfloat16", "contiguous") if "auto" in of else of)
     _, outcome = jobs.train_classifier(recipe, data, out=tmp_path, device="cpu", resume=True)
     assert (outcome.precision, outcome.memory_format) == ("float32", "channels_last")
 
@@ -535,6 +700,13 @@ def test_bfloat16_trains_float32_weights(data: Splits, tmp_path: Path) -> None:
 
 
 def test_devices() -> None:
+    before = torch.get_num_threads()
+    set_threads(None)
+    set_threads(1)
+    assert torch.get_num_threads() == before == 1
+    for threads in (0, -3, 100_000):
+        with pytest.raises(ValueError, match=rf"{threads} threads were asked for; expected 1 to [0-9]+"):
+            set_threads(threads)
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="unknown device 'gpu'; expected auto, cpu, cuda"):
         pick_device("gpu")
@@ -547,9 +719,48 @@ def test_devices() -> None:
 # Whole jobs ----------------------------------------------------------------------------------------------------------
 
 
+class Own(nn.Module):
+    """A net of a user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.flatten(1))
+
+
+def test_what_was_used_is_what_is_kept(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
+    filter_ = {"name": "jpeg", "quality": 30}
+    values = {**defense_recipe().model_dump(mode="json"), "dataset": "mnist", "size": None, "defense": filter_}
+    values["pairs"]["attacks"] = [{"name": "fgsm", "eps": ["2/255", "8/255"]}]
+    recipe, own = resolve(values), Own()
+    folder = tmp_path / "run"
+    jobs.train_defense(recipe, [own, classifier], data, out=folder, device="cpu")
+    kept = runs.read_json(folder / "recipe.json")
+    assert (kept["dataset"], kept["size"], kept["classifiers"]) == ("digits", 8, ["in hand: Own", "in hand: convnet"])
+    assert kept["used"]["data"] == {"source": "digits", "fingerprint": data.train.fingerprint, "shape": [1, 8, 8]}
+    first, second = kept["used"]["classifiers"]
+    assert first == {"name": "Own", "spec": None, "weights": runs.digest_of(own.state_dict())[:16]}
+    assert second["spec"]["name"] == "convnet"
+    about = runs.read_json(folder / "defense.json")["about"]
+    assert (about["dataset"], about["classifiers"]) == ("digits", kept["used"]["classifiers"])
+    assert (
+        load_defense(folder).outcome
+        == jobs.train_defense(recipe, [own, classifier], data, out=folder, device="cpu", resume=True).outcome
+    )
+    with torch.no_grad():
+        own.layer.bias.add_(1)
+    with pytest.raises(runs.RunError, match=r"another run \(it differs in used.classifiers\)"):
+        jobs.train_defense(recipe, [own, classifier], data, out=folder, device="cpu", resume=True)
+    again = recipe.model_copy(update={"start": str(folder)})
+    with pytest.raises(runs.RunError, match=r"cannot start with .*, the folder that it is to write"):
+        jobs.train_defense(again, [own, classifier], data, out=folder, device="cpu", resume=True)
+
+
 def test_a_run_folder_rebuilds_what_was_trained(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
     images, labels = data.val.batch(torch.arange(len(data.val)))
-    recipe = classifier_recipe(steps=40, batch=64, lr=0.01)
+    recipe = classifier_recipe(steps=40, batch=64, lr=0.01).model_copy(update={"classifier": Thing(name="convnet")})
     trained, outcome = jobs.train_classifier(recipe, data, out=tmp_path / "c", device="cpu")
     assert torch.equal(load_classifier(tmp_path / "c")(images), trained(images))
     assert outcome.validation["score"] == pytest.approx(float((trained(images).argmax(1) == labels).float().mean()))
@@ -608,17 +819,44 @@ def test_validation_judges_the_mixture_at_its_hardest(data: Splits, classifier: 
     assert found["score"] == pytest.approx(sum(found[k] for k in right) / 3, abs=1e-4)
 
 
+TWO = """
+import functools, json, os, sys
+import torch
+torch.set_num_threads(1)
+from unperturb.config import resolve
+from unperturb.data import load_dataset
+from unperturb.devices import Speed
+from unperturb.training import jobs, loop
+
+
+def fastest(task, *of):
+    if "auto" not in of:
+        return of
+    assert not int(os.environ.get("LOCAL_RANK", "0")), "each process chooses for itself"
+    return "float32", "channels_last"
+
+
+rates = {("float32", "contiguous"): 10.0, ("float32", "channels_last"): 10.0}
+loop.probe, jobs.fastest = functools.cache(lambda device="cpu": Speed(rates)), fastest
+recipe, out = resolve(json.loads(sys.argv[1])), sys.argv[2]
+jobs.train_classifier(recipe, load_dataset("digits", size=8), out=out, device="cpu", devices=2)
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(data: Splits, tmp_path: Path) -> None:
-    changes = ["size=8", "training.epochs=0.14", "training.precision=float32", "training.memory_format=contiguous"]
-    changes += ["training.optimizer=sgd", "training.lr=0.05", "training.checkpoint_seconds=0"]
-    command = [sys.executable, "-m", "unperturb.cli", "train-classifier", "classifier-digits", "--devices", "2"]
-    command += ["--device", "cpu", "--threads", "1", "--out", str(tmp_path / "two")]
-    command += [part for change in changes for part in ("--set", change)]
+    fixed = {"optimizer": "sgd", "lr": 0.05, "steps": 3, "log_every": 1}
+    recipe = classifier_recipe(**fixed, precision="auto", memory_format="auto")
+    recipe = recipe.model_copy(update={"classifier": Thing(name="convnet")})
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, str(tmp_path / "two.py"), recipe.model_dump_json(), str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    one, _ = jobs.train_classifier(read_recipe("classifier-digits", changes), data, out=tmp_path / "one", device="cpu")
+    training = recipe.training.model_copy(update={"precision": "float32", "memory_format": "channels_last"})
+    alone = recipe.model_copy(update={"training": training})
+    one, _ = jobs.train_classifier(alone, data, out=tmp_path / "one", device="cpu")
     two = load_classifier(tmp_path / "two")
-    assert runs.read_json(tmp_path / "two" / "training.json")["steps"] == 3
+    assert runs.read_json(tmp_path / "two" / "recipe.json") == runs.read_json(tmp_path / "one" / "recipe.json")
+    assert [r["step"] for r in records(tmp_path / "two")] == [1, 2, 3]  # the first process alone keeps the log
     for a, b in zip(one.state_dict().values(), two.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

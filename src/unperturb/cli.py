@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,10 +76,9 @@ def _show_recipe(recipe: Any) -> None:
 
 
 def _threads(threads: int | None) -> None:
-    if threads:
-        import torch
+    from unperturb.devices import set_threads
 
-        torch.set_num_threads(threads)
+    set_threads(threads)
 
 
 def _log_line(line: str) -> None:
@@ -160,7 +160,7 @@ def train_classifier(
     )
     if dry_run:
         task = jobs.classifier_task(resolved, load_dataset(resolved.dataset, size=resolved.size), device)
-        resolved = jobs.decided(resolved, task, out, resume)
+        resolved = jobs.decided(resolved, task, out)
         _show_recipe(resolved)
         _show_cost(jobs.estimate(task, resolved.training, device))
         return
@@ -195,7 +195,7 @@ def train(
         classifiers = [load_classifier(c) for c in resolved.classifiers]
         data = load_dataset(resolved.dataset, size=resolved.size)
         task, _ = jobs.defense_task(resolved, data, classifiers, device)
-        resolved = jobs.decided(resolved, task, out, resume)
+        resolved = jobs.decided(resolved, task, out)
         _show_recipe(resolved)
         _show_cost(jobs.estimate(task, resolved.training, device))
         return
@@ -289,6 +289,8 @@ def report(
 
 def main() -> None:
     """Run the command line; a user's mistake is answered in a sentence, not in a traceback."""
+    with contextlib.suppress(ValueError):  # in a thread of another program signals are that program's
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop by `kill` ends as one by Ctrl-C does
     try:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

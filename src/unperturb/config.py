@@ -18,7 +18,7 @@ class RecipeError(ValueError):
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Thing(BaseModel):
@@ -99,7 +99,7 @@ class ClassifierRecipe(_Settings):
     objective: Thing = Field(Thing(name="plain"), description="plain, or another way of training.")
     augment: Augmentation = Field(Augmentation(), description="Of the training images.")
     training: Training
-    seed: int = Field(0, ge=0, description="Of weights, order, augmentation and attacks.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of weights, order, augmentation and attacks.")
 
 
 class DefenseRecipe(_Settings):
@@ -115,7 +115,7 @@ class DefenseRecipe(_Settings):
     start: str | None = Field(None, description="Run folder of a defense like it, whose weights training begins with.")
     pairs: Pairs
     training: Training
-    seed: int = Field(0, ge=0, description="Of weights, order, augmentation and attacks.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of weights, order, augmentation and attacks.")
 
 
 Knowledge = Literal["none", "transfer", "oblivious", "bpda", "white_box", "black_box"]
@@ -141,7 +141,7 @@ class EvaluationRecipe(_Settings):
     eot: int | None = Field(
         None, gt=0, description="Draws of a random defense that a gradient is averaged over; None means 20."
     )
-    seed: int = Field(0, ge=0, description="Of the attacks' draws.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the attacks' draws.")
     batch: int = Field(200, gt=0, description="Images attacked at once.")
     shard: int = Field(1000, gt=0, description="Rows a file; a killed run goes on at the next missing one.")
     samples: int = Field(10, ge=0, description="Images per cell that are kept for the figures.")
@@ -182,14 +182,14 @@ def read_recipe(name: str, overrides: Sequence[str] = (), kind: str | None = Non
     if path.suffix == ".toml":
         if not path.is_file():
             raise RecipeError(f"no recipe at {path}. Recipes that come with the program: {', '.join(recipe_names())}.")
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
     else:
         if name not in recipe_names():
             raise RecipeError(str(unknown("recipe", name, recipe_names())))
         text = (resources.files("unperturb") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # its own error, and numbers of thousands of digits
         raise RecipeError(f"{name} is not valid TOML: {error}") from None
     for override in overrides:
         _override(values, override)
@@ -198,11 +198,21 @@ def read_recipe(name: str, overrides: Sequence[str] = (), kind: str | None = Non
     return resolve(values, name)
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not a text in UTF-8: {error}") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 def resolve(values: dict[str, Any], name: str = "recipe") -> Any:
     """The checked recipe that `values` describe; raises `RecipeError`."""
-    model = KINDS.get(values.get("kind", ""))
-    if model is None:
-        raise RecipeError(f"{name}: " + str(unknown("kind", values.get("kind"), KINDS)))
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise RecipeError(f"{name}: " + str(unknown("kind", kind, KINDS)))
+    model = KINDS[kind]
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -255,5 +265,5 @@ def _explain(model: type[BaseModel], error: Any) -> str:
         return str(unknown("key", where, [".".join(map(str, (*path[:-1], f))) for f in _fields(model, path[:-1])]))
     if error["type"] == "missing":
         return f"{where} is missing"
-    given = f", not {error['input']!r}" if not isinstance(error["input"], dict) else ""
+    given = f", not {error['input']!r:.80}" if not isinstance(error["input"], dict) else ""
     return f"{where + ': ' if where else ''}{error['msg'].removeprefix('Value error, ')}{given}"

@@ -1,9 +1,12 @@
-"""What this machine computes fastest, found by a probe of a fraction of a second instead of a constant."""
+"""What this machine can compute: a probe of what is fastest, operations counted, threads and sizes kept in bounds."""
 
 from __future__ import annotations
 
 import functools
+import math
+import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +38,20 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ValueError(f"unknown device {name!r}; expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch sees no CUDA GPU here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA GPUs here")
     return device
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch compute on so many CPU threads (None: as many as it likes); raises `ValueError` for a number that no
+    machine bears."""
+    if threads is None:
+        return
+    most = max(1024, 4 * (os.cpu_count() or 1))
+    if not 1 <= threads <= most:
+        raise ValueError(f"{threads} threads were asked for; expected 1 to {most} (this machine has {os.cpu_count()})")
+    torch.set_num_threads(threads)
 
 
 def _rate(device: torch.device, precision: str, memory_format: str, channels: int, size: int, batch: int) -> float:
@@ -99,3 +115,37 @@ class FlopCounter(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
+
+
+LARGEST_COUNT = 65_536
+LARGEST_NETWORK = 4 * 10**9  # numbers, parameters and buffers together
+
+
+class SizeLimit(TorchDispatchMode):
+    """Refuses, before the memory is asked for, to make more than `most` numbers inside: a network that options from a
+    file would blow up. Raises `ValueError`."""
+
+    def __init__(self, most: int = LARGEST_NETWORK) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most, self.total = most, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and func._schema.arguments[0].name == "size":
+            self.total += math.prod(args[0])
+            if self.total > self.most:
+                raise ValueError(f"the network would have more than {self.most:,} parameters")
+        return func(*args, **(kwargs or {}))
+
+
+def check_options(options: Mapping[str, Any], where: str = "") -> None:
+    """Raise `ValueError` for a number among `options`, nested as they may be, that is not finite, or a count of what is
+    to be built that is above `LARGEST_COUNT`; seeds may be larger."""
+    for key, value in options.items():
+        place = f"{where}{key}"
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, Mapping):
+                check_options(one, f"{place}.")
+            elif isinstance(one, float) and not math.isfinite(one):
+                raise ValueError(f"{place} must be finite, not {one}")
+            elif isinstance(one, int) and abs(one) > LARGEST_COUNT and key != "seed":
+                raise ValueError(f"{place} must be at most {LARGEST_COUNT:,}")

@@ -10,17 +10,24 @@ import contextlib
 import datetime
 import errno
 import functools
+import hashlib
 import json
 import os
 import platform
+import re
+import secrets
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
+    from torch import Tensor, nn
 
 SCHEMA_VERSION = 1
 
@@ -83,24 +90,78 @@ class RunError(RuntimeError):
     """A run folder that cannot be used as asked; the message says what to do."""
 
 
+@pydantic_dataclass(kw_only=True, frozen=True, config=ConfigDict(allow_inf_nan=False))
+class Outcome:
+    """What a training cost: PFLOP, seconds of training (without validation), steps, images per second, GFLOP/s, and the
+    share of what a plain convolution reached on the same machine in the same run; what is in `training.json`."""
+
+    pflop: float
+    seconds: float
+    steps: int = 0
+    images_per_second: float = 0.0
+    gflops: float = 0.0
+    convolution_gflops: float = 0.0
+    share: float = 0.0
+    precision: str = "float32"
+    memory_format: str = "contiguous"
+    kept_step: int = 0
+    validation: dict[str, float] = Field(default_factory=dict)
+    test: dict[str, float] = Field(default_factory=dict)
+
+
 # Files --------------------------------------------------------------------------------------------------------------
 
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)`, flush it to disk, then rename to `path`; on failure `path` stays as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever the system refuses inside becomes a `RunError` that names `path`."""
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            kept = f"the last whole {path.name} is still there" if path.exists() else "nothing was there before"
-            raise RunError(f"the disk is full: could not write {path}; {kept}. Free some space and resume.") from error
-        raise
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            kept = f"the last whole {path.name} is still there" if os.path.lexists(path) else "nothing was there before"
+            said = f"the disk is full: could not write {path}; {kept}. Free some space and resume."
+        else:
+            why = (error.strerror or str(error) or type(error).__name__).lower()
+            said = f"could not write {path} ({why}); choose another folder, or make this one writable"
+        raise RunError(said) from error
+
+
+def _temporary(path: Path) -> Path:
+    """A new empty file beside `path`, of a name that nobody can foresee: a link planted there would be followed."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return temporary
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], *, before: Path | None = None) -> None:
+    """Call `write(temporary path)`, flush it to disk, then rename to `path`; on failure `path` stays as it was.
+
+    before: where the file that `path` replaces goes. Raises `RunError` where the system refuses.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            if before is not None and path.exists():
+                path.replace(before)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed left half written in `folder`; only while its lock is held."""
+    for path in folder.rglob(".*.tmp"):
+        if TEMPORARY.fullmatch(path.name):
+            with writing(path):
+                path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -113,38 +174,168 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in `path`; raises `RunError` where it is missing or broken."""
+def read_json(path: Path, schema: Any = None) -> Any:
+    """The JSON in `path`; with a schema (a pydantic model, a dataclass or a type), checked and made into one.
+
+    Raises `RunError` with path and key where the file is missing, cannot be read, is broken, or does not fit.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} is not there: {path.parent} holds no finished run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # JSON, UTF-8 and numbers of thousands of digits
         raise RunError(f"{path} is not valid JSON ({error}); the run folder is damaged") from None
+    if schema is None:
+        return value
+    try:
+        return TypeAdapter(schema).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the whole"
+        given = shortened(repr(first["input"]))
+        raise RunError(f"{path} is not what was written there: {key}: {first['msg']}, not {given}") from None
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Tensors by name to a safetensors file, atomically."""
+def shortened(text: str, most: int = 80) -> str:
+    """`text` on one line, of at most `most` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+# Tensors ------------------------------------------------------------------------------------------------------------
+
+
+def digest_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """SHA-256 (64 hex digits) of names, dtypes, shapes and bytes, in the order of the names, and of the metadata."""
+    import torch
+
+    sha = hashlib.sha256(json.dumps(sorted((metadata or {}).items())).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        if tensor.numel():
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, before: Path | None = None
+) -> str:
+    """Tensors by name to a safetensors file, atomically, with their digest as its metadata `"sha256"`; returns that.
+
+    before: where the file that `path` replaces goes.
+    """
     from safetensors.torch import save
 
-    # No metadata is None: with an empty dict and no tensors, safetensors writes a header that it cannot read.
-    packed = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, dict(metadata) if metadata else None)
-    write_atomically(path, lambda p: p.write_bytes(packed))
+    digest = digest_of(tensors, metadata)
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    packed = save(plain, {**(metadata or {}), "sha256": digest})
+    write_atomically(path, lambda p: p.write_bytes(packed), before=before)
+    return digest
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises `RunError` where it is missing, truncated or not safetensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; raises as `load_tensors` does."""
+    return _read_tensors(path, names=())[1]
+
+
+def load_tensors(
+    path: Path,
+    *,
+    require_digest: bool = False,
+    expect: Mapping[str, tuple[str, tuple[int | None, ...]]] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    finite: bool = True,
+) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, checked against its digest where it has one.
+
+    require_digest: refuse a file without one. expect: the names that must be there, no others, each with its dtype
+    ("float32") and shape (None: any size). metadata: entries that the file's own must hold. finite: refuse NaN and
+    infinity.
+
+    Raises `RunError` where the file is missing, truncated, damaged, not safetensors, or not what is expected.
+    """
+    tensors, own = _read_tensors(path)
+    again = "; make it again or fetch it again"
+    if require_digest and "sha256" not in own:
+        raise RunError(f"{path} holds no digest of its contents{again}")
+    if "sha256" in own:
+        given = own.pop("sha256")
+        if digest_of(tensors, own) != given:
+            raise RunError(f"{path} is damaged: its contents do not match their digest{again}")
+    for key, value in (metadata or {}).items():
+        if own.get(key) != value:
+            raise RunError(f"{path} is not what is wanted: its {key} is {own.get(key)!r}, not {value!r}{again}")
+    if expect is not None and set(expect) != set(tensors):
+        found = ", ".join(sorted(tensors)) or "nothing"
+        raise RunError(f"{path} holds {shortened(found)}; expected {', '.join(sorted(expect))}{again}")
+    for name, (dtype, shape) in (expect or {}).items():
+        tensor = tensors[name]
+        fits = tensor.ndim == len(shape) and all(want in (None, has) for want, has in zip(shape, tensor.shape))
+        if not fits or str(tensor.dtype) != f"torch.{dtype}":
+            raise RunError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {tuple(shape)}{again}"
+            )
+    if finite:
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                raise RunError(f"{path}: {name} holds NaN or infinity{again}")
+    return tensors
+
+
+def _read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return dict(load_file(path))
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+            return tensors, dict(file.metadata() or {})
     except FileNotFoundError:
         raise RunError(f"no weights at {path}") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise RunError(
             f"{path} is truncated or not a safetensors file ({error}); make it again or fetch it again"
         ) from None
+
+
+def fit_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], folder: Path, described: str, digest: str | None
+) -> None:
+    """Give `module`, built from the file `described` of `folder`, the `tensors` of `model.safetensors` there.
+
+    Names, shapes and dtypes must be the module's own, except that weights stored in half precision on purpose, which
+    the file's metadata says (`"stored_as": "float16"` or `"bfloat16"`), are turned into its own. None may be NaN, and
+    none infinite but where the module's own is (a threshold that is not set yet). digest: what `save_tensors` returned
+    when they were kept. Raises `RunError`.
+    """
+    path, own = folder / "model.safetensors", module.state_dict()
+    metadata = read_metadata(path)
+    allowed = {f"torch.{dtype}" for dtype in {"float16", "bfloat16"} & {metadata.get("stored_as")}}
+
+    def fits(name: str) -> bool:
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+            return False
+        mine, theirs = own[name], tensors[name]
+        return mine.dtype == theirs.dtype or (mine.is_floating_point() and str(theirs.dtype) in allowed)
+
+    strangers = sorted(name for name in own.keys() | tensors.keys() if not fits(name))
+    if strangers:
+        some = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+        raise RunError(
+            f"{path} does not hold the weights of {folder / described} ({len(strangers)} tensors differ in name, shape "
+            f"or dtype: {some}); make it again"
+        )
+    if digest is not None and digest != (metadata.get("sha256") or digest_of(tensors, metadata)):
+        raise RunError(
+            f"{path} is damaged or of another run: its contents do not match the digest in {described}; make it again "
+            "or fetch it again"
+        )
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not (tensor.isfinite() | (tensor == own[name])).all():
+            raise RunError(f"{path}: {name} holds NaN or infinity; make it again or fetch it again")
+    module.load_state_dict(dict(tensors))
 
 
 # Folders ------------------------------------------------------------------------------------------------------------
@@ -152,49 +343,102 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for writing; raises `RunError` that says who has it where another process does."""
+    """Hold `folder` for writing; raises `RunError` that says who has it where another process does, or why it cannot be
+    written."""
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise RunError(
-                f"{folder} is being written by {owner}; wait for it, stop it, or choose another folder"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} since {datetime.datetime.now().isoformat(timespec='seconds')}")
-        file.flush()
+    path = folder / ".lock"
+    with contextlib.ExitStack() as stack:
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            # Not through a link: what it points to would be emptied.
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            file = stack.enter_context(os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = file.read().strip() or "another process"
+                raise RunError(
+                    f"{folder} is being written by {owner}; wait for it, stop it, or choose another folder"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} since {datetime.datetime.now().isoformat(timespec='seconds')}")
+            file.flush()
         yield
 
 
-def open_run(folder: Path, recipe: Mapping[str, Any], *, resume: bool, about: Mapping[str, Any] | None = None) -> None:
-    """Make `folder` the home of the run that `recipe` fixes, or check that it already is.
+def open_run(
+    folder: Path,
+    recipe: Mapping[str, Any],
+    *,
+    resume: bool,
+    about: Mapping[str, Any] | None = None,
+    free: Collection[str] = (),
+) -> None:
+    """Make `folder` the home of the run that `recipe` fixes, or check that it already is; under its lock.
+
+    about: what else the numbers depend on, kept beside the environment. free: keys of the recipe, such as
+    `training.log_every`, that may differ from what the folder was begun with. What a killed writer left half written is
+    removed. Warns where a run goes on with other threads, device or torch than it began with.
 
     Raises `RunError` where the folder holds a run and `resume` is off, or holds the run of another recipe (the message
-    names the keys that differ), or holds anything else. about: what else the numbers depend on, kept beside the
-    environment.
+    names the keys that differ), or holds anything else.
     """
-    path = folder / "recipe.json"
-    if not path.exists():
+    path, beside = folder / "recipe.json", folder / "environment.json"
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        names = sorted(p.name for p in folder.iterdir())
+    if path.name not in names:
         # Hidden files are the lock, and what a run that was killed at its start left half written.
-        strangers = sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.exists() else []
+        strangers = [name for name in names if name[0] != "." and name != beside.name]
         if strangers:
             raise RunError(f"{folder} already holds something else ({', '.join(strangers[:3])}); choose another folder")
-        write_json(path, recipe)
-        write_json(folder / "environment.json", {**environment(), **(about or {})})
+        write_json(beside, {**environment(), **(about or {})})
+        write_json(path, recipe)  # last: with it the folder is a run
+        sweep(folder)
         return
-    there = read_json(path)
-    differs = _differences(there, json.loads(json.dumps(recipe)))
+    there = read_json(path, dict[str, Any])
+    differs = [key for key in _differences(there, json.loads(json.dumps(recipe))) if key not in free]
     if differs:
         raise RunError(
             f"{folder} already holds another run (it differs in {', '.join(differs[:5])}); choose another folder"
         )
     if not resume:
         raise RunError(f"{folder} already holds this run; go on with --resume, or choose another folder")
+    sweep(folder)
+    if beside.name not in names:
+        write_json(beside, {**environment(), **(about or {})})
+    _goes_on(beside)
+
+
+class Environment(BaseModel):
+    """What is in `environment.json`, as far as anybody looks at it; `resumed`: under which others the run went on."""
+
+    model_config = ConfigDict(extra="allow")
+    versions: dict[str, str] = Field(default_factory=dict)
+    device: str | None = None
+    threads: int | None = None
+    resumed: list[dict[str, Any]] = Field(default_factory=list)
+
+
+def _goes_on(path: Path) -> None:
+    """Warn, and keep it in the environment's file, where a run goes on under other conditions than it began with."""
+    began, now = read_json(path, Environment), environment()
+    pairs = {
+        "torch": (began.versions.get("torch"), now["versions"]["torch"]),
+        "device": (began.device, now["device"]),
+        "threads": (began.threads, now["threads"]),
+    }
+    changed = [f"{what} was {a}, is {b}" for what, (a, b) in pairs.items() if a is not None and a != b]
+    if not changed or now in began.resumed:
+        return
+    warnings.warn(
+        f"{path.parent} goes on under other conditions than it began with ({'; '.join(changed)}): the last digits of "
+        "its results will not be those of a run that was never stopped",
+        stacklevel=3,
+    )
+    began.resumed.append(now)
+    write_json(path, began.model_dump(mode="json"))
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[str]:
@@ -204,9 +448,15 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [path]
 
 
-@functools.cache
 def environment() -> dict[str, Any]:
     """What a number depends on besides its recipe: versions, processor features, threads, commit, date."""
+    import torch
+
+    return {**_machine(), "threads": torch.get_num_threads()}
+
+
+@functools.cache
+def _machine() -> dict[str, Any]:
     import importlib.metadata as metadata
 
     import torch
@@ -223,7 +473,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "device": device,
-        "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
 

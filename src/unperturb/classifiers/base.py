@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from unperturb.contract import check_form
+from unperturb.devices import SizeLimit, check_options
 from unperturb.modules import ask, check_logits, deep_copy, evaluating
-from unperturb.registry import Registry, UnknownNameError
-from unperturb.runs import RunError, load_tensors, read_json, save_tensors, write_json
+from unperturb.registry import Registry
+from unperturb.runs import RunError, fit_weights, load_tensors, read_json, save_tensors, shortened, write_json
 
 # A builder is `(*, channels, size, classes, **options) -> nn.Module`: normalized images (N, C, size, size) -> logits.
 classifiers: Registry[nn.Module] = Registry("classifier")
@@ -103,7 +105,9 @@ def create_classifier(
     normalize = Normalize(mean, std)
     if normalize.mean.shape[1] != channels:
         raise ValueError(f"mean and std need one number per channel: {channels}; got {list(mean)} and {list(std)}")
-    net = classifiers.create(name, channels=channels, size=size, classes=classes, **options)
+    check_options({"channels": channels, "size": size, "classes": classes, **options})
+    with SizeLimit():
+        net = classifiers.create(name, channels=channels, size=size, classes=classes, **options)
     spec = {"name": name, "options": options, "channels": channels, "size": size, "classes": classes}
     spec |= {"mean": [float(m) for m in mean], "std": [float(s) for s in std]}
     try:
@@ -119,32 +123,42 @@ def save_classifier(folder: Path, classifier: Classifier, extra: Mapping[str, An
         raise RunError(
             "only a classifier of create_classifier rebuilds from a folder; save a wrapped model where you made it"
         )
-    save_tensors(folder / "model.safetensors", classifier.state_dict())
-    write_json(folder / "classifier.json", {**classifier.spec, "extra": dict(extra or {})})
+    digest = save_tensors(folder / "model.safetensors", classifier.state_dict())
+    write_json(folder / "classifier.json", {**classifier.spec, "extra": dict(extra or {}), "sha256": digest})
+
+
+class ClassifierFile(BaseModel):
+    """What is in `classifier.json`. sha256: of the weights beside it, by `unperturb.runs.digest_of`."""
+
+    name: str
+    options: dict[str, Any]
+    channels: int
+    size: int
+    classes: int
+    mean: list[float]
+    std: list[float]
+    extra: dict[str, Any] = Field(default_factory=dict)
+    sha256: str | None = None
 
 
 def load_classifier(folder: str | Path) -> Classifier:
     """The classifier of a run folder, in eval mode, on the CPU.
 
-    Raises `RunError` where a file is missing or truncated, or the weights are not those of the classifier described.
+    Raises `RunError` where a file is missing or damaged, or the weights are not those of the classifier described.
     """
-    path = Path(folder) / "classifier.json"
-    described = read_json(path)
+    folder = Path(folder)
+    path = folder / "classifier.json"
+    described = read_json(path, ClassifierFile)
+    tensors = load_tensors(folder / "model.safetensors", finite=False)
     try:
-        spec = {k: described[k] for k in ("name", "channels", "size", "classes", "mean", "std")}
-        classifier = create_classifier(**spec, **described["options"])
-    except (UnknownNameError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} does not describe a classifier that this version can build: {error}") from error
-    weights = Path(folder) / "model.safetensors"
-    tensors, own = load_tensors(weights), classifier.state_dict()
-    strangers = sorted(k for k in own.keys() | tensors.keys() if k not in own or k not in tensors)
-    strangers += [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
-    if strangers:
-        some = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
-        raise RunError(
-            f"{weights} does not hold the weights of {path} ({len(strangers)} tensors differ: {some}); make it again"
-        )
-    classifier.load_state_dict(tensors)
+        # A network much larger than its weights is not theirs: no need to build it to find out.
+        with SizeLimit(1_000_000 + 2 * sum(t.numel() for t in tensors.values())):
+            spec = described.model_dump(exclude={"options", "extra", "sha256"})
+            classifier = create_classifier(**spec, **described.options)
+    except Exception as error:  # whatever its own builder makes of wrong options
+        said = shortened(str(error) or type(error).__name__, 400)
+        raise RunError(f"{path} does not describe a classifier that this version can build: {said}") from error
+    fit_weights(classifier, tensors, folder, path.name, described.sha256)
     return classifier.eval()
 
 

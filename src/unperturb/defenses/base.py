@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from unperturb import runs
 from unperturb.contract import check_form, check_images
+from unperturb.devices import SizeLimit, check_options
 from unperturb.modules import ask, evaluating
 from unperturb.registry import Registry
 
@@ -52,7 +55,7 @@ class Defense(nn.Module):
     channels: int | None = None
     held_out: int | None = None
     spec: dict[str, Any] | None = None
-    outcome: Any = None  # what the training cost, where this object was just trained
+    outcome: Any = None  # what the training cost (`unperturb.runs.Outcome`), where that is known
 
     def purify(self, images: Tensor) -> Tensor:
         """Images `(N, C, H, W)` in [0, 1] -> purified images of the same shape and range."""
@@ -183,7 +186,9 @@ def create_defense(name: str, **options: Any) -> Defense:
     takes = signature(make).parameters
     if "channels" not in takes:
         options.pop("channels", None)
-    defense = defenses.create(name, **options)
+    check_options(options)
+    with SizeLimit():
+        defense = defenses.create(name, **options)
     if defense.channels is None:
         defense.channels = options.get("channels")
     if defense.spec is None:  # a pipeline has told its own: its parts may be defenses in hand
@@ -203,40 +208,71 @@ def vary(defense: Defense, **options: Any) -> Defense:
     if len(other.thresholds) != len(defense.thresholds):
         state["limits"] = other.thresholds
     other.load_state_dict(state)
+    other.outcome = defense.outcome
     return other.to(next(defense.parameters(), torch.empty(0)).device).eval().requires_grad_(False)
+
+
+class _About(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    outcome: runs.Outcome | None = None
+
+
+class DefenseFile(BaseModel):
+    """What is in `defense.json`. sha256: of the weights beside it, by `runs.digest_of`."""
+
+    name: str
+    options: dict[str, Any]
+    about: _About = Field(default_factory=_About)
+    sha256: str | None = None
 
 
 def save_defense(folder: Path, defense: Defense, about: Mapping[str, Any]) -> None:
     """`defense.json` and `model.safetensors` in `folder`, from which `load_defense` rebuilds."""
     if defense.spec is None:
         raise ValueError("only a defense made by create_defense knows its options and can be saved")
-    runs.save_tensors(folder / "model.safetensors", defense.state_dict())
-    runs.write_json(folder / "defense.json", {**defense.spec, "about": dict(about)})
+    digest = runs.save_tensors(folder / "model.safetensors", defense.state_dict())
+    runs.write_json(folder / "defense.json", {**defense.spec, "about": dict(about), "sha256": digest})
 
 
 def load_defense(source: str | Path) -> Defense:
-    """A defense in eval mode, its weights frozen.
+    """A defense in eval mode, its weights frozen; what its training cost is in its `outcome`.
 
     source: a run folder; or the name of a defense that has nothing to learn (`"none"`, `"jpeg"`, ...), then with its
     default options; or several of these joined by `+`, a pipeline, first to last.
 
-    Raises `RunError` where a folder holds no defense or its weights are damaged or do not fit.
+    Raises `RunError` where a folder holds no defense or its files are damaged or do not fit together.
     """
     name, folder = str(source), Path(source)
-    if not (folder / "defense.json").exists():
+    path = folder / "defense.json"
+    if not path.exists():
         if "+" in name:
             parts = [load_defense(part) for part in name.split("+")]
             return create_defense("pipeline", parts=parts).eval().requires_grad_(False)
         if name in defenses and (defense := _untrained(name)) is not None:
             return defense.eval()
-        raise runs.RunError(f"{folder} holds no trained defense; train one with: unperturb train RECIPE --out {folder}")
-    spec = runs.read_json(folder / "defense.json")
-    defense = create_defense(spec["name"], **spec["options"])
+        raise runs.RunError(_no_defense(name, folder))
+    described = runs.read_json(path, DefenseFile)
+    tensors = runs.load_tensors(folder / "model.safetensors", finite=False)
     try:
-        defense.load_state_dict(runs.load_tensors(folder / "model.safetensors"))
-    except RuntimeError as error:
-        raise runs.RunError(f"the weights in {folder} do not fit its defense.json: {error}") from None
+        # A network much larger than its weights is not theirs: no need to build it to find out.
+        with SizeLimit(1_000_000 + 2 * sum(t.numel() for t in tensors.values())):
+            defense = create_defense(described.name, **described.options)
+    except Exception as error:  # whatever its own builder makes of wrong options
+        said = runs.shortened(str(error) or type(error).__name__, 400)
+        raise runs.RunError(f"{path} does not describe a defense that this version can build: {said}") from error
+    runs.fit_weights(defense, tensors, folder, path.name, described.sha256)
+    if (folder / "training.json").exists():
+        defense.outcome = runs.read_json(folder / "training.json", runs.Outcome)
+    else:
+        defense.outcome = described.about.outcome
     return defense.eval().requires_grad_(False)
+
+
+def _no_defense(name: str, folder: Path) -> str:
+    near = difflib.get_close_matches(name, list(defenses), n=1)
+    if near and name not in defenses and not folder.exists():
+        return f"no defense is called {name!r}; did you mean {near[0]!r}? A trained one is named by its run folder"
+    return f"{folder} holds no trained defense; train one with: unperturb train RECIPE --out {folder}"
 
 
 def _untrained(name: str) -> Defense | None:

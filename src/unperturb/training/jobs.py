@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from unperturb import runs, threats
@@ -19,8 +20,9 @@ from unperturb.config import ClassifierRecipe, DefenseRecipe, Training, read_rec
 from unperturb.data import ImageSet, Splits, load_dataset
 from unperturb.defenses.base import Defense, create_defense, load_defense, save_defense
 from unperturb.devices import pick_device, probe
-from unperturb.training.loop import Outcome, Validate, total_steps, train
-from unperturb.training.objectives import DefenseTask, PlainClassifier, Task, objectives
+from unperturb.runs import Outcome
+from unperturb.training.loop import DIVERGED, Validate, total_steps, train
+from unperturb.training.objectives import DefenseTask, DistilledClassifier, PlainClassifier, Task, objectives
 from unperturb.training.pairs import PairSource, Sampler, hardest
 from unperturb.training.rehearsal import fastest, flop_per_image
 
@@ -50,29 +52,85 @@ def estimate(task: Task, settings: Training, device: str = "cpu") -> Cost:
     return Cost(steps, float(f"{pflop:.3g}"), round(rate, 1), round(pflop * 1e6 / (rate * 0.5) / 60, 1))
 
 
+# What of a recipe changes no weight, and so may differ when a run is resumed; one that diverged may go on more slowly.
+FREE = {"training.checkpoint_seconds", "training.log_every", "used", "changes"}
+SLOWER = {"training.lr", "training.clip"}
+
+
+def _first() -> bool:
+    """Whether this is the first of the processes that train together: it keeps the folder and decides for all."""
+    return not int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
 @contextlib.contextmanager
-def _run_folder(out: Path, recipe: Any, resume: bool) -> Iterator[None]:
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))):  # the first process keeps the folder
+def _run_folder(out: Path, recipe: Any, used: dict[str, Any], resume: bool) -> Iterator[None]:
+    """The folder of the run that `recipe` and what it was given, `used`, fix."""
+    if not _first():
         yield
         return
+    asked = {**snapshot(recipe), "used": used}
     with runs.lock(out):
-        runs.open_run(out, snapshot(recipe), resume=resume)
+        diverged = (out / DIVERGED).exists()
+        runs.open_run(out, asked, resume=resume, free=FREE | SLOWER if diverged else FREE)
+        if diverged:
+            _go_slower(out, asked["training"])
         yield
 
 
-def decided(recipe: Any, task: Task, out: Path, resume: bool) -> Any:
-    """`recipe` with precision and memory format chosen; a run that is resumed keeps its choice."""
-    settings = recipe.training
-    if resume and (out / "recipe.json").exists():
-        there = runs.read_json(out / "recipe.json")["training"]
-        precision, layout = there["precision"], there["memory_format"]
-    elif not task.networks():
-        precision, layout = "float32", "contiguous"
-    else:
-        precision, layout = fastest(task, settings.precision, settings.memory_format)
-    return recipe.model_copy(
-        update={"training": settings.model_copy(update={"precision": precision, "memory_format": layout})}
-    )
+def _go_slower(out: Path, asked: dict[str, Any]) -> None:
+    """Keep in the recipe of a run that diverged what it goes on with, and what that was before."""
+    kept = runs.read_json(out / "recipe.json", dict[str, Any])
+    was = kept["training"]
+    changed = {key: was.get(key) for key in (k.partition(".")[2] for k in SLOWER) if was.get(key) != asked[key]}
+    if changed:
+        at = runs.read_json(out / DIVERGED, dict[str, Any]).get("step")
+        kept["training"] = {**was, **{key: asked[key] for key in changed}}
+        kept["changes"] = [*kept.get("changes", []), {"diverged_at": at, "training_before": changed}]
+        runs.write_json(out / "recipe.json", kept)
+    (out / DIVERGED).unlink()
+
+
+def decided(recipe: Any, task: Task, out: Path) -> Any:
+    """`recipe` with precision and memory format chosen where they are `auto`: as the run that `out` holds has them."""
+    settings, path = recipe.training, out / "recipe.json"
+    precision, layout = settings.precision, settings.memory_format
+    if "auto" in (precision, layout):
+        if not _first() or not task.networks():  # the first process decides for the others
+            kept = _Chosen(precision="float32", memory_format="contiguous")
+        else:
+            kept = runs.read_json(path, _Kept).training if path.exists() else _Chosen()
+        precision = kept.precision if precision == "auto" else precision
+        layout = kept.memory_format if layout == "auto" else layout
+        precision, layout = fastest(task, precision, layout)
+    chosen = {"precision": precision, "memory_format": layout}
+    return recipe.model_copy(update={"training": settings.model_copy(update=chosen)})
+
+
+class _Chosen(BaseModel):
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+
+
+class _Kept(BaseModel):
+    """The `recipe.json` of any run, as far as a choice made before is looked for in it."""
+
+    training: _Chosen = _Chosen()
+
+
+def _weights(module: nn.Module) -> str:
+    tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor) and not v.is_quantized}
+    return runs.digest_of(tensors)[:16]
+
+
+def _data_used(data: Splits) -> dict[str, Any]:
+    return {"source": data.source, "fingerprint": data.train.fingerprint, "shape": list(data.train.shape)}
+
+
+def _of_data(plan: Any, data: Splits) -> Any:
+    """`plan` naming the data that it is given in place of its own."""
+    if data.source == plan.dataset and plan.size in (None, data.train.shape[1]):
+        return plan
+    return plan.model_copy(update={"dataset": data.source, "size": data.train.shape[1]})
 
 
 @torch.no_grad()
@@ -135,10 +193,14 @@ def train_classifier(
     plan: ClassifierRecipe = read_recipe(recipe, overrides, "classifier") if isinstance(recipe, str) else recipe
     out = Path(out)
     data = data or load_dataset(plan.dataset, size=plan.size)
+    plan = _of_data(plan, data)
     task = classifier_task(plan, data, device)
-    plan = decided(plan, task, out, resume)
+    plan = decided(plan, task, out)
+    used = {"data": _data_used(data)}
+    if isinstance(task, DistilledClassifier):
+        used["teacher"] = {"weights": _weights(task.teacher)}
 
-    with _run_folder(out, plan, resume):
+    with _run_folder(out, plan, used, resume):
         validate = _classifier_validation(plan, data, task, pick_device(device))
         outcome = train(
             task, plan.training, out, seed=plan.seed, device=device, devices=devices,
@@ -147,9 +209,11 @@ def train_classifier(
         # Once, after everything is decided; nothing looks at this number again.
         right = accuracy(task.classifier.eval(), data.test, pick_device(device))
         outcome = replace(outcome, test={"accuracy": round(right, 5), "n": len(data.test)})
-        about = {"dataset": plan.dataset, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
+        about = {"dataset": data.source, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
         assert isinstance(task.classifier, Classifier)
-        save_classifier(out, task.classifier, about)
+        if _first():
+            runs.write_json(out / "training.json", asdict(outcome))
+            save_classifier(out, task.classifier, about)
     return task.classifier.eval(), outcome
 
 
@@ -239,12 +303,21 @@ def train_defense(
     name = Path(recipe).stem if isinstance(recipe, str) else f"{plan.defense.name}-{plan.dataset}"
     out = Path(out or Path("runs") / name)
     data = data or load_dataset(plan.dataset, size=plan.size)
+    plan = _of_data(plan, data)
     if classifier is None:
-        classifier = [load_classifier(Path(folder)) for folder in plan.classifiers]
-    classifiers = [classifier] if isinstance(classifier, nn.Module) else list(classifier)
+        classifiers: list[nn.Module] = [load_classifier(Path(folder)) for folder in plan.classifiers]
+    else:
+        classifiers = [classifier] if isinstance(classifier, nn.Module) else list(classifier)
+        plan = plan.model_copy(update={"classifiers": [f"in hand: {_called(c)}" for c in classifiers]})
+    if plan.start is not None and Path(plan.start).resolve() == out.resolve():
+        raise runs.RunError(f"training cannot start with {plan.start}, the folder that it is to write")
     task, twins = defense_task(plan, data, classifiers, device)
-    plan = decided(plan, task, out, resume)
-    with _run_folder(out, plan, resume):
+    plan = decided(plan, task, out)
+    names = [{"name": _called(c), "spec": getattr(c, "spec", None), "weights": _weights(c)} for c in classifiers]
+    used = {"data": _data_used(data), "classifiers": names}
+    if plan.start is not None:
+        used["start"] = {"weights": _weights(task.defense)}
+    with _run_folder(out, plan, used, resume):
         validate = _defense_validation(plan, data, task, twins, pick_device(device))
         if task.networks():
             outcome = train(
@@ -254,18 +327,27 @@ def train_defense(
         else:
             outcome = _untrained(validate, out)
         _calibrate(task.defense, data.val, twins, plan.seed, pick_device(device))
-        about = {"dataset": plan.dataset, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
-        save_defense(out, task.defense, about)
+        about = {"dataset": data.source, "fingerprint": data.train.fingerprint, "classifiers": names}
+        if _first():
+            save_defense(out, task.defense, {**about, "outcome": asdict(outcome)})
     defense = task.defense.eval()
     defense.outcome = outcome
     return defense
 
 
+def _called(classifier: nn.Module) -> str:
+    """The name of a classifier's family, or of the class that a user wrote."""
+    if isinstance(classifier, Classifier):
+        return classifier.spec["name"] if classifier.spec else type(classifier.net).__qualname__
+    return type(classifier).__qualname__
+
+
 def _untrained(validate: Validate, out: Path) -> Outcome:
     """The outcome of a defense that has nothing to learn: what it is worth on validation images, at no cost."""
     figures = {k: round(float(v), 5) for k, v in validate().items()}
-    outcome = Outcome(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "float32", "contiguous", 0, figures)
-    runs.write_json(out / "training.json", asdict(outcome))
+    outcome = Outcome(pflop=0.0, seconds=0.0, validation=figures)
+    if _first():
+        runs.write_json(out / "training.json", asdict(outcome))
     return outcome
 
 

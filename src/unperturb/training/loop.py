@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +21,19 @@ from torch import Tensor, nn
 from unperturb import runs
 from unperturb.config import Training
 from unperturb.devices import probe, set_layout
+from unperturb.runs import Outcome
+from unperturb.training import checkpoints
+from unperturb.training.checkpoints import Checkpoint, Progress, State
 from unperturb.training.muon import Muon
 from unperturb.training.objectives import Task
 from unperturb.training.rehearsal import flop_per_image
 
-State = dict[str, dict[str, Tensor]]
 Validate = Callable[[], Mapping[str, float]]
+DIVERGED = "diverged.json"  # kept in the folder of a run that did, so that it may go on with a lower rate
 
 
 class DivergedError(RuntimeError):
-    """A loss was no longer a number."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a training cost: steps, seconds of training (without validation), images per second, PFLOP, GFLOP/s, and the
-    share of what a plain convolution reached on the same machine in the same run."""
-
-    steps: int
-    seconds: float
-    images_per_second: float
-    pflop: float
-    gflops: float
-    convolution_gflops: float
-    share: float
-    precision: str
-    memory_format: str
-    kept_step: int
-    validation: dict[str, float]
-    test: dict[str, float] = field(default_factory=dict)
+    """A loss was no longer a number, or the weights were no longer sound."""
 
 
 def total_steps(settings: Training, n: int) -> int:
@@ -90,6 +74,12 @@ def _load(networks: Mapping[str, nn.Module], state: State) -> None:
         network.load_state_dict(state[name])
 
 
+def _beside(networks: Mapping[str, nn.Module], state: State | None) -> State | None:
+    """`state`, read from a file, on the devices of `networks`."""
+    own = _snapshot(networks)
+    return state and {k: {n: own[k][n].copy_(t) for n, t in tensors.items()} for k, tensors in state.items()}
+
+
 @torch.no_grad()
 def _average(average: State, networks: Mapping[str, nn.Module], decay: float, step: int) -> None:
     weight = 1 - min(decay, (1 + step) / (10 + step))  # a short memory at first, or the start is never forgotten
@@ -107,13 +97,13 @@ class _Log:
     def __init__(self, path: Path, last_step: int, show: Callable[[str], None] | None) -> None:
         self.path, self.show = path, show
         if path.exists():  # what was written after the checkpoint will be written again
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= last_step]
             runs.write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record)
-        with self.path.open("a", encoding="utf-8") as file:
+        with runs.writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         if self.show:
             self.show(line)
@@ -122,7 +112,7 @@ class _Log:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf  # half a line, from a kill
 
 
@@ -138,13 +128,15 @@ def train(
     show: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
-    """Train the networks of `task` as `settings` say (precision and memory format already chosen), in `folder`.
+    """Train the networks of `task` as `settings` say (precision and memory format already chosen; where several
+    processes train, the first one's choice is everyone's), in `folder`.
 
     Goes on from the folder's checkpoint where there is one; afterwards the networks hold the weights that are kept.
     validate: figures on validation images, by name; `"score"` is what keep = "best" looks at. show: gets each log line.
     progress: gets (step, steps).
 
-    Raises `DivergedError` where a loss is not a number: it names the step, the terms and the last good checkpoint.
+    Raises `DivergedError` where a loss is not a number, or the weights are not sound where a checkpoint of them is due:
+    it names the step, what is wrong and the last good checkpoint.
     """
     from lightning_fabric import Fabric
 
@@ -157,6 +149,8 @@ def train(
         precision="32-true",  # autocast is the loop's own, so that it also covers the frozen classifier in a loss
     )
     fabric.launch()
+    precision, layout = fabric.broadcast((settings.precision, settings.memory_format))
+    settings = settings.model_copy(update={"precision": precision, "memory_format": layout})
     sampler = task.sampler
     n, world, rank = len(sampler.data), fabric.world_size, fabric.global_rank
     steps = total_steps(settings, n)
@@ -177,39 +171,36 @@ def train(
         )
 
     # Resume.
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "checkpoint.pt"
-    step, seconds, kept_step, validation = 0, 0.0, 0, {}
-    sums: dict[str, Tensor] = {}  # of the loss terms since the last log line, at (step, seconds)
-    since = (0, 0.0)
+    with runs.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    at = Progress()
+    sums: dict[str, Tensor] = {}  # of the loss terms since the last log line
     best: State | None = None
-    best_score = -math.inf
-    if checkpoint.exists():
-        saved = _read_checkpoint(checkpoint)
-        _load(bare, saved["networks"])
+    saved = checkpoints.load(folder, bare, steps)
+    if saved is not None:
+        _load(bare, saved.networks)
         for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][name])
-        average, best, best_score = saved["average"], saved["best"], saved["best_score"]
-        step, seconds, kept_step, validation = (saved[k] for k in ("step", "seconds", "kept_step", "validation"))
-        sums, since = saved["sums"], (saved["since"][0], saved["since"][1])
+            checkpoints.restore(optimizer.optimizer, saved.optimizers[name])
+        average, best = _beside(bare, saved.average), _beside(bare, saved.best)
+        at, sums = saved.progress, saved.sums
+    step, seconds, since = at.step, at.seconds, at.since
+    kept_step, validation, best_score = at.kept_step, at.validation, at.best_score
     log = _Log(folder / "log.jsonl", step, show if rank == 0 else None) if rank == 0 else None
 
     def keep_checkpoint() -> None:
+        now = Progress(
+            step=step, seconds=seconds, kept_step=kept_step, best_score=best_score, validation=validation, since=since
+        )
+        states = {k: o.state_dict() for k, o in optimizers.items()}
+        checkpoints.save(folder, Checkpoint(now, _snapshot(bare), states, average, best, sums))
+
+    def diverged(said: str) -> DivergedError:
+        last = folder / checkpoints.LAST
+        where = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        said = f"{said}; {where}. Go on with --resume and a lower training.lr, or set training.clip"
         if rank == 0:
-            state = {
-                "networks": _snapshot(bare),
-                "optimizers": {k: o.state_dict() for k, o in optimizers.items()},
-                "average": average,
-                "best": best,
-                "best_score": best_score,
-                "step": step,
-                "seconds": seconds,
-                "kept_step": kept_step,
-                "validation": validation,
-                "sums": sums,
-                "since": since,
-            }
-            runs.write_atomically(checkpoint, lambda p: _save(state, p))
+            runs.write_json(folder / DIVERGED, {"step": step, "said": said})
+        return DivergedError(said)
 
     # Steps.
     saved_at = time.monotonic()
@@ -223,7 +214,8 @@ def train(
             for player, terms in task.losses(batch, wrapped):
                 loss = torch.stack(list(terms.values())).sum()
                 if not bool(torch.isfinite(loss)):
-                    raise DivergedError(_diverged(step, player, terms, checkpoint))
+                    listed = ", ".join(f"{k} = {float(v.detach()):.4g}" for k, v in terms.items())
+                    raise diverged(f"the loss of the {player} is not a number at step {step}: {listed}")
                 optimizer = optimizers[player]
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["scale"]
@@ -257,16 +249,19 @@ def train(
             figures = _validated(validate, bare, average)
             if log:
                 log.write({"step": step, "validation": figures})
-            if figures["score"] > best_score:
+            if best_score is None or figures["score"] > best_score:
                 best_score = figures["score"]
                 if settings.keep == "best":
                     best, kept_step, validation = copy.deepcopy(average or _snapshot(bare)), step, figures
             if settings.keep == "last":
                 validation = figures
-        if progress:
+        if progress and rank == 0:
             progress(step, steps)
-        if time.monotonic() - saved_at >= settings.checkpoint_seconds or step == steps:
-            keep_checkpoint()
+        if step == steps or (rank == 0 and time.monotonic() - saved_at >= settings.checkpoint_seconds):
+            if wrong := checkpoints.unsound(bare):
+                raise diverged(f"{wrong} at step {step}")
+            if rank == 0:
+                keep_checkpoint()
             saved_at = time.monotonic()
 
     # What is kept.
@@ -315,24 +310,3 @@ def _validated(validate: Validate, networks: Mapping[str, nn.Module], average: S
             _load(networks, now)
         for network in networks.values():
             network.train()
-
-
-def _save(state: Mapping[str, Any], path: Path) -> None:
-    with path.open("wb") as file:  # given the path alone, torch hides that a disk is full
-        torch.save(state, file)
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        raise runs.RunError(f"{path} is truncated or not a checkpoint ({error}); delete it to start over") from None
-
-
-def _diverged(step: int, player: str, terms: Mapping[str, Tensor], checkpoint: Path) -> str:
-    listed = ", ".join(f"{k} = {float(v.detach()):.4g}" for k, v in terms.items())
-    last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-    return (
-        f"the loss of the {player} is not a number at step {step}: {listed}; {last}. "
-        "Lower training.lr or set training.clip"
-    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +16,8 @@ from unperturb.attacks.base import Attack, attacks
 from unperturb.config import Augmentation, Pairs, Thing
 from unperturb.data import ImageSet, augment
 from unperturb.defenses.base import Batch
+
+FRACTION = re.compile(r"[0-9]+/[1-9][0-9]*|[0-9]+(\.[0-9]+)?")
 
 
 class Sampler:
@@ -52,14 +56,25 @@ class Sampler:
         return images, labels, index
 
 
+def _number(value: Any) -> int | float | None:
+    """`value` if it is a number, or a fraction such as `"8/255"`."""
+    if isinstance(value, str) and FRACTION.fullmatch(value):
+        return float(Fraction(value))
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def _draw(value: Any, u: float) -> Any:
     """An option: a range `[low, high]` becomes one number of it, anything else stays."""
-    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value):
-        low, high = value
-        if isinstance(low, int) and isinstance(high, int):
-            return low + min(int(u * (high - low + 1)), high - low)
-        return low + u * (high - low)
-    return value
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return value
+    low, high = map(_number, value)
+    if low is None or high is None:
+        return value
+    if low > high:
+        raise ValueError(f"a range is [low, high]; got {list(value)}")
+    if isinstance(low, int) and isinstance(high, int):
+        return low + min(int(u * (high - low + 1)), high - low)
+    return low + u * (high - low)
 
 
 class Mixture:
