@@ -49,8 +49,11 @@ def recipe(tmp_path: Path) -> Any:
             "n": 12,
             "classifiers": [str(tmp_path / "digits-convnet"), str(tmp_path / "digits-second")],
             "defenses": ["none", str(tmp_path / "adversarial-digits"), f"{tmp_path / 'ours-digits'}+jpeg", "median"],
-            "attacks": [{"name": "pgd", "eps": 0.2, "steps": 3}],
-            "knowledge": ["oblivious", "bpda", "white_box", "black_box"],
+            "attacks": [
+                {"name": "pgd", "eps": 0.2, "steps": 3},
+                {"name": "square", "eps": 0.2, "queries": 5, "knowledge": ["black_box"]},
+            ],
+            "knowledge": ["oblivious", "bpda", "white_box"],
             "shard": 5,
             "samples": 2,
         }
@@ -114,7 +117,14 @@ def test_names_and_cost_and_what_is_another_run(recipe: Any, tmp_path: Path) -> 
     # Without a defense white box and BPDA are oblivious; with a classifier in its place BPDA is white box.
     assert len(grid.cells()) == 2 * (2 + 3 + 2 * 4)
     assert estimate(grid).pflop > 0
-    small = recipe.model_copy(update={"classifiers": recipe.classifiers[:1], "knowledge": ["oblivious"], "n": 3})
+    small = recipe.model_copy(
+        update={
+            "classifiers": recipe.classifiers[:1],
+            "knowledge": ["oblivious"],
+            "n": 3,
+            "attacks": recipe.attacks[:1],
+        }
+    )
     run_evaluation(small, tmp_path / "out", device="cpu")
     save_classifier(Path(recipe.defenses[1]), net(9))
     with pytest.raises(runs.RunError, match=r"another run \(it differs in fingerprints\.defenses\.adversarial"):
