@@ -333,8 +333,10 @@ def check_rows(path: Path, cell: Mapping[str, Any], index: Sequence[int]) -> Non
 
     frame = _read_shard(path)
     for found in frame[CELL_KEYS].drop_duplicates().to_dict("records"):
-        for key, value in found.items():
-            want = float(np.float32(cell[key])) if ROW_COLUMNS[str(key)] == "float32" else cell[key]
+        for key in CELL_KEYS:
+            value, want = found[key], cell[key]
+            if ROW_COLUMNS[key] == "float32":
+                want = float(np.float32(want))
             if repr(value) != repr(want):  # as text, NaN is itself
                 raise RunError(
                     f"{path} is of another cell: its {key} is {value!r}, not {want!r}; delete it and {_AGAIN}"

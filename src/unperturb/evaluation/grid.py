@@ -205,23 +205,6 @@ def _lasting(attack: Attack) -> Attack:
     return replace(attack, **to_the_end) if getattr(attack, "first_success", False) else attack
 
 
-@contextlib.contextmanager
-def _at_work(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, `model` is in eval mode, and on `device` unless its parts are on several: then its owner knows best."""
-    modes = [(part, part.training) for part in model.modules()]
-    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    model.eval()
-    if len(places) == 1:
-        model.to(device)
-    try:
-        yield
-    finally:
-        if len(places) == 1:
-            model.to(places.pop())
-        for part, mode in modes:
-            part.training = mode
-
-
 def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:
     """Write the rows and samples of every cell of `grid` under `out`; what is already there is not made again.
 
@@ -281,6 +264,23 @@ def _seed(grid: Grid, cell: Cell, shard: int) -> int:
     """Of what a random model draws while it is attacked: one for all cells that see the same model."""
     seen = [cell.classifier, cell.defense if cell.knowledge in WHOLE else "", cell.label, cell.knowledge in WHOLE]
     return int(hashlib.sha256(repr(seen).encode()).hexdigest()[:8], 16) + 1_000_003 * grid.seed + shard
+
+
+@contextlib.contextmanager
+def _at_work(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, `model` is in eval mode, and on `device` unless its parts are on several: then its owner knows best."""
+    modes = [(part, part.training) for part in model.modules()]
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    model.eval()
+    if len(places) == 1:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if len(places) == 1:
+            model.to(places.pop())
+        for part, mode in modes:
+            part.training = mode
 
 
 @contextlib.contextmanager

@@ -61,13 +61,18 @@ class _Reader:
     def __init__(self) -> None:
         self.lasting = True
         self.known: dict[int, str] = {}
-        self.classes = functools.cache(is_known)  # no longer than this: a class may be patched at any time
+        self.classes: dict[type, bool] = {}  # for no longer than one reading: a class may be patched at any time
 
     def key(self, value: object) -> str:
         if id(value) not in self.known:
             self.known[id(value)] = "itself"  # met again inside
             self.known[id(value)] = _hash(list(self._parts(value)))
         return self.known[id(value)]
+
+    def _is_known(self, kind: type) -> bool:
+        if kind not in self.classes:
+            self.classes[kind] = is_known(kind)
+        return self.classes[kind]
 
     def _parts(self, value: Any) -> Iterator[Any]:
         kind = type(value)
@@ -86,7 +91,7 @@ class _Reader:
             yield f"function {value.__module__} {value.__qualname__}".encode()
         elif kind is types.MethodType and getattr(type(value.__self__), value.__name__, None) is value.__func__:
             yield f"method {value.__name__} {self.key(value.__self__)}".encode()
-        elif isinstance(value, nn.Module) and self.classes(kind) and not _hooked(value):
+        elif isinstance(value, nn.Module) and self._is_known(kind) and not _hooked(value):
             settings = {k: v for k, v in vars(value).items() if k not in _INTERNAL | _BESIDE}
             yield f"module {kind.__module__} {kind.__qualname__}".encode()
             yield from self._parts({**settings, **value._parameters, **value._buffers, **value._modules})

@@ -248,7 +248,7 @@ def _check_whole(grid: Grid, rows: pd.DataFrame, out: Path) -> None:
     if wrong:
         raise runs.RunError(
             f"{out} does not hold {len(index)} rows of each of its {len(wanted)} cells, but others or fewer of "
-            f"{', '.join(wrong[0])}; delete that folder under rows and run again with --resume"
+            f"{', '.join(map(str, wrong[0]))}; delete that folder under rows and run again with --resume"
         )
 
 
@@ -281,7 +281,7 @@ def _warn_of_gradients_and_logits(rows: pd.DataFrame) -> None:
     if not (broken | masked).any():
         return
     for names, cell in rows.groupby(["classifier", "defense", "attack", "knowledge"], sort=False):
-        what = " · ".join(names)
+        what = " · ".join(map(str, names))
         if len(index := cell["index"][broken[cell.index]]):
             warnings.warn(
                 f"{what}: logits are not finite for {len(index)} of {len(cell)} images (index {_some(index)}); such an "
