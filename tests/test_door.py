@@ -96,7 +96,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"data": data(3)},
         r"classifier 'classifier' fails on images of toy, float32 \(2, 3, 8, 8\).*channels",
     ),
-    "no logits": ({"models": {"none": nn.Flatten(0)}}, "classifier 'classifier'"),
+    "no logits": (
+        {"models": {"none": nn.Flatten(0)}},
+        r"classifier 'classifier': the model must return logits of shape",
+    ),
+    "one logit": ({"models": {"none": net(1)}}, r"one logit per image.*wrap\(model, binary=True\)"),
     "a purifier that grows": ({"models": {"g": Protected(net(), Grows())}}, r"must give images of the shape .*16, 16"),
     "gradients of outputs": ({"knowledge": ["black_box"]}, "FGSM needs a gradient, and black_box gives none"),
 }

@@ -51,7 +51,7 @@ def recipe(tmp_path: Path) -> Any:
             "defenses": ["none", str(tmp_path / "adversarial-digits"), f"{tmp_path / 'ours-digits'}+jpeg", "median"],
             "attacks": [
                 {"name": "pgd", "eps": 0.2, "steps": 3},
-                {"name": "square", "eps": 0.2, "queries": 5, "knowledge": ["black_box"]},
+                {"name": "square", "eps": 0.2, "queries": 3, "knowledge": ["black_box"]},
             ],
             "knowledge": ["oblivious", "bpda", "white_box"],
             "shard": 5,
@@ -117,14 +117,7 @@ def test_names_and_cost_and_what_is_another_run(recipe: Any, tmp_path: Path) -> 
     # Without a defense white box and BPDA are oblivious; with a classifier in its place BPDA is white box.
     assert len(grid.cells()) == 2 * (2 + 3 + 2 * 4)
     assert estimate(grid).pflop > 0
-    small = recipe.model_copy(
-        update={
-            "classifiers": recipe.classifiers[:1],
-            "knowledge": ["oblivious"],
-            "n": 3,
-            "attacks": recipe.attacks[:1],
-        }
-    )
+    small = recipe.model_copy(update={"classifiers": recipe.classifiers[:1], "knowledge": ["oblivious"], "n": 3})
     run_evaluation(small, tmp_path / "out", device="cpu")
     save_classifier(Path(recipe.defenses[1]), net(9))
     with pytest.raises(runs.RunError, match=r"another run \(it differs in fingerprints\.defenses\.adversarial"):

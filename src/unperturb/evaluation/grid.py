@@ -22,7 +22,7 @@ from unperturb.defenses.base import Defense
 from unperturb.evaluation.adversarials import COUNTS, Adversarials, AdversarialStore, cache_limit
 from unperturb.evaluation.checks import check_name
 from unperturb.evaluation.identity import Identity, identify, is_known
-from unperturb.modules import logits_of
+from unperturb.modules import ask, check_logits, logits_of
 
 Progress = Callable[[int, int, str], None]
 WHOLE = ("white_box", "bpda", "black_box")  # the kinds of knowledge that see the purifier
@@ -161,7 +161,7 @@ class Grid:
                     f"{channels}; leave it out, or train one for such images"
                 )
         for cell in self.cells():
-            threats.check_knowledge(cell.attack, cell.knowledge)
+            threats.check_attacker(cell.attack, cell.knowledge)
             self.target(cell)
         with self.at_work():
             for name, model in self.models().items():
@@ -174,7 +174,7 @@ class Grid:
         images, _ = self.data.batch(torch.arange(min(2, len(self.data))), self.device)
         shape, source = tuple(images.shape), self.data.source
         try:
-            out = model(images)
+            out = ask(model, images)
         except Exception as error:
             raise ValueError(
                 f"{name} fails on images of {source}, float32 {shape} in [0, 1]: is it for images of other channels or "
@@ -185,11 +185,10 @@ class Grid:
                 got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
                 raise ValueError(f"{name} must give images of the shape that it gets, {shape}; it gave {got}")
             return
-        if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images) or out.shape[1] < 2:
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(
-                f"{name} must give logits ({len(images)}, classes) for {len(images)} images; it gave {got}"
-            )
+        try:
+            check_logits(out, len(images))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         worst = int(self.data.labels.max())
         if worst >= out.shape[1]:
             raise ValueError(
