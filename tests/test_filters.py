@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from unperturb import runs, threats
 from unperturb.defenses import Defense, Protected, create_defense, defenses, load_defense, save_defense
 from unperturb.defenses.pipeline import Pipeline
-from unperturb.evaluation.adversarials import fingerprint
+from unperturb.evaluation.identity import identify
 
 FILTERS: list[tuple[str, dict[str, Any]]] = [
     ("median", {"kernel": 3}),
@@ -358,4 +358,4 @@ def test_what_is_kept_of_one_attacker_is_not_given_to_another() -> None:
     jpegs = [create_defense("jpeg", quality=q) for q in (50, 60)]
     seen = [threats.target(classifier, jpegs[0], k) for k in ("bpda", "white_box", "black_box")]
     seen += [threats.target(classifier, jpegs[1], "white_box"), threats.EOT(seen[1], 2), threats.EOT(seen[1], 3)]
-    assert len({fingerprint(s) for s in seen}) == len(seen)
+    assert len({identify(s).key for s in seen}) == len(seen)

@@ -50,7 +50,7 @@ SHARED = {
 }
 ORDER = {
     "training": ["pairs", "objectives", "muon", "rehearsal", "checkpoints", "loop", "jobs"],
-    "evaluation": ["adversarials", "spent", "grid", "jobs"],
+    "evaluation": ["identity", "adversarials", "spent", "checks", "grid", "behavior", "jobs"],
 }
 # An arrow from one attack to another: a cascade is made of its members.
 FAMILIES = {("attacks", "autoattack"): {"apgd", "fab", "square"}, ("attacks", "fab"): {"apgd"}}

@@ -503,7 +503,7 @@ def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
     frame = pd.read_parquet(path)
     frame["schema"] = np.int16(runs.SCHEMA_VERSION + 1)
     frame.to_parquet(path)
-    with pytest.raises(RunError, match=r"written by a newer unperturb \(row schema 2\)"):
+    with pytest.raises(RunError, match=rf"written by a newer unperturb \(row schema {runs.SCHEMA_VERSION + 1}\)"):
         runs.read_rows(tmp_path)
 
 
@@ -519,7 +519,7 @@ def test_samples_round_trip(tmp_path: Path) -> None:
         "confidence": torch.rand(3, 4),
         "prediction": torch.arange(12).reshape(3, 4),
     }
-    cell = {"classifier": "convnet", "eps": 0.1, "class_names": ["a", "b", "ç"]}
+    cell = dict.fromkeys(runs.CELL_KEYS, "") | {"classifier": "convnet", "eps": 0.1, "class_names": ["a", "b", "ç"]}
     assert runs.read_samples(tmp_path) == []
     runs.write_samples(tmp_path / "samples" / "b.safetensors", {**tensors, "extra": images}, cell)
     runs.write_samples(tmp_path / "samples" / "a.safetensors", tensors, {**cell, "classifier": "lenet"})

@@ -18,7 +18,7 @@ import re
 import secrets
 import subprocess
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor, nn
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # One image in one cell. Keys first, then what was seen. `clean`/`adv` are the bare classifier's view, `pure_clean` and
-# `pure_adv` the protected model's; a confidence is the probability given to the true label.
+# `pure_adv` the protected model's; a confidence is the probability given to the true label. A prediction of -1, with
+# confidence 0, is of logits that are not finite: a wrong answer.
 ROW_COLUMNS: dict[str, str] = {
     "schema": "int16",
     "dataset": "string",
@@ -71,7 +72,12 @@ ROW_COLUMNS: dict[str, str] = {
     "scores_adv": "list<float32>",
     "seconds_attack": "float32",  # per image
     "seconds_purify": "float32",  # per attacked image; of its detectors too where the defense has some
+    "gradients": "int32",  # how often the attacker asked for the image's gradient
+    "zero_gradients": "int32",  # how often it was exactly zero
+    "nonfinite": "int32",  # how often the attacked logits were not finite
 }
+# Columns that older rows lack: the schema that brought them, and what stands for "not recorded".
+ADDED = {"gradients": (2, -1), "zero_gradients": (2, -1), "nonfinite": (2, -1)}
 CELL_KEYS = [
     "dataset",
     "split",
@@ -84,6 +90,8 @@ CELL_KEYS = [
     "surrogate",
     "seed",
 ]
+_NAMES = ["classifier", "defense", "attack", "knowledge"]
+_FOLDER_KEYS = ["dataset", "split", *_NAMES]
 
 
 class RunError(RuntimeError):
@@ -495,6 +503,14 @@ def _commit() -> str:
 # Rows and samples ---------------------------------------------------------------------------------------------------
 
 
+def cell_folder(classifier: str, defense: str, attack: str, knowledge: str) -> str:
+    """The folder of a cell's rows and the stem of its samples: words to read, then a hash, since other names may have
+    the same words; at most 120 characters, different also where a disk takes `A` for `a`."""
+    names = [classifier, defense, attack, knowledge]
+    words = re.sub(r"[^A-Za-z0-9._-]+", "_", ".".join(names))
+    return f"{words[:107]}-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}"
+
+
 def _schema() -> Any:
     import pyarrow as pa
 
@@ -516,32 +532,96 @@ def write_rows(path: Path, columns: Mapping[str, Any]) -> None:
 
 
 def read_rows(*runs: str | Path) -> pd.DataFrame:
-    """The rows of one or more run folders, in the order of their cells and images.
+    """The rows of one or more run folders, in the order of their cells and images; what older rows lack is filled.
 
-    Raises `RunError` where a folder holds none, a file is truncated, or the rows are of a newer schema.
+    Raises `RunError` where a folder holds none, a file is truncated, is no file of rows or of a newer schema, or where
+    a file was copied from another cell's folder.
     """
     import pandas as pd
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    frames = []
+    found = []
     for run in runs:
         files = sorted(Path(run).glob("rows/*/*.parquet"))
         if not files:
             raise RunError(f"no rows under {Path(run) / 'rows'}; make them with: unperturb evaluate RECIPE --out {run}")
-        for file in files:
-            try:
-                frame = pq.read_table(file).to_pandas()
-            except (pa.ArrowInvalid, OSError) as error:
-                raise RunError(
-                    f"{file} is truncated or not Parquet ({error}); delete it and run again with --resume"
-                ) from None
-            if int(frame["schema"].max()) > SCHEMA_VERSION:
-                raise RunError(f"{file} was written by a newer unperturb (row schema {frame['schema'].max()})")
-            frames.append(frame)
-    rows = pd.concat(frames, ignore_index=True)
+        rows = pd.concat([_read_shard(file).assign(file=i) for i, file in enumerate(files)], ignore_index=True)
+        _check_places(rows, files)
+        found.append(rows.drop(columns="file"))
+    rows = pd.concat(found, ignore_index=True)
     rows.attrs["runs"] = [str(r) for r in runs]  # where the samples and the environment lie
     return rows
+
+
+def _check_places(rows: pd.DataFrame, files: list[Path]) -> None:
+    """Raise `RunError` unless each folder is of one cell, each cell in one folder, and no image there twice."""
+    folders = [file.parent for file in files]
+    rows = rows[[*CELL_KEYS, "index", "draw", "file"]].assign(folder=[str(folders[i]) for i in rows["file"]])
+    cells = rows.drop_duplicates([*CELL_KEYS, "folder"])
+    at_home = [
+        cell_folder(*names) == Path(home).name for *names, home in cells[[*_NAMES, "folder"]].to_numpy().tolist()
+    ]
+    cells = cells.assign(at_home=at_home).sort_values("at_home", kind="stable")
+    names = cells.drop_duplicates([*_FOLDER_KEYS, "folder"])
+    wrong = [names[names["folder"].duplicated(keep=False)], cells[cells[CELL_KEYS].duplicated(keep=False)]]
+    wrong.append(rows[rows[["folder", "index", "draw"]].duplicated()])
+    for first in (part.iloc[0] for part in wrong if len(part)):
+        raise RunError(
+            f"{files[first['file']]} was copied there: its rows of {', '.join(first[_FOLDER_KEYS])} stand beside those "
+            f"of another cell, or elsewhere too; delete it and {_AGAIN}"
+        )
+
+
+_AGAIN = "run again with --resume"
+
+
+def check_rows(path: Path, cell: Mapping[str, Any], index: Sequence[int]) -> None:
+    """Raise `RunError` unless the shard at `path` holds the images `index` of `cell` (`CELL_KEYS`), and no others."""
+    import numpy as np
+
+    frame = _read_shard(path)
+    for found in frame[CELL_KEYS].drop_duplicates().to_dict("records"):
+        for key in CELL_KEYS:
+            value, want = found[key], cell[key]
+            if ROW_COLUMNS[key] == "float32":
+                want = float(np.float32(want))
+            if repr(value) != repr(want):  # as text, NaN is itself
+                raise RunError(
+                    f"{path} is of another cell: its {key} is {value!r}, not {want!r}; delete it and {_AGAIN}"
+                )
+    if frame["index"].tolist() != list(index):
+        raise RunError(f"{path} holds {len(frame)} rows of other images than its {len(index)}; delete it and {_AGAIN}")
+
+
+def _read_shard(path: Path) -> pd.DataFrame:
+    """One file of rows, with every column of `ROW_COLUMNS`; raises `RunError` with path and column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, partitioning=None)
+        if not table.num_rows:
+            raise RunError(f"{path} holds no rows; delete it and {_AGAIN}")
+        versions = table["schema"].unique().to_pylist() if "schema" in table.column_names else [SCHEMA_VERSION]
+        if not all(isinstance(version, int) and version > 0 for version in versions):
+            raise RunError(f"{path} does not say of which schema its rows are; delete it and {_AGAIN}")
+        if max(versions) > SCHEMA_VERSION:
+            raise RunError(f"{path} was written by a newer unperturb (row schema {max(versions)})")
+        for name, (since, unknown) in ADDED.items():
+            if name not in table.column_names and max(versions) < since:
+                table = table.append_column(name, pa.array([unknown] * table.num_rows, pa.int32()))
+        for field in _schema():
+            if field.name not in table.column_names:
+                raise RunError(f"{path} has no column {field.name!r}; delete it and {_AGAIN}")
+            column = table[field.name]
+            if column.type != field.type and not (column.type == pa.large_string() and field.type == pa.string()):
+                raise RunError(
+                    f"{path}: column {field.name!r} is {column.type}, not {field.type}; delete it and {_AGAIN}"
+                )
+            if column.null_count and not pa.types.is_floating(field.type):  # pandas writes NaN so
+                raise RunError(f"{path}: column {field.name!r} has empty entries; delete it and {_AGAIN}")
+        return table.select(list(ROW_COLUMNS)).cast(_schema()).to_pandas()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise RunError(f"{path} is truncated or not Parquet ({error}); delete it and {_AGAIN}") from None
 
 
 def read_costs(*runs: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -549,37 +629,67 @@ def read_costs(*runs: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
     folder, spec, differentiable, random, and pflop and seconds of training (None: not known). Nothing of folders that
     were written without. Where two folders mean different things by one name, its training cost is not known.
     """
+    from typing_extensions import TypedDict
+
+    class About(TypedDict):
+        dataset: str
+        folder: str
+        spec: dict[str, Any] | None
+        differentiable: bool
+        random: bool
+        pflop: float | None
+        seconds: float | None
+
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for run in runs:
         path = Path(run) / "defenses.json"
-        for name, about in read_json(path).items() if path.exists() else ():
+        for name, about in read_json(path, dict[str, About]).items() if path.exists() else ():
             key = (about["dataset"], name)
             same = found.setdefault(key, about)["pflop"] == about["pflop"]
             found[key] = about if same else {**about, "pflop": None, "seconds": None}
     return found
 
 
-SAMPLE_TENSORS = ("clean", "adversarial", "restored", "restored_clean", "index", "label", "confidence", "prediction")
+# Of each image of a sample: its last dimensions and their type.
+SAMPLE_TENSORS = {
+    **dict.fromkeys(("clean", "adversarial", "restored", "restored_clean"), ("uint8", (None, None, None, None))),
+    **dict.fromkeys(("index", "label"), ("int64", (None,))),
+    "confidence": ("float32", (None, 4)),
+    "prediction": ("int64", (None, 4)),
+}
 
 
 def write_samples(path: Path, tensors: Mapping[str, Tensor], cell: Mapping[str, Any]) -> None:
     """A few fixed images of one cell for the figures.
 
     clean, adversarial, restored, restored_clean: `(M, C, H, W)` uint8. index, label: `(M,)`. confidence, prediction:
-    `(M, 4)`, of the true label and the winner, for f(x), f(x_adv), f(G(x)), f(G(x_adv)). cell: the values of
+    `(M, 4)`, of the true label and the winner (-1: none), for f(x), f(x_adv), f(G(x)), f(G(x_adv)). cell: the values of
     `CELL_KEYS` and "class_names".
     """
     save_tensors(path, {k: tensors[k] for k in SAMPLE_TENSORS}, {"cell": json.dumps(dict(cell))})
 
 
-def read_samples(run: str | Path) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """`(cell, tensors)` of every cell of a run folder that has samples (see `write_samples`)."""
-    from safetensors import safe_open
+def read_sample(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`(cell, tensors)` of one file of samples (see `write_samples`); raises `RunError` where it is anything else."""
+    tensors = load_tensors(path, expect=SAMPLE_TENSORS)
+    try:
+        cell = json.loads(read_metadata(path).get("cell", ""))
+        lacking = [k for k in (*CELL_KEYS, "class_names") if k not in cell]
+    except (ValueError, TypeError):
+        lacking = ["cell"]
+    if lacking:
+        raise RunError(f"{path} does not say of which {lacking[0]} its images are; delete it and {_AGAIN}")
+    if len({len(tensor) for tensor in tensors.values()} | {len(tensors["clean"])}) > 1:
+        raise RunError(f"{path} holds more of one thing than of another; delete it and {_AGAIN}")
+    return cell, tensors
 
+
+def read_samples(run: str | Path) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """`(cell, tensors)` of every cell of a run folder that has samples (see `write_samples`); raises `RunError` for a
+    file that is damaged, or of a cell that the folder has no rows of."""
     found = []
     for file in sorted(Path(run).glob("samples/*.safetensors")):
-        tensors = load_tensors(file)
-        with safe_open(file, framework="pt") as f:
-            cell = json.loads(f.metadata()["cell"])
-        found.append((cell, tensors))
+        if (Path(run) / "rows").is_dir() and not (Path(run) / "rows" / file.stem).is_dir():
+            raise RunError(f"{file} is of a cell that {run} has no rows of; delete it")
+        found.append(read_sample(file))
     return found

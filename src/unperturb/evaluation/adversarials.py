@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import math
 import os
 import shutil
 import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +18,10 @@ from torch import Tensor, nn
 from unperturb import runs
 from unperturb.attacks.base import Attack
 from unperturb.data import ImageSet
+from unperturb.evaluation.identity import code
 
 LEVELS = 65_535  # 16-bit fixed point: an 8-bit picture is kept exactly, a perturbation to 8e-6
+COUNTS = ("zero_gradients", "gradients", "nonfinite")
 
 
 def cache_folder() -> Path:
@@ -24,15 +29,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("UNPERTURB_CACHE") or Path.home() / ".cache" / "unperturb")
 
 
-def fingerprint(module: nn.Module) -> str:
-    """A hash of a module's structure, options and weights."""
-    digest = hashlib.sha256(str(module).encode())
-    for part in module.modules():  # options that show in no layer and no weight, such as a filter's strength
-        digest.update(json.dumps(getattr(part, "spec", None), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def cache_limit() -> float:
+    """How many bytes of adversarial images are kept: `$UNPERTURB_CACHE_GB` or 8 gigabytes; raises `ValueError`."""
+    text = os.environ.get("UNPERTURB_CACHE_GB") or "8"
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = math.nan
+    if not 0 <= limit < math.inf:
+        raise ValueError(f"UNPERTURB_CACHE_GB is {text!r}; expected gigabytes, a number of 0 or more such as 8")
+    return limit * 1e9
 
 
 def to_16_bit(images: Tensor) -> Tensor:
@@ -45,56 +51,100 @@ def from_16_bit(stored: Tensor) -> Tensor:
     return stored.to(torch.int32).to(torch.float32) / LEVELS
 
 
+@dataclass(frozen=True)
+class Adversarials:
+    """images: `(N, C, H, W)` in [0, 1]. seconds: per image, when they were made. zero_gradients, gradients, nonfinite:
+    `(N,)` int32 on the CPU, how often an image's gradient was exactly zero, was asked for, and its logits were not
+    finite."""
+
+    images: Tensor
+    seconds: float
+    zero_gradients: Tensor
+    gradients: Tensor
+    nonfinite: Tensor
+
+
 class AdversarialStore:
     """Adversarial images on disk, the least recently used leaving first when `limit_gb` is passed.
 
-    folder: default `adversarials` in the cache folder. limit_gb: default `$UNPERTURB_CACHE_GB` or 8.
+    Any number of processes may use one folder: what another has cleared away is made again. folder: default
+    `adversarials` in the cache folder. limit_gb: default `cache_limit()`.
     """
 
     def __init__(self, folder: Path | None = None, limit_gb: float | None = None) -> None:
         self.folder = folder or cache_folder() / "adversarials"
-        self.limit = (limit_gb if limit_gb is not None else float(os.environ.get("UNPERTURB_CACHE_GB", "8"))) * 1e9
+        self.limit = cache_limit() if limit_gb is None else limit_gb * 1e9
 
     def get(
         self,
         attack: Attack,
         function: nn.Module,
-        function_key: str,
+        key: str,
         data: ImageSet,
         rows: Tensor,
         *,
         seed: int,
         batch: int,
         device: torch.device,
-    ) -> tuple[Tensor, float]:
-        """Adversarial images for `rows` of `data`, `(len(rows), C, H, W)` on `device`, and seconds spent per image when
-        they were made. The images are always those that were kept: what is read again is what was used first."""
-        key = hashlib.sha256(f"{data.fingerprint}|{function_key}|{attack!r}|{seed}|{batch}".encode()).hexdigest()[:24]
-        path = self.folder / key / f"{int(rows[0]):06d}-{len(rows):05d}.safetensors"
-        if path.exists():
-            try:
-                kept = runs.load_tensors(path)
+    ) -> Adversarials:
+        """Adversarial images for `rows` of `data`, on `device`; always those that were kept: what is read again is what
+        was used first. key: of the attack and the function together (`identity.identify`)."""
+        parts = f"{code()}|{data.fingerprint}|{key}|{attack!r}|{seed}|{batch}"
+        index = hashlib.sha256(data.index[rows].contiguous().numpy().tobytes()).hexdigest()[:24]
+        about = {"key": hashlib.sha256(parts.encode()).hexdigest()[:24], "index": index, "attack": repr(attack)}
+        path = self.folder / about["key"] / f"{int(rows[0]):06d}-{len(rows):05d}.safetensors"
+        expect = {"images": ("uint16", (len(rows), *data.shape)), "seconds": ("float32", ())}
+        expect |= {count: ("int32", (len(rows),)) for count in COUNTS}
+        try:
+            kept = runs.load_tensors(path, require_digest=True, expect=expect, metadata=about)
+            with contextlib.suppress(OSError):  # cleared away since by another process
                 os.utime(path.parent)
-                return from_16_bit(kept["images"]).to(device), float(kept["seconds"])
-            except runs.RunError:
-                path.unlink()  # a damaged entry is only a cache miss
-        start = time.perf_counter()
-        parts = []
-        for part in rows.split(batch):
-            images, labels = data.batch(part, device)
-            parts.append(to_16_bit(attack(function, images, labels, index=data.index[part], seed=seed)).cpu())
-        stored = torch.cat(parts)
-        seconds = (time.perf_counter() - start) / len(rows)
-        runs.save_tensors(path, {"images": stored, "seconds": torch.tensor(seconds)}, {"attack": repr(attack)})
-        self._prune(path.parent)
-        return from_16_bit(stored).to(device), seconds
+        except runs.RunError:  # not there, damaged, or another's
+            kept = _make(attack, function, data, rows, seed, batch, device)
+            self._keep(path, kept, about)
+            self._prune(path.parent)
+        counts = {count: kept[count] for count in COUNTS}
+        return Adversarials(from_16_bit(kept["images"]).to(device), float(kept["seconds"]), **counts)
+
+    def entries(self) -> list[tuple[Path, int, float]]:
+        """(folder, bytes, when it was last used) of each attack that is kept."""
+        found = []
+        for folder in self.folder.iterdir() if self.folder.is_dir() else ():
+            with contextlib.suppress(OSError):  # cleared away meanwhile
+                size = sum(file.stat().st_size for file in folder.iterdir())
+                found.append((folder, size, folder.stat().st_mtime))
+        return found
+
+    def _keep(self, path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+        for last in (False, False, True):  # another process may clear the folder away between its making and the file
+            try:
+                runs.save_tensors(path, tensors, about)
+                return
+            except (runs.RunError, OSError) as error:
+                if last:
+                    warnings.warn(f"adversarial images are not kept for another time: {error}", stacklevel=4)
 
     def _prune(self, current: Path) -> None:
-        sizes = {d: sum(f.stat().st_size for f in d.glob("*")) for d in self.folder.iterdir() if d.is_dir()}
-        total = sum(sizes.values())
-        for entry in sorted(sizes, key=lambda d: d.stat().st_mtime):
+        entries = sorted(self.entries(), key=lambda entry: entry[2])
+        total = sum(size for _, size, _ in entries)
+        for folder, size, _ in entries:
             if total <= self.limit:
                 return
-            if entry != current:
-                shutil.rmtree(entry, ignore_errors=True)
-                total -= sizes[entry]
+            if folder != current:
+                shutil.rmtree(folder, ignore_errors=True)
+                total -= size
+
+
+def _make(
+    attack: Attack, function: nn.Module, data: ImageSet, rows: Tensor, seed: int, batch: int, device: torch.device
+) -> dict[str, Tensor]:
+    start = time.perf_counter()
+    found: dict[str, list[Tensor]] = {name: [] for name in ("images", *COUNTS)}
+    for part in rows.split(batch):
+        images, labels = data.batch(part, device)
+        adversarial, tally = attack.solve(function, images, labels, index=data.index[part], seed=seed)
+        found["images"].append(to_16_bit(adversarial).cpu())
+        for count in COUNTS:
+            found[count].append(getattr(tally, count).to(torch.int32).cpu())
+    seconds = (time.perf_counter() - start) / len(rows)
+    return {name: torch.cat(parts) for name, parts in found.items()} | {"seconds": torch.tensor(seconds)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import re
+import hashlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unperturb import metrics, runs, threats
+from unperturb import draws, metrics, runs, threats
 from unperturb.attacks.base import Attack
 from unperturb.classifiers import twin
 from unperturb.data import ImageSet
-from unperturb.defenses.base import Defense, Protected
-from unperturb.evaluation.adversarials import AdversarialStore, fingerprint
+from unperturb.defenses.base import Defense
+from unperturb.evaluation.adversarials import COUNTS, Adversarials, AdversarialStore, cache_limit
+from unperturb.evaluation.checks import check_name
+from unperturb.evaluation.identity import Identity, identify, is_known
+from unperturb.modules import ask, check_logits, logits_of
 
 Progress = Callable[[int, int, str], None]
+WHOLE = ("white_box", "bpda", "black_box")  # the kinds of knowledge that see the purifier
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,11 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """A file name for the cell."""
-        return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{self.classifier}.{self.defense}.{self.label}.{self.knowledge}")
+        """A file name for the cell, its own."""
+        return runs.cell_folder(self.classifier, self.defense, self.label, self.knowledge)
+
+    def __str__(self) -> str:
+        return f"{self.classifier} · {self.defense} · {self.label} · {self.knowledge}"
 
 
 @dataclass
@@ -47,8 +55,8 @@ class Grid:
     given. instead: classifiers that are defenses themselves, such as an adversarially trained one, by the name of their
     defense, whose purifier is the identity: they stand in every classifier's place. surrogate: name and classifier of a
     transfer attack. eot: draws that the gradient of a random defense is averaged
-    over. batch: images attacked at once. shard: rows a file. note: what is wrong with this copy of the data,
-    if anything.
+    over. batch: images attacked at once. shard: rows a file. samples: images of each cell that are kept to be looked
+    at. note: what is wrong with this copy of the data, if anything.
     """
 
     data: ImageSet
@@ -99,65 +107,178 @@ class Grid:
         function = (fast or {}).get(seen, seen)
         return threats.target(function, self.defenses[cell.defense], cell.knowledge, surrogate, eot=self.eot)
 
+    def identity(self, cell: Cell) -> Identity:
+        """Of the cell's attacker: cells of one identity share adversarial images."""
+        function = identify(self.target(cell))
+        kind = type(cell.attack)
+        key = f"{function.key} {kind.__qualname__} {id(kind)}" if not is_known(kind) else function.key
+        return Identity(key, function.lasting and is_known(kind))
+
+    def about(self, cell: Cell) -> dict[str, Any]:
+        """What its rows say of the cell, by `runs.CELL_KEYS`."""
+        return {
+            "dataset": self.data.source,
+            "split": self.data.name,
+            "classifier": cell.classifier,
+            "defense": cell.defense,
+            "attack": cell.label,
+            "attack_repr": repr(cell.attack),
+            "eps": float("nan") if (eps := getattr(cell.attack, "eps", None)) is None else eps,
+            "knowledge": cell.knowledge,
+            "surrogate": self.surrogate[0] if self.surrogate and cell.knowledge == "transfer" else "",
+            "seed": self.seed,
+        }
+
+    def models(self) -> dict[str, nn.Module]:
+        """Everything that is asked, by what it is called in an error."""
+        found: dict[str, nn.Module] = {f"classifier {k!r}": v for k, v in self.classifiers.items()}
+        found |= {f"defense {k!r}": self.instead.get(k, v) for k, v in self.defenses.items()}
+        return found | ({"the surrogate": self.surrogate[1]} if self.surrogate else {})
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Inside, every model is in eval mode on the grid's device; after, mode and place are as they were."""
+        with contextlib.ExitStack() as stack:
+            for model in {id(m): m for m in (*self.models().values(), *self.defenses.values())}.values():
+                stack.enter_context(_at_work(model, self.device))
+            yield
+
     def check(self) -> None:
         """Raise `ValueError` where a cell cannot be asked: before anything is computed or written."""
-        height, width = self.data.shape[1:]
+        cache_limit()
+        for what, names in (("classifier", self.classifiers), ("defense", self.defenses), ("attack", self.attacks)):
+            for name in names:
+                check_name(what, name)
+        channels, height, width = self.data.shape
         for name, defense in self.defenses.items():
             if defense.size is not None and (height, width) != (defense.size, defense.size):
                 raise ValueError(
                     f"{name} purifies {defense.size}x{defense.size} images, but those of {self.data.source} are "
                     f"{height}x{width}; leave it out of the recipe's defenses, or train one for that size"
                 )
+            if defense.channels not in (None, channels):
+                raise ValueError(
+                    f"{name} purifies images of {defense.channels} channels, but those of {self.data.source} have "
+                    f"{channels}; leave it out, or train one for such images"
+                )
         for cell in self.cells():
             threats.check_attacker(cell.attack, cell.knowledge)
             self.target(cell)
+        with self.at_work():
+            for name, model in self.models().items():
+                if not isinstance(model, Defense) or model.spec is None:  # ours are tested; some take long
+                    self._try(name, model)
+
+    @torch.no_grad()
+    def _try(self, name: str, model: nn.Module) -> None:
+        """Ask a model about two images, which takes no time beside an attack and tells much."""
+        images, _ = self.data.batch(torch.arange(min(2, len(self.data))), self.device)
+        shape, source = tuple(images.shape), self.data.source
+        try:
+            out = ask(model, images)
+        except Exception as error:
+            raise ValueError(
+                f"{name} fails on images of {source}, float32 {shape} in [0, 1]: is it for images of other channels or "
+                f"another size? It said: {error}"
+            ) from error
+        if isinstance(model, Defense):
+            if not isinstance(out, Tensor) or out.shape != images.shape:
+                got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                raise ValueError(f"{name} must give images of the shape that it gets, {shape}; it gave {got}")
+            return
+        try:
+            check_logits(out, len(images))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        worst = int(self.data.labels.max())
+        if worst >= out.shape[1]:
+            raise ValueError(
+                f"{name} gives {out.shape[1]} logits, but {source} has images of class {worst} "
+                f"({self.data.class_names[worst]!r}): take a model for {self.data.classes} classes, or load the data "
+                "with class_names= in the model's order"
+            )
 
 
 def run_grid(grid: Grid, out: Path, progress: Progress | None = None) -> None:
-    """Write the rows and samples of every cell of `grid` under `out`; what is already there is not made again."""
-    store = AdversarialStore()
+    """Write the rows and samples of every cell of `grid` under `out`; what is already there is not made again.
+
+    Raises `RunError` where what is there is damaged, or of another cell.
+    """
+    with grid.at_work(), tempfile.TemporaryDirectory() as own:
+        # What only this process can tell from other things is kept no longer than it.
+        stores = {True: AdversarialStore(), False: AdversarialStore(Path(own))}
+        _fill(grid, out, stores, progress)
+
+
+def _fill(grid: Grid, out: Path, stores: Mapping[bool, AdversarialStore], progress: Progress | None) -> None:
     # Unchanged in what they answer, faster to attack; images are judged on the originals. The layout is given, not
     # probed: a resumed run must make the same rows.
     example, _ = grid.data.batch(torch.arange(min(2, len(grid.data))), grid.device)
-    originals = (*grid.classifiers.values(), *grid.instead.values())
-    twins = {c: twin(c.to(grid.device), example, channels_last=True) for c in originals}
-    for model in (*originals, *grid.defenses.values()):
-        model.to(grid.device).eval()
+    twins = {c: twin(c, example, channels_last=True) for c in (*grid.classifiers.values(), *grid.instead.values())}
     cells = grid.cells()
     functions = {cell: grid.target(cell, twins) for cell in cells}
-    keys = {cell: fingerprint(grid.target(cell)) for cell in cells}
+    identities = {cell: grid.identity(cell) for cell in cells}
     shards = torch.arange(len(grid.data)).split(grid.shard)
+    shown = shown_rows(grid.data.labels, grid.samples)
     done = 0
     for number, rows in enumerate(shards):
         known: dict[Any, Any] = {}  # what several cells of a shard share is computed once
+        here = shown[(shown >= rows[0]) & (shown <= rows[-1])]
         for cell in cells:
             path = out / "rows" / cell.folder / f"{number:04d}.parquet"
-            sampled = out / "samples" / f"{cell.folder}.safetensors"
-            if not path.exists() or (number == 0 and grid.samples and not sampled.exists()):
-                made = (keys[cell], cell.attack)
-                with _drawing(int(keys[cell][:8], 16) + 1_000_003 * grid.seed + number, grid.device):
-                    x_adv, seconds = store.get(
+            samples = out / "samples" / f"{cell.folder}.safetensors"
+            before = _samples(samples, grid.about(cell)) if len(here) else {}
+            missing = set(grid.data.index[here].tolist()) - set(before["index"].tolist() if before else ())
+            if path.exists():
+                runs.check_rows(path, grid.about(cell), grid.data.index[rows].tolist())
+            if missing or not path.exists():
+                identity = identities[cell]
+                with drawing(_seed(grid, cell, number), grid.device):
+                    made = stores[identity.lasting].get(
                         cell.attack,
                         functions[cell],
-                        keys[cell],
+                        identity.key,
                         grid.data,
                         rows,
                         seed=grid.seed,
                         batch=grid.batch,
                         device=grid.device,
                     )
-                columns, views = _judge(grid, cell, rows, x_adv, seconds, made, known)
-                if number == 0 and grid.samples:
-                    _keep_samples(grid, cell, sampled, views, columns)
+                columns, views = _judge(grid, cell, rows, made, (identity.key, cell.attack), known)
+                if missing:  # before the rows: where these are there, so are its samples
+                    tensors = _in_order(before, _shown(here - int(rows[0]), views, columns), grid.data.index[shown])
+                    runs.write_samples(samples, tensors, grid.about(cell) | {"class_names": grid.data.class_names})
                 runs.write_rows(path, columns)
             done += 1
             if progress:
-                what = f"{cell.classifier} · {cell.defense} · {cell.label} · {cell.knowledge}"
-                progress(done, len(cells) * len(shards), what)
+                progress(done, len(cells) * len(shards), str(cell))
+
+
+def _seed(grid: Grid, cell: Cell, shard: int) -> int:
+    """Of what a random model draws while it is attacked: one for all cells that see the same model."""
+    seen = [cell.classifier, cell.defense if cell.knowledge in WHOLE else "", cell.label, cell.knowledge in WHOLE]
+    return int(hashlib.sha256(repr(seen).encode()).hexdigest()[:8], 16) + 1_000_003 * grid.seed + shard
 
 
 @contextlib.contextmanager
-def _drawing(seed: int, device: torch.device) -> Iterator[None]:
+def _at_work(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, `model` is in eval mode, and on `device` unless its parts are on several: then its owner knows best."""
+    modes = [(part, part.training) for part in model.modules()]
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    model.eval()
+    if len(places) == 1:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if len(places) == 1:
+            model.to(places.pop())
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextlib.contextmanager
+def drawing(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, a random defense draws what `seed` gives: a resumed run makes the same rows. The caller's draws stay."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -165,10 +286,12 @@ def _drawing(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _answers(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """(predictions, confidence in the label), `(N,)` each."""
-    logits = torch.cat([model(x) for x in images.split(batch)]).float()
-    return logits.argmax(1).cpu(), logits.softmax(1).gather(1, labels[:, None]).squeeze(1).cpu()
+def answers_of(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """(predictions, confidence in the label), `(N,)` each; -1 and 0 where an answer is not finite: it is wrong."""
+    logits = torch.cat([logits_of(model, x) for x in images.split(batch)])
+    broken = ~logits.isfinite().all(1)
+    confidence = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+    return logits.argmax(1).masked_fill(broken, -1).cpu(), confidence.masked_fill(broken, 0).cpu()
 
 
 @dataclass(frozen=True)
@@ -185,7 +308,7 @@ class _Seen:
 @torch.no_grad()
 def _seen(defense: Defense, classifier: nn.Module, images: Tensor, batch: int, seed: int) -> _Seen:
     start = time.perf_counter()
-    with _drawing(seed, images.device):
+    with drawing(seed, images.device):
         parts = [defense.judge(x, classifier) for x in images.split(batch)]
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
@@ -198,13 +321,13 @@ def _judge(
     grid: Grid,
     cell: Cell,
     rows: Tensor,
-    x_adv: Tensor,
-    seconds: float,
+    attacked_images: Adversarials,
     made: tuple[str, Attack],
     known: dict[Any, Any],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Columns and images of one shard. `made`: what the adversarial images are; `known`: the shard's memory."""
     x, labels = grid.data.batch(rows, grid.device)
+    x_adv = attacked_images.images
     bare, classifier, defense = grid.classifiers[cell.classifier], grid.behind(cell), grid.defenses[cell.defense]
     draw = grid.seed * 1_000_003 + int(rows[0])
 
@@ -217,7 +340,7 @@ def _judge(
         return metrics.psnr(images, x).cpu(), metrics.ssim(images, x).cpu()
 
     def answers(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        return _answers(model, images, labels, grid.batch)
+        return answers_of(model, images, labels, grid.batch)
 
     at, by = cell.classifier, cell.defense
     # Detectors may ask the classifier; where there are none, what is purified is the same in front of every one.
@@ -235,16 +358,7 @@ def _judge(
     quality_pure = quality_adv if undefended else quality(attacked.purified)
     columns = {
         "schema": runs.SCHEMA_VERSION,
-        "dataset": grid.data.source,
-        "split": grid.data.name,
-        "classifier": cell.classifier,
-        "defense": cell.defense,
-        "attack": cell.label,
-        "attack_repr": repr(cell.attack),
-        "eps": float("nan") if (eps := getattr(cell.attack, "eps", None)) is None else eps,
-        "knowledge": cell.knowledge,
-        "surrogate": grid.surrogate[0] if grid.surrogate and cell.knowledge == "transfer" else "",
-        "seed": grid.seed,
+        **grid.about(cell),
         "draw": 0,
         "index": grid.data.index[rows].numpy(),
         "label": labels.cpu().numpy(),
@@ -267,25 +381,46 @@ def _judge(
         "rejected_adv": attacked.rejected.cpu().numpy(),
         "scores_clean": clean.scores.cpu().tolist(),
         "scores_adv": attacked.scores.cpu().tolist(),
-        "seconds_attack": seconds,
+        "seconds_attack": attacked_images.seconds,
         "seconds_purify": attacked.seconds,
+        **{count: getattr(attacked_images, count).numpy() for count in COUNTS},
     }
     return columns, {"clean": x, "adversarial": x_adv, "restored": attacked.purified, "restored_clean": clean.purified}
 
 
-def _keep_samples(grid: Grid, cell: Cell, path: Path, views: Mapping[str, Tensor], columns: Mapping[str, Any]) -> None:
-    """The first few images of the first shard, with what was thought of them."""
-    m = slice(0, grid.samples)
+def shown_rows(labels: Tensor, count: int) -> Tensor:
+    """The places of `count` images to look at `(M,)`: a fixed random choice in which each class comes once before any
+    comes again, and so on."""
+    order = draws.permutation(0, 0, len(labels))
+    turn = torch.empty_like(order)
+    for label in labels.unique():
+        mine = labels[order] == label
+        turn[mine] = torch.arange(int(mine.sum()))
+    return order[turn.argsort(stable=True)][:count]
+
+
+def _samples(path: Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The samples of a cell so far; nothing where they are damaged or another's: they are then made again."""
+    with contextlib.suppress(runs.RunError):
+        cell, tensors = runs.read_sample(path)
+        if all(str(cell[key]) == str(value) for key, value in about.items()):
+            return tensors
+    return {}
+
+
+def _shown(m: Tensor, views: Mapping[str, Tensor], columns: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The images at the places `m` of a shard, with what was thought of them."""
     order = ("clean", "adv", "pure_clean", "pure_adv")
-    tensors = {k: (v[m] * 255).round().to(torch.uint8) for k, v in views.items()}
-    tensors["index"] = torch.as_tensor(columns["index"][m])
-    tensors["label"] = torch.as_tensor(columns["label"][m])
-    tensors["confidence"] = torch.stack([torch.as_tensor(columns[f"conf_{k}"][m]) for k in order], 1)
-    tensors["prediction"] = torch.stack([torch.as_tensor(columns[f"pred_{k}"][m]) for k in order], 1)
-    about = {k: columns[k] for k in runs.CELL_KEYS} | {"class_names": grid.data.class_names}
-    runs.write_samples(path, tensors, about)
+    tensors = {k: (v[m.to(v.device)] * 255).round().to(torch.uint8).cpu() for k, v in views.items()}
+    tensors["index"] = torch.as_tensor(columns["index"])[m]
+    tensors["label"] = torch.as_tensor(columns["label"])[m]
+    tensors["confidence"] = torch.stack([torch.as_tensor(columns[f"conf_{k}"])[m] for k in order], 1)
+    tensors["prediction"] = torch.stack([torch.as_tensor(columns[f"pred_{k}"])[m] for k in order], 1)
+    return tensors
 
 
-def protected(classifier: nn.Module, defense: Defense) -> nn.Module:
-    """The model that a user runs: the classifier itself where there is no defense."""
-    return classifier if defense.spec and defense.spec["name"] == "none" else Protected(classifier, defense)
+def _in_order(before: Mapping[str, Tensor], new: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+    """Both together, what is new first, in the order of `index`."""
+    both = {k: torch.cat([v, before[k]]) if before else v for k, v in new.items()}
+    places = [(both["index"] == number).nonzero()[0] for number in index if (both["index"] == number).any()]
+    return {k: v[torch.cat(places)] for k, v in both.items()}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unperturb import runs
 from unperturb.attacks.base import Attack, attacks
@@ -19,10 +20,18 @@ from unperturb.data import ImageSet, known_copy_note, load_dataset
 from unperturb.defenses.base import Defense, Protected, create_defense, load_defense
 from unperturb.devices import FlopCounter, pick_device, probe
 from unperturb.evaluation import spent
-from unperturb.evaluation.adversarials import fingerprint
-from unperturb.evaluation.grid import Grid, Progress, run_grid
+from unperturb.evaluation.behavior import recognize
+from unperturb.evaluation.checks import (
+    check_attacks,
+    check_data,
+    check_knowledge,
+    check_models,
+    check_number,
+    subset,
+)
+from unperturb.evaluation.grid import Grid, Progress, answers_of, run_grid
+from unperturb.evaluation.identity import identify
 from unperturb.registry import unknown
-from unperturb.threats import KNOWLEDGE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,8 +48,8 @@ class Cost:
 
 
 def label_of(attack: Attack) -> str:
-    """The attack's short name in tables: its registered name, norm where it is not Linf, and steps."""
-    name = next(n for n in attacks if attacks[n] is type(attack))
+    """The attack's short name in tables: its registered name, or its class's, norm where not Linf, and steps."""
+    name = next((n for n in attacks if attacks[n] is type(attack)), type(attack).__name__.lower())
     norm = getattr(attack, "norm", "linf")
     steps = getattr(attack, "steps", None)
     return name + (f"-{norm}" if norm != "linf" else "") + (f"-{steps}" if steps else "")
@@ -67,7 +76,7 @@ def grid_of(recipe: EvaluationRecipe, device: str = "auto") -> Grid:
     defenses = _by_name(recipe.defenses, recipe.dataset)
     instead = {k: load_classifier(d) for k, d in defenses.items() if (Path(d) / "classifier.json").exists()}
     return Grid(
-        data=data.subset(recipe.n) if recipe.n else data,
+        data=subset(data, recipe.n),
         classifiers={k: load_classifier(c) for k, c in _by_name(recipe.classifiers, recipe.dataset).items()},
         defenses={k: load_defense("none" if k in instead else d) for k, d in defenses.items()},
         instead=instead,
@@ -96,6 +105,10 @@ def _by_name(folders: Sequence[str], dataset: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for folder in folders:
         name = _name(folder, dataset)
+        if name == "none" != folder:
+            raise ValueError(
+                f"{folder} would be called 'none' in tables, as if there were no defense; rename the folder"
+            )
         if name in found:
             raise ValueError(f"{found[name]} and {folder} would both be called {name!r}; rename one of the folders")
         found[name] = folder
@@ -141,7 +154,15 @@ def estimate(grid: Grid) -> Cost:
     """Count the operations of each cell on two images, for all of them."""
     grid.check()
     images, labels = grid.data.batch(torch.arange(min(2, len(grid.data))), grid.device)
-    total = 0.0
+    with grid.at_work():
+        total = sum(_operations(grid, images, labels))
+    pflop = total * len(grid.data) / 1e15
+    rate = max(v for k, v in probe(grid.device.type).rates.items() if k[0] == "float32")
+    return Cost(len(grid.cells()), len(grid.data), float(f"{pflop:.3g}"), round(pflop * 1e6 / (rate * 0.3) / 60, 1))
+
+
+def _operations(grid: Grid, images: Tensor, labels: Tensor) -> Iterator[float]:
+    """Of each cell, per image."""
     made, cleaned = set(), set()
     for cell in grid.cells():
         function, defense = grid.target(cell), grid.defenses[cell.defense]
@@ -154,10 +175,7 @@ def estimate(grid: Grid) -> Cost:
                 if (clean := (cell.classifier, cell.defense)) not in cleaned:
                     cleaned.add(clean)  # clean images are purified once for all cells
                     defense.judge(images, grid.behind(cell))
-        total += counter.total / len(images)
-    pflop = total * len(grid.data) / 1e15
-    rate = max(v for k, v in probe(grid.device.type).rates.items() if k[0] == "float32")
-    return Cost(len(grid.cells()), len(grid.data), float(f"{pflop:.3g}"), round(pflop * 1e6 / (rate * 0.3) / 60, 1))
+        yield counter.total / len(images)
 
 
 def run_evaluation(
@@ -191,12 +209,13 @@ def _run(
     progress: Progress | None,
 ) -> pd.DataFrame:
     grid.check()
+    _warn_near_chance(grid)
     # The folder's run is fixed by the recipe and by what its names stood for: the same names retrained are another run.
     what = {
         "data": grid.data.fingerprint,
-        "classifiers": {k: fingerprint(v) for k, v in grid.classifiers.items()},
-        "defenses": {k: fingerprint(grid.instead.get(k, v)) for k, v in grid.defenses.items()},
-        "surrogate": fingerprint(grid.surrogate[1]) if grid.surrogate else None,
+        "classifiers": {k: _fingerprint(v) for k, v in grid.classifiers.items()},
+        "defenses": {k: _fingerprint(grid.instead.get(k, v)) for k, v in grid.defenses.items()},
+        "surrogate": _fingerprint(grid.surrogate[1]) if grid.surrogate else None,
     }
     with runs.lock(out):
         runs.open_run(
@@ -205,9 +224,81 @@ def _run(
             resume=resume,
             about={f"data {grid.data.source}": grid.note} if grid.note else None,
         )
+        recognize(grid, out)
         runs.write_json(out / "defenses.json", costs)
         run_grid(grid, out, progress)
-    return runs.read_rows(out)
+    rows = runs.read_rows(out)
+    _check_whole(grid, rows, out)
+    _warn_of_gradients_and_logits(rows)
+    return rows
+
+
+def _fingerprint(model: nn.Module) -> str:
+    identity = identify(model)
+    return identity.key if identity.lasting else "an object in hand, known by its behavior"
+
+
+def _check_whole(grid: Grid, rows: pd.DataFrame, out: Path) -> None:
+    """Raise `RunError` unless `rows` hold every image of every cell, and nothing else."""
+    keys = ["classifier", "defense", "attack", "knowledge"]
+    found = {cell: sorted(part) for cell, part in rows.groupby(keys)["index"]}
+    wanted = {(c.classifier, c.defense, c.label, c.knowledge) for c in grid.cells()}
+    index = sorted(grid.data.index.tolist())
+    wrong = [cell for cell in wanted | set(found) if cell not in wanted or found.get(cell) != index]
+    if wrong:
+        raise runs.RunError(
+            f"{out} does not hold {len(index)} rows of each of its {len(wanted)} cells, but others or fewer of "
+            f"{', '.join(map(str, wrong[0]))}; delete that folder under rows and run again with --resume"
+        )
+
+
+def _warn_near_chance(grid: Grid) -> None:
+    """Warn of a classifier that hardly knows clean images: classes in another order, or images that are not its own."""
+    data = grid.data.subset(200)
+    if len(data) < 20:
+        return
+    images, labels = data.batch(torch.arange(len(data)), grid.device)
+    for name, classifier in grid.classifiers.items():
+        with grid.at_work():
+            predicted = answers_of(classifier, images, labels, grid.batch)[0]
+        right = int((predicted == labels.cpu()).sum())
+        if right < min(1.5 / data.classes, 0.6) * len(data):  # of two classes, three quarters are no sign of harm
+            shown = ", ".join(data.class_names[:3]) + (", ..." if data.classes > 3 else "")
+            warnings.warn(
+                f"{name} is right on {right} of {len(data)} clean images of {data.source}, near chance for "
+                f"{data.classes} classes. Do its classes stand in another order than the data's ({shown})? Then load "
+                "the data with class_names=[...] in the classifier's order. It may also want another normalization "
+                "(wrap(mean=..., std=...)) or images of another size",
+                stacklevel=3,
+            )
+
+
+def _warn_of_gradients_and_logits(rows: pd.DataFrame) -> None:
+    """Warn, once a cell, of answers that are not finite and of gradients that are hidden."""
+    views = [f"pred_{view}" for view in ("clean", "adv", "pure_clean", "pure_adv")]
+    broken = (rows[views] == -1).any(axis=1) | (rows["nonfinite"] > 0)
+    masked = 2 * rows["zero_gradients"] > rows["gradients"].clip(lower=0)
+    if not (broken | masked).any():
+        return
+    for names, cell in rows.groupby(["classifier", "defense", "attack", "knowledge"], sort=False):
+        what = " · ".join(map(str, names))
+        if len(index := cell["index"][broken[cell.index]]):
+            warnings.warn(
+                f"{what}: logits are not finite for {len(index)} of {len(cell)} images (index {_some(index)}); such an "
+                "answer counts as wrong, and its prediction is -1 in the rows",
+                stacklevel=3,
+            )
+        if len(index := cell["index"][masked[cell.index]]) > 0.1 * len(cell):
+            warnings.warn(
+                f"{what}: for {len(index)} of {len(cell)} images (index {_some(index)}) most gradients were exactly "
+                "zero: the attack had nothing to follow, so that those still standing prove nothing. Try BPDA, an "
+                "attack by queries, or loss='margin'",
+                stacklevel=3,
+            )
+
+
+def _some(index: pd.Series[Any]) -> str:
+    return ", ".join(str(i) for i in sorted(index)[:5]) + (", ..." if len(index) > 5 else "")
 
 
 def evaluate(
@@ -221,6 +312,7 @@ def evaluate(
     surrogate: nn.Module | None = None,
     seed: int = 0,
     batch: int = 200,
+    eot: int = 20,
     device: str = "auto",
     resume: bool = False,
     progress: Progress | None = None,
@@ -228,14 +320,21 @@ def evaluate(
     """Attack models and keep a row per image.
 
     data: the images to judge on, such as `load_dataset("mnist").test`. models: by name; a `Protected` is judged behind
-    its defense, anything else as a bare classifier, or, beside one called "none", in that one's place. attacks: a list,
-    or by the name they are to have in tables. knowledge: what the attacker sees. n: a fixed, named random subset of
-    this many images. out: run folder (default: a temporary one). Returns the rows (`unperturb.runs.ROW_COLUMNS`);
-    `unperturb.table` makes a table.
+    its defense, anything else as a bare classifier, or, beside one called "none", in that one's place. They are left as
+    they were: mode, device and all. attacks: a list, or by the name they are to have in tables. knowledge: what the
+    attacker sees. n: a fixed, named random subset of this many images. out: run folder (default: a temporary one). eot:
+    draws that the gradient of a random defense is averaged over; fewer than 20 flatter it. Returns the rows
+    (`unperturb.runs.ROW_COLUMNS`); `unperturb.table` makes a table.
+
+    Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed. Warns where a classifier is
+    hardly better than chance, where logits are not finite, and where an attacker's gradients were mostly zero.
     """
-    for kind in knowledge:
-        if kind not in KNOWLEDGE:
-            raise unknown("knowledge", kind, KNOWLEDGE)
+    data, models, attacks = check_data(data), check_models(models), check_attacks(attacks)
+    knowledge, images = check_knowledge(knowledge), subset(data, n)
+    for what, number, least in (("seed", seed, 0), ("batch", batch, 1), ("eot", eot, 1)):
+        check_number(what, number, least)
+    if surrogate is not None and not isinstance(surrogate, nn.Module):
+        raise TypeError(f"surrogate must be an nn.Module from images to logits, not a {type(surrogate).__name__}")
     labeled = attacks if isinstance(attacks, Mapping) else {label_of(a): a for a in attacks}
     if len(labeled) < len(attacks):
         raise ValueError(f"attacks share a name ({', '.join(labeled)}); give them names of your own: {{name: attack}}")
@@ -246,30 +345,32 @@ def evaluate(
         else:
             pairs[name] = (model, create_defense("none"))
     # Beside the bare classifier called "none", another one is a defense of its own that stands in its place.
-    own = fingerprint(pairs["none"][0]) if "none" in pairs else None
+    own = identify(pairs["none"][0]) if "none" in pairs else None
     instead = {
-        name: m
-        for name, m in models.items()
-        if own is not None and not isinstance(m, Protected) and fingerprint(m) != own
+        name: m for name, m in models.items() if own is not None and not isinstance(m, Protected) and identify(m) != own
     }
-    bare = {fingerprint(c): c for name, (c, _) in pairs.items() if name not in instead}
+    bare = {identify(c): c for name, (c, _) in pairs.items() if name not in instead}
     if len(bare) > 1:
         raise ValueError(
-            f"models stand on {len(bare)} different classifiers; evaluate them in one call each, or write a recipe "
-            "with several classifiers"
+            f"models stand on {len(bare)} different classifiers; pass one and the same object to all of them, evaluate "
+            "them in one call each, or write a recipe with several classifiers"
         )
+    defenses: dict[str, Defense] = {}
+    for name, (_, defense) in pairs.items():
+        undefended = name not in instead and identify(defense) == identify(create_defense("none"))
+        if undefended and "none" in defenses:
+            raise ValueError(f"{name!r} is the bare classifier, which is there already; pass each model once")
+        defenses["none" if undefended else name] = defense
     classifier = next(iter(bare.values()))
     spec = getattr(classifier, "spec", None) or {}
     grid = Grid(
-        data=data.subset(n) if n else data,
+        data=images,
         classifiers={spec.get("name", "classifier"): classifier},
-        defenses={
-            ("none" if d.spec == {"name": "none", "options": {}} and name not in instead else name): d
-            for name, (_, d) in pairs.items()
-        },
+        defenses=defenses,
         instead=instead,
         attacks={k: (a, list(knowledge)) for k, a in labeled.items()},
         surrogate=("surrogate", surrogate) if surrogate is not None else None,
+        eot=eot,
         seed=seed,
         batch=batch,
         device=pick_device(device),
@@ -280,7 +381,9 @@ def evaluate(
         "split": grid.data.name,
         "attacks": {k: repr(a) for k, a in labeled.items()},
         "knowledge": list(knowledge),
+        "eot": eot,
         "seed": seed,
+        "batch": batch,
     }
     costs = {k: spent.about(data.source, d, spent.of_model(d, grid.instead.get(k))) for k, d in grid.defenses.items()}
     if out is not None:

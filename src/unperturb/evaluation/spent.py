@@ -15,18 +15,22 @@ NOTHING: Spent = (0.0, 0.0)  # a filter, or no defense at all
 UNKNOWN: Spent = (None, None)
 
 
-def of_folder(source: str | Path) -> Spent:
+def of_folder(source: str | Path, after: tuple[Path, ...] = ()) -> Spent:
     """(PFLOP, seconds) that training cost what `source` names: a run folder, a filter's name, or several joined by `+`.
 
     A run that began with the weights of another, or learned from a teacher, has cost that one's training too; the
-    classifiers that a purifier was trained in front of are not counted. None where nobody kept it.
+    classifiers that a purifier was trained in front of are not counted. None where nobody kept it. after: the runs
+    that began with this one's weights. Raises `RunError` for a file that is damaged.
     """
     folder = Path(source)
+    if folder.resolve() in after:
+        return UNKNOWN  # it began with itself
     if not any((folder / f"{kind}.json").exists() for kind in ("defense", "classifier")):
-        return _sum([of_folder(part) for part in str(source).split("+")]) if "+" in str(source) else NOTHING
-    recipe = runs.read_json(folder / "recipe.json") if (folder / "recipe.json").exists() else {}
-    before = [recipe.get("start"), (recipe.get("objective") or {}).get("teacher")]
-    return _sum([_own(folder), *(_earlier(Path(other), folder) for other in before if other)])
+        return _sum([of_folder(part, after) for part in str(source).split("+")]) if "+" in str(source) else NOTHING
+    recipe = _read(folder / "recipe.json")
+    before = [recipe.get("start"), _inside(recipe, "objective").get("teacher")]
+    earlier = [_earlier(Path(str(other)), folder, (*after, folder.resolve())) for other in before if other]
+    return _sum([_own(folder), *earlier])
 
 
 def of_model(defense: Defense, classifier: nn.Module | None = None) -> Spent:
@@ -52,21 +56,33 @@ def about(dataset: str, defense: Defense, spent: Spent, folder: str = "") -> dic
 
 
 def _own(folder: Path) -> Spent:
-    outcome: dict[str, Any] | None = None
     if (folder / "training.json").exists():
-        outcome = runs.read_json(folder / "training.json")
-    else:
-        for name, place in (("defense", "about"), ("classifier", "extra")):
-            if (folder / f"{name}.json").exists():
-                outcome = (runs.read_json(folder / f"{name}.json").get(place) or {}).get("outcome")
-    return (outcome.get("pflop"), outcome.get("seconds")) if outcome else UNKNOWN
+        outcome = runs.read_json(folder / "training.json", runs.Outcome)
+        return outcome.pflop, outcome.seconds
+    for name, place in (("defense", "about"), ("classifier", "extra")):
+        kept = _inside(_inside(_read(folder / f"{name}.json"), place), "outcome")
+        if kept:
+            pflop, seconds = (
+                value if isinstance(value := kept.get(k), float | int) else None for k in ("pflop", "seconds")
+            )
+            return pflop, seconds
+    return UNKNOWN
 
 
-def _earlier(other: Path, folder: Path) -> Spent:
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = runs.read_json(path, dict[str, Any]) if path.exists() else {}
+    return found
+
+
+def _inside(values: dict[str, Any], key: str) -> dict[str, Any]:
+    return value if isinstance(value := values.get(key), dict) else {}
+
+
+def _earlier(other: Path, folder: Path, after: tuple[Path, ...]) -> Spent:
     """What the run `other`, as a recipe names it, has cost; it may have moved along with `folder`."""
     for place in (other, folder.parent / other.name):
         if place.is_dir():
-            return of_folder(place)
+            return of_folder(place, after)
     return UNKNOWN
 
 
