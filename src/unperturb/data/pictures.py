@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # What may be opened, whatever a file calls itself: Pillow would hand EPS to Ghostscript, a program of its own.
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_PIXELS = 64_000_000  # of one picture as it is decoded, and of all that are decoded at once: some 700 MB
 _SMALL = 1_000_000  # pixels that are no matter, however many threads decode them
