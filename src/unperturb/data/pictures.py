@@ -99,7 +99,7 @@ def _open(picture: Picture) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
             yield image
     except UnidentifiedImageError:
-        raise DataError(f"{picture.where}: not a picture ({', '.join(FORMATS)})") from None
+        raise DataError(f"{picture.where}: not a whole picture (of no format that is read)") from None
     except Exception as error:  # Pillow's readers raise a dozen kinds, struct.error and IndexError among them
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = (reason.splitlines() or [type(error).__name__])[0][:200]
