@@ -48,27 +48,27 @@ def _find(path: Path, progress: Progress | None) -> Found:
             else:
                 files[split].append(file)
         files[split].sort()
-    names = sorted({f.relative_to(roots["train"]).parts[0] for f in files["train"]})
+    depth = {split: len(root.parts) for split, root in roots.items()}  # where the class stands in a file's path
+    names = sorted({f.parts[depth["train"]] for f in files["train"]})
     aside = [f"{n:,} {kind}" for kind, n in strangers.most_common()]
     if len(names) < 2:
         raise DataError(
             f"{roots['train']} holds pictures of {len(names)} classes; expected two or more class folders with pictures"
             f" ({_TYPES}) inside" + (f" (found {some(aside, 5)})" if aside else "")
         )
+    number = {name: i for i, name in enumerate(names)}
     for split, found in files.items():
         for file in found:
-            if file.relative_to(roots[split]).parts[0] not in names:
+            if file.parts[depth[split]] not in number:
                 raise DataError(f"{file}: a class that {roots['train']} does not have ({some(names)})")
     if strangers:
         notes.append(f"files left aside: {some(aside, 5)}")
     empty = [folder.name for folder in _folders(roots["train"]) if folder.name not in names]
     if empty:
         notes.append(f"folders without a picture ({_TYPES}), which are no classes: {some(empty)}")
-    number = {name: i for i, name in enumerate(names)}
 
     def pictures(split: str, every: int = 1) -> Callable[[], Iterable[Picture]]:
-        root = roots[split]
-        return lambda: (Picture(f, number[f.relative_to(root).parts[0]], str(f)) for f in files[split][::every])
+        return lambda: (Picture(f, number[f.parts[depth[split]]], str(f)) for f in files[split][::every])
 
     return Found(
         {split: pictures(split) for split in files},

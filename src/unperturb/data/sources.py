@@ -124,4 +124,4 @@ def stamp(files: Iterable[Path], root: Path) -> tuple[Any, ...]:
             return 0, 0
         return status.st_size, status.st_mtime_ns
 
-    return tuple((str(f.relative_to(root)), *state(f)) for f in files)
+    return tuple((str(f).removeprefix(f"{root}/"), *state(f)) for f in files)
