@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import struct
 import threading
 import zlib
@@ -20,7 +22,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import EpsImagePlugin, Image
+from typer.main import get_command
 
+import unperturb
+from unperturb import cli
+from unperturb.config import read_recipe
 from unperturb.data import DataError, load_dataset, pictures, tables
 from unperturb.data.pictures import Picture, decode, picture_size
 
@@ -339,6 +345,26 @@ def test_metadata_that_is_none_is_a_sentence(tmp_path: Path, said: str) -> None:
     parquet(tmp_path / "data" / "meta" / "train.parquet", {"image": rows(), "label": [0, 1] * 10}, features=said)
     with pytest.raises(DataError, match=r"train\.parquet"):
         load_dataset("hub:meta")
+
+
+# The guide ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_guides_lines_parse() -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "own-photos.md").read_text(encoding="utf-8")
+    lines = "".join(re.findall(r"```bash\n(.*?)```", guide, flags=re.S)).replace("\\\n", " ").splitlines()
+    for line in lines:
+        _, verb, *arguments = shlex.split(line)
+        context = get_command(cli.app).commands[verb].make_context(verb, arguments)  # type: ignore[attr-defined]
+        if "recipe" in context.params:
+            recipe = read_recipe(context.params["recipe"], context.params["overrides"])
+            assert (recipe.dataset, recipe.size) == ("folder:photos", 96)
+    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.S)
+    assert lines
+    assert blocks
+    for block in blocks:
+        compile(block, "own-photos.md", "exec")
+        assert all(hasattr(unperturb, name) for name in re.findall(r"\bup\.(\w+)", block))
 
 
 # Mutations ----------------------------------------------------------------------------------------------------------
