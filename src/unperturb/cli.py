@@ -127,12 +127,15 @@ def prepare(
     ],
     out: Out = None,
     size: Annotated[int | None, typer.Option(help="Side that pictures are resized to.")] = None,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave out pictures and rows that cannot be used.")
+    ] = False,
 ) -> None:
     """Download or convert a data set, verify its counts, print its fingerprint and save a contact sheet."""
     from unperturb.data import prepare as run
 
     with _bar("preparing") as update:
-        done = run(name, out=out, size=size, progress=update)
+        done = run(name, out=out, size=size, skip_damaged=skip_damaged, progress=update)
     console.print(str(done), markup=False)  # rich would take the record apart
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+import collections
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unperturb import draws, registry
-from unperturb.data import sources, store
-from unperturb.data.sets import IN_MEMORY, DataError, ImageSet, Splits
-from unperturb.data.sources import SOURCES, Found
-from unperturb.data.store import Pixels, Stored
+from unperturb.data import store, tables
+from unperturb.data.folders import find_folder
+from unperturb.data.pictures import MAX_PIXELS, Picture, Pixels, picture_size
+from unperturb.data.sets import IN_MEMORY, DataError, ImageSet, Splits, some
+from unperturb.data.sources import SOURCES, Found, Progress
+from unperturb.data.store import Stored
 
 NAMES = {
     "digits": "scikit-learn's 1,797 handwritten digits at 28x28, embedded",
     **{name: f"{source.hub} on the hub" for name, source in SOURCES.items()},
 }
-Progress = Callable[[int, int, str], None]
 _DIGITS_TEST = 360
 _TEST_SEED = 0x74657374
 
@@ -31,6 +35,8 @@ def load_dataset(
     size: int | None = None,
     val: int | None = None,
     seed: int = 0,
+    class_names: Sequence[str] | None = None,
+    skip_damaged: bool = False,
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Splits:
@@ -41,13 +47,21 @@ def load_dataset(
     differ; 128 for imagenette and imagenet). Pictures of another size are resized to cover it and center-cropped.
     val: how many images are split off train for validation, by `seed`; None takes the source's own validation split, or
     10 % of train and at most 5,000. The test split depends on neither.
+    class_names: the classes in the order of a classifier's logits; the labels are renumbered by name.
+    skip_damaged: leave out what cannot be used (a damaged picture, a row without a label), which otherwise is an error
+    that lists it. The splits say how many that were.
     cache: where decoded pixels are kept; None means $UNPERTURB_CACHE or ~/.cache/unperturb. The first start decodes,
-    the next ones map what it left.
+    the next ones map what it left, after a look at its digests.
     progress: called while decoding with (pictures done, of how many as far as is known, split).
-    Raises `UnknownNameError`, and `DataError` where the source is missing, broken or incomplete.
+    Raises `UnknownNameError`, and `DataError` where the source is missing, broken or incomplete. Warns where pictures
+    of several sizes were made one, or something was left out.
     """
-    _, splits = open_dataset(name, size=size, val=val, seed=seed, cache=cache, progress=progress)
-    return splits
+    _, _, splits = open_dataset(
+        name, size=size, val=val, seed=seed, skip_damaged=skip_damaged, cache=cache, progress=progress
+    )
+    for note in splits.notes:
+        warnings.warn(f"{name}: {note}", stacklevel=2)
+    return splits if class_names is None else splits.with_class_names(class_names)
 
 
 def open_dataset(
@@ -56,35 +70,50 @@ def open_dataset(
     size: int | None = None,
     val: int | None = None,
     seed: int = 0,
+    skip_damaged: bool = False,
     cache: str | Path | None = None,
     progress: Progress | None = None,
-) -> tuple[Path, Splits]:
-    """The folder of decoded pixels and the splits of `load_dataset`."""
-    if size is not None and size < 1:
-        raise DataError(f"size {size}; expected a side in pixels, 1 or more")
-    root = store.cache_root(cache) / "data"
-    folder, make = _plan(name, size, root, progress)
-    there = store.read(folder)
+    whole: bool = False,
+) -> tuple[Path, str, Splits]:
+    """The folder of decoded pixels, why they have the size that they have, and the splits of `load_dataset`.
+
+    whole: read cached pixels through, however many there are.
+    """
+    for what, number in (("size", size), ("val", val), ("seed", seed)):
+        if number is not None and (not hasattr(number, "__index__") or (what != "seed" and number < 1)):
+            raise DataError(f"{what} {number!r}; expected a whole number" + ("" if what == "seed" else ", 1 or more"))
+    if size is not None and size**2 > MAX_PIXELS:
+        raise DataError(f"size {size}; expected a side of at most {int(MAX_PIXELS**0.5):,} pixels")
+    try:
+        root = store.cache_root(cache) / "data"
+        folder, make = _plan(name, size, skip_damaged, root, progress)
+        there = store.read(folder, whole=whole)
+    except (OSError, RuntimeError, ValueError) as error:  # pathlib on names and links that lead nowhere
+        if isinstance(error, DataError | registry.UnknownNameError):
+            raise
+        raise DataError(f"{name!r} cannot be read: {error}") from error
     if there is None:
         make()
         there = store.read(folder)
         if there is None:
             raise DataError(f"{folder} was written but cannot be read back; is its disk in order?")
     meta, stored = there
-    _check_counts(name, {k: len(v.labels) for k, v in stored.items()}, meta["where"])
-    return folder, _split(name, meta["class_names"], stored, val, seed)
+    _check_counts(name, {k: len(v.labels) for k, v in stored.items()}, meta)
+    return folder, meta["size"], _split(name, meta, stored, val, seed)
 
 
-def _plan(name: str, size: int | None, root: Path, progress: Progress | None) -> tuple[Path, Callable[[], None]]:
+def _plan(
+    name: str, size: int | None, skip_damaged: bool, root: Path, progress: Progress | None
+) -> tuple[Path, Callable[[], None]]:
     """Where the decoded set lies, and how to make it if it does not. Nothing is opened yet."""
-    kind, _, rest = name.partition(":")
+    kind, _, rest = str(name).partition(":")
     if name == "digits":
         folder = root / f"digits-{store.key('digits', size)}"
         return folder, lambda: _write_digits(folder, size)
     if kind == "folder" and rest:
-        found = sources.find_folder(Path(rest).expanduser().resolve())
-        folder = root / f"folder-{store.key(found.where, found.stamp, size)}"
-        return folder, lambda: _write(folder, name, found, size, None, progress)
+        found = find_folder(Path(rest).expanduser().resolve(), progress)
+        folder = root / f"folder-{store.key(found.where, found.stamp, size, skip_damaged)}"
+        return folder, lambda: _write(folder, name, found, size, None, skip_damaged, progress)
     if kind == "hub" and rest:
         known = None
         local, hub, config = rest, rest, None
@@ -94,15 +123,16 @@ def _plan(name: str, size: int | None, root: Path, progress: Progress | None) ->
         size = size or known.size
     else:
         raise registry.unknown("data set", name, [*NAMES, "folder:PATH", "hub:NAME"])
-    test, label = (known.test, known.label) if known else (None, None)
-    looked_at, files = sources.parquet_files(local)
-    hub_cache = root / "hub"
-    file_name = name.replace(":", "-").replace("/", "-")
+    test, label, grey = (known.test, known.label, known.grey) if known else (None, None, None)
+    looked_at, files = tables.parquet_files(local)
     if files:
-        found = sources.find_parquet(name, files, test, label, hub_cache)
-        folder = root / f"{file_name}-{store.key(found.where, found.stamp, size)}"
-        return folder, lambda: _write(folder, name, found, size, known.grey if known else None, progress)
-    folder = root / f"{file_name}-{store.key(hub, config, size)}"
+        splits = tables.parquet_splits(files, test)
+        state = tables.parquet_stamp(splits)
+        folder = root / f"{file_name(name)}-{store.key(str(files[0].parent), state, size, skip_damaged)}"
+        return folder, lambda: _write(
+            folder, name, tables.find_parquet(name, splits, label), size, grey, skip_damaged, progress
+        )
+    folder = root / f"{file_name(name)}-{store.key(hub, config, size, skip_damaged)}"
     where = f"{looked_at}/*.parquet" if looked_at else f"$UNPERTURB_DATA/{local}/*.parquet (UNPERTURB_DATA is not set)"
     advice = (
         f"{name} is not here: looked at {where}, and for {hub} on the hub. "
@@ -110,48 +140,125 @@ def _plan(name: str, size: int | None, root: Path, progress: Progress | None) ->
     )
 
     def make() -> None:
-        found = sources.find_hub(hub, config, test, label, hub_cache, advice)
-        _write(folder, name, found, size, known.grey if known else None, progress)
+        found = tables.find_hub(hub, config, test, label, root / "hub", advice)
+        _write(folder, name, found, size, grey, skip_damaged, progress)
 
     return folder, make
 
 
+def file_name(name: str) -> str:
+    """A data set's name as that of a file, short enough for every disk."""
+    return "".join(c if c.isalnum() or c in "._" else "-" for c in name)[-100:]
+
+
 def _write(
-    folder: Path, name: str, found: Found, size: int | None, grey: bool | None, progress: Progress | None
+    folder: Path,
+    name: str,
+    found: Found,
+    size: int | None,
+    grey: bool | None,
+    skip_damaged: bool,
+    progress: Progress | None,
 ) -> None:
     """Decode a source. grey: None finds out."""
-    found.check()
-    splits = found.labeled_splits()
-    shape = (size, size) if size else store.most_common_size(itertools.islice(splits["train"](), found.sample))
-    total = max(map(sum, SOURCES[name].counts)) if name in SOURCES else found.total
+    names = found.class_names()
+    faults: list[str] = []
     done = 0
+    shape, why, mixed = _choose_size(name, size, found, progress)
+    _check_room(folder, name, found.total * shape[0] * shape[1] * (1 if grey else 3))
+    total = max(map(sum, SOURCES[name].counts)) if name in SOURCES else found.total
 
-    def counted(split: str) -> Iterator[store.Chunk]:
+    def counted(split: str) -> Iterator[Picture]:
         nonlocal done
-        for chunk in store.decode_all(splits[split](), shape, bool(grey)):
-            done += len(chunk[1])
+        for picture in found.splits[split]():
+            done += 1
+            if progress and done % 100 == 0:
+                progress(done, max(done, total), split)
+            yield picture
+
+    def chunks(split: str) -> Iterator[store.Chunk]:
+        for chunk in store.decode_all(counted(split), shape, bool(grey), faults):
             if progress:
                 progress(done, max(done, total), split)
             yield chunk
 
-    names = list(SOURCES[name].names) if name in SOURCES else []
-    meta = {"source": name, "where": found.where, "class_names": names or found.class_names()}
-    store.write(folder, meta, {split: counted(split) for split in splits}, keep_color=grey is not None)
+    def about() -> dict[str, Any]:
+        if faults and not skip_damaged:
+            raise _damaged(name, faults, done)
+        left_out = [f"{len(faults):,} of {done:,} pictures left out: {some(faults, 3)}"] if faults else []
+        return {
+            "source": name,
+            "where": found.where,
+            "class_names": list(SOURCES[name].names if name in SOURCES else ()) or names,
+            "size": why,
+            "notes": [*([why] if mixed else []), *found.notes, *left_out],
+            "left_out": faults,
+        }
+
+    store.write(folder, {split: chunks(split) for split in found.splits}, about, keep_color=grey is not None)
 
 
-def _check_counts(name: str, found: dict[str, int], where: str) -> None:
-    if name not in SOURCES:
+def _choose_size(
+    name: str, size: int | None, found: Found, progress: Progress | None
+) -> tuple[tuple[int, int], str, bool]:
+    """(H, W), why it is that, and whether pictures of several sizes were made one unasked."""
+    if size:
+        asked = name not in SOURCES or size != SOURCES[name].size
+        return (size, size), f"{size}x{size}, " + ("as asked" if asked else "the default of this set"), False
+    sizes: collections.Counter[tuple[int, int]] = collections.Counter()
+    faults: list[str] = []
+    for n, picture in enumerate(found.sample(), 1):
+        try:
+            sizes[picture_size(picture)] += 1
+        except DataError as error:
+            faults.append(str(error))
+        if progress and n % 100 == 0:
+            progress(n, n, "looking at sizes")
+    if not sizes:
+        if faults:
+            raise _damaged(name, faults, len(faults))
+        raise DataError(f"{name}: its train split holds no pictures")
+    (h, w), n = sizes.most_common(1)[0]
+    if len(sizes) == 1:
+        return (h, w), f"{h}x{w}, that of all {n:,} pictures looked at", False
+    why = f"{h}x{w}, that of {n:,} of {sizes.total():,} pictures looked at; the others were resized and cropped to it"
+    return (h, w), f"{why} (size=... or --size makes all of them square)", True
+
+
+def _damaged(name: str, faults: list[str], total: int) -> DataError:
+    return DataError(
+        f"{len(faults):,} of {total:,} pictures of {name} cannot be used: {some(faults, 5)}. "
+        "Mend or remove them, or leave them out with skip_damaged=True (--skip-damaged)"
+    )
+
+
+def _check_room(folder: Path, name: str, needed: int) -> None:
+    """Raise `DataError` where the disk has no room for what would be decoded: better now than in an hour."""
+    there = next(parent for parent in folder.parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise DataError(
+            f"{name} decoded takes {needed / 1e9:,.1f} GB, and the disk of {there} has {free / 1e9:,.1f}: "
+            "take a smaller size (size=..., --size), or set UNPERTURB_CACHE to another folder"
+        )
+
+
+def _check_counts(name: str, found: dict[str, int], meta: dict[str, Any]) -> None:
+    if name not in SOURCES or meta["left_out"]:
         return
     expected = SOURCES[name].counts
     if (found["train"], found.get("test")) not in expected:
         wanted = " or ".join(f"{a:,} + {b:,}" for a, b in expected)
         raise DataError(
-            f"{where} holds {found['train']:,} train + {found['test']:,} test images; {name} has {wanted}. "
-            f"Fetch what is missing (unperturb prepare {name}), or read a part of it as hub:{name} or folder:PATH"
+            f"{meta['where']} holds {found['train']:,} train + {found.get('test', 0):,} test images; {name} has "
+            f"{wanted}. Fetch what is missing (unperturb prepare {name}), or read a part of it as hub:{name} or "
+            "folder:PATH"
         )
 
 
-def _split(name: str, class_names: list[str], stored: dict[str, Stored], val: int | None, seed: int) -> Splits:
+def _split(name: str, meta: dict[str, Any], stored: dict[str, Stored], val: int | None, seed: int) -> Splits:
+    class_names = meta["class_names"]
+
     def whole(official: str, split: str) -> ImageSet:
         one = stored[official]
         large = one.images.numel() > IN_MEMORY
@@ -192,6 +299,8 @@ def _split(name: str, class_names: list[str], stored: dict[str, Stored], val: in
         class_names=class_names,
         source=name,
         fingerprints={k: one.fingerprint for k, one in stored.items()},
+        notes=meta["notes"],
+        left_out=len(meta["left_out"]),
     )
 
 
@@ -225,5 +334,12 @@ def _write_digits(folder: Path, size: int | None) -> None:
     def chunk(rows: Tensor) -> list[store.Chunk]:
         return [(pixels[rows.numpy()], labels[rows].tolist(), True)]
 
-    meta = {"source": "digits", "where": "scikit-learn", "class_names": [str(i) for i in range(10)]}
-    store.write(folder, meta, {"train": chunk(rest.nonzero()[:, 0]), "test": chunk(test)})
+    meta = {
+        "source": "digits",
+        "where": "scikit-learn",
+        "class_names": [str(i) for i in range(10)],
+        "size": f"{size}x{size}, as asked" if size else "28x28, the default of this set",
+        "notes": [],
+        "left_out": [],
+    }
+    store.write(folder, {"train": chunk(rest.nonzero()[:, 0]), "test": chunk(test)}, lambda: meta)

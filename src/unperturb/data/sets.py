@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -118,12 +118,38 @@ class ImageSet:
         rows = draws.permutation(seed, 0, len(self))[:n].sort().values
         return self.take(rows, name=f"{self.name}:{n}@{seed}")
 
+    def with_class_names(self, names: Sequence[str]) -> ImageSet:
+        """The same images, their labels renumbered by name: class k is `names[k]`, the classifier's k-th logit.
+
+        names: may hold classes of which there are no images here, such as the rest of the classifier's. Raises
+        `DataError` where a class of these images is not among them.
+        """
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise DataError(f"class_names {names!r}; expected a list of names, in the order of the classifier's logits")
+        place = {name: k for k, name in enumerate(names)}
+        if len(place) < len(names):
+            raise DataError(f"class_names names twice: {some(sorted({n for n in names if list(names).count(n) > 1}))}")
+        here = torch.bincount(self.labels, minlength=self.classes).tolist()
+        missing = [name for name, n in zip(self.class_names, here) if n and name not in place]
+        if missing:
+            others = [name for name in names if name not in self.class_names]
+            raise DataError(
+                f"{self.source} {self.split} has classes that class_names lacks: {some(missing)}; "
+                f"class_names has, and {self.source} lacks: {some(others)}. Call each class by one name"
+            )
+        if list(names) == self.class_names:
+            return self
+        new = torch.tensor([place.get(name, -1) for name in self.class_names])
+        whole = digest([self.mapped_fingerprint.encode(), repr(new.tolist()).encode()])
+        return replace(self, labels=new[self.labels], class_names=list(names), mapped_fingerprint=whole)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Splits:
     """A data set: what is trained on, what is tuned on, what is tested on.
 
-    fingerprints: of the official splits as they were read, before validation was split off.
+    fingerprints: of the official splits as they were read, before validation was split off. notes: what a reader should
+    know of how it was read, a sentence each. left_out: how many pictures were, because they cannot be used.
     """
 
     train: ImageSet
@@ -132,6 +158,19 @@ class Splits:
     class_names: list[str] = field(repr=False)
     source: str
     fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
+    notes: list[str] = field(default_factory=list, repr=False)
+    left_out: int = 0
+
+    def with_class_names(self, names: Sequence[str]) -> Splits:
+        """The same splits, their labels renumbered by name; see `ImageSet.with_class_names`."""
+        parts = {split: getattr(self, split).with_class_names(names) for split in ("train", "val", "test")}
+        return replace(self, **parts, class_names=list(names))
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+    """Up to `most` of `names`, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
 
 
 def digest(parts: Iterable[object]) -> str:
