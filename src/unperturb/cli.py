@@ -272,12 +272,14 @@ def evaluate(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders of evaluations.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("report"),
+    title: Annotated[str | None, typer.Option(help="The page's heading.")] = None,
+    note: Annotated[str | None, typer.Option(help="What the page says below its heading.")] = None,
 ) -> None:
     """Remake every table, figure and the page from rows and samples alone."""
     from unperturb.report import compare, table, write_report
     from unperturb.runs import read_rows
 
-    written = write_report(list(runs), out)
+    written = write_report(list(runs), out, title=title, note=note)
     rows = read_rows(*runs)
     console.print(table(rows), markup=False)
     if rows["defense"].nunique() > 2:

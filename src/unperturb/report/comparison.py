@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from unperturb.report.escape import renamed
 from unperturb.report.tables import (
     BLOCK,
     KNOWLEDGE,
@@ -80,6 +81,12 @@ def comparison_table(rows: pd.DataFrame, costs: Costs | None = None) -> pd.DataF
     frame = frame.astype({f"{name} n": "Int64" for name in measures} | {"eps": "float32"})
     ends = ("", " n", " low", " high")
     return frame[[*TABLE, "defense", *(f"{name}{end}" for name in measures for end in ends), *COSTS]]
+
+
+def with_names(costs: Costs, names: Mapping[str, Mapping[str, str]]) -> Costs:
+    """`costs` by the names that `unperturb.report.escape.readable` gave."""
+    keys = ({"dataset": dataset, "defense": defense} for dataset, defense in costs)
+    return {(new["dataset"], new["defense"]): of for new, of in zip((renamed(k, names) for k in keys), costs.values())}
 
 
 def measures_of(table: pd.DataFrame) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from unperturb.report.comparison import WORST_OBLIVIOUS
-from unperturb.report.figures import BARE, DPI, RIGHT
+from unperturb.report.escape import LONGEST, in_figure, one_line
+from unperturb.report.figures import BARE, DPI, RIGHT, fitting
 from unperturb.report.tables import UNDEFENDED, attack_name
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 FREE_MS = 0.01  # what takes less is no purifier: the log axis begins with a place for these
 
 
+@in_figure
 def cost_figure(table: pd.DataFrame) -> Figure | None:
     """Worst oblivious accuracy with its 95 % Wilson interval against milliseconds an image; the larger a mark, the more
     its training cost (hollow: not known); blue and joined: the Pareto front, nothing cheaper is as good.
@@ -27,7 +29,7 @@ def cost_figure(table: pd.DataFrame) -> Figure | None:
     if (shown["defense"] != UNDEFENDED).sum() < 3:
         return None
     value, low, high = (100 * shown[f"{WORST_OBLIVIOUS}{end}"].to_numpy(float) for end in ("", " low", " high"))
-    cost, names = shown["ms"].to_numpy(float), shown["defense"].tolist()
+    cost, names = shown["ms"].to_numpy(float), [one_line(name, LONGEST) for name in shown["defense"]]
     at = [max(ms, FREE_MS / 2) for ms in cost]
     front = pareto([ms if ms > FREE_MS else 0.0 for ms in cost], value.tolist())
     figure = Figure(figsize=(9.6, 5.6), dpi=DPI)
@@ -67,7 +69,8 @@ def cost_figure(table: pd.DataFrame) -> Figure | None:
     first = shown.iloc[0]
     budget = attack_name("", first["eps"]).lstrip(", ")
     title = f"What a defense keeps, and what it costs: {first['dataset']} ({first['split']}), {first['classifier']}"
-    axes.set_title(f"{title}{', ' + budget if budget else ''}", fontsize=11.5, loc="left", fontweight="bold")
+    title = one_line(f"{title}{', ' + budget if budget else ''}")
+    axes.set_title(title, fontsize=fitting(title, 8.5, 11.5), loc="left", fontweight="bold")
     figure.tight_layout()
     ends = [*(x for x, _ in steps[1:]), axes.get_xlim()[1]]
     line = [((x, y), (end, y)) for (x, y), end in zip(steps, ends)]

@@ -19,7 +19,6 @@ def detector_table(rows: pd.DataFrame) -> pd.DataFrame:
     """
     import numpy as np
     import pandas as pd
-    from sklearn.metrics import roc_auc_score, roc_curve
 
     cells, _ = cells_of(rows)
     numbers = numbered(rows, cells)
@@ -28,10 +27,13 @@ def detector_table(rows: pd.DataFrame) -> pd.DataFrame:
         group = rows[numbers == number]
         if not len(group["scores_clean"].iloc[0]):
             continue
+        from sklearn.metrics import roc_auc_score, roc_curve  # a second, which most reports need not wait
+
         clean, attacked = (np.array(group[k].tolist(), np.float64) for k in ("scores_clean", "scores_adv"))
         truth = np.repeat([0, 1], len(group))
         for detector in range(clean.shape[1]):
             scores = np.concatenate([clean[:, detector], attacked[:, detector]])
+            scores = np.unique(np.nan_to_num(scores, nan=-np.inf), return_inverse=True)[1]  # no score rejects nothing
             false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
             found = {f"tpr_{p}": float(true[false <= p / 100].max()) for p in (1, 5)}
             line = of_cell(cell) | {"detector": detector, "n": group["index"].nunique()}

@@ -6,10 +6,13 @@ enter. Where a defense is random, an image counts with its mean over the draws, 
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from unperturb.intervals import wilson
+from unperturb import intervals
+from unperturb.report.escape import one_line
 from unperturb.runs import CELL_KEYS
 
 if TYPE_CHECKING:
@@ -25,10 +28,13 @@ KNOWLEDGE = {
     "white_box": "white box",
     "all": "all together",
 }
+OBLIVIOUS = ("none", "transfer", "oblivious")  # who knows nothing of the defense attacks the bare classifier
 UNDEFENDED = "undefended"
 DIRECT = "direct"  # an attack on the bare classifier, made on itself, where others stand beside it
 _ORDER = ("noise", "fgsm", "pgd", "mim", "jsma", "cw", "deepfool")  # the paper's, then whatever else there is
+wilson = functools.cache(intervals.wilson)  # most tables ask for the same few
 BLOCK = ["dataset", "split", "classifier"]
+MASKED = 0.1  # share of gradients of exactly zero, beyond which an attack by gradients is not to be believed
 
 
 def attacker_name(knowledge: str) -> str:
@@ -44,6 +50,11 @@ def budget_name(eps: float) -> str:
         if abs(value - eps) < 1e-6:
             return text
     return f"{eps:.4g}"
+
+
+def split_name(split: str) -> str:
+    """A split, or a fixed part of it, as people say it: `100 of test`."""
+    return re.sub(r"^(.+):(\d+)@\d+$", r"\2 of \1", split)
 
 
 def attack_name(attack: str, eps: float) -> str:
@@ -170,11 +181,14 @@ def quality_table(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def conditions(rows: pd.DataFrame, *environments: Mapping[str, Any]) -> pd.DataFrame:
+def conditions(
+    rows: pd.DataFrame, *environments: Mapping[str, Any], names: Mapping[str, Mapping[str, str]] | None = None
+) -> pd.DataFrame:
     """What the numbers hold for: columns `what` and `value`.
 
     Each attack's whole record with its seed and number of images, then device, threads, versions and commit.
-    environments: as `unperturb.runs.environment` gives them, one per run folder; equal ones are said once.
+    environments: as `unperturb.runs.environment` gives them, one per run folder; equal ones are said once. names: what
+    `unperturb.report.escape.readable` has renamed: the whole names are told.
     """
     import pandas as pd
 
@@ -190,12 +204,45 @@ def conditions(rows: pd.DataFrame, *environments: Mapping[str, Any]) -> pd.DataF
             source = f"{attacker_name(knowledge)} from {made_on}" if made_on else attacker_name(knowledge)
             seen.append(f"{source} n {_counts(sizes[part.index])}")
         lines.append((f"{dataset} {split}: {name}", f"{record}; seed {seed}; {'; '.join(seen)}"))
+    renamed = [(column, old, new) for column, of in (names or {}).items() for old, new in of.items()]
+    lines += [(f"{column} {new}", old) for column, old, new in renamed if one_line(old) != new]
     for environment in environments:
         for key, value in environment.items():
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
             if (key, text) not in lines:
                 lines.append((key, text))
     return pd.DataFrame(lines, columns=["what", "value"])
+
+
+def notes(rows: pd.DataFrame) -> list[str]:
+    """What was wrong with answers and gradients, a sentence each: images whose logits were not finite, and attackers
+    who met too many gradients of exactly zero to say anything.
+
+    rows: those written before these were kept (`zero_gradients`, `gradients`; -1: not recorded) say nothing.
+    """
+    import pandas as pd
+
+    cells, _ = cells_of(rows)
+    numbers = pd.Series(numbered(rows, cells), index=rows.index)
+    said: list[str] = []
+    for (_, _, classifier, defense), mine in groups(cells, [*BLOCK, "defense"]):
+        model = classifier if defense == "none" else f"{defense} before {classifier}"
+        here = rows[numbers.isin(mine.index)]
+        lost = here[(here[["pred_pure_clean", "pred_pure_adv"]] < 0).any(axis=1)]
+        if n := lost["index"].nunique():
+            where = _listed(mine.loc[sorted(numbers[lost.index].unique())])
+            images = "1 image" if n == 1 else f"{n:,} images"
+            said.append(f"{model}: {images} gave no finite logits ({where}), which counts as a wrong answer.")
+        flat = _flat(here).groupby(numbers).mean()
+        masked = mine.loc[[number for number in mine.index if flat.get(number, 0) > MASKED]]
+        for knowledge, part in groups(masked, "knowledge"):
+            worst = flat[part.index].max()
+            seen = classifier if knowledge in OBLIVIOUS else model
+            said.append(
+                f"{seen}: gradient masked. For {_listed(part)} up to {100 * worst:.0f} % of an image's gradients were "
+                "exactly zero: this attack says little, believe those that need no gradient."
+            )
+    return list(dict.fromkeys(said))
 
 
 def percent(line: Mapping[str, Any]) -> str:
@@ -278,6 +325,21 @@ def share(right: pd.Series[Any]) -> dict[str, Any]:
     n = len(right)
     low, high = wilson(round(float(right.sum())), n)
     return {"n": n, "accuracy": float(right.mean()) if n else float("nan"), "low": low, "high": high}
+
+
+def _flat(rows: pd.DataFrame) -> pd.Series[Any]:
+    """Which share of a row's gradients was exactly zero; 0 where that was not recorded."""
+    import pandas as pd
+
+    if "zero_gradients" not in rows:
+        return pd.Series(0.0, index=rows.index)
+    asked = rows["gradients"].clip(lower=1) if "gradients" in rows else 1
+    return (rows["zero_gradients"].astype(float) / asked).clip(0, 1).fillna(0)
+
+
+def _listed(cells: pd.DataFrame, most: int = 2) -> str:
+    named = [f"{name}, {attacker_name(k)}" for name, k in zip(cells["name"], cells["knowledge"])]
+    return "; ".join(named[:most]) + (f" and {len(named) - most} more" if len(named) > most else "")
 
 
 def _counts(sizes: pd.Series[Any]) -> str:

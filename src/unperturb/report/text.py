@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from unperturb.report.comparison import Costs, comparison_table, comparisons
-from unperturb.report.tables import BLOCK, attack_name, attacker_name, groups, quality_table, records, wide_table
+from unperturb.report.comparison import Costs, comparison_table, comparisons, with_names
+from unperturb.report.escape import columns, in_markdown, readable
+from unperturb.report.tables import BLOCK, attack_name, attacker_name, groups, notes, quality_table, records, wide_table
+from unperturb.runs import read_costs
 
 if TYPE_CHECKING:
     import pandas as pd
 
+NAME = 24  # columns of a name, of the hundred that a terminal may have
 READING = """\
 oblivious   the attacker sees the bare classifier only and knows nothing of the defense: the usual
             protocol, and the weakest attacker
@@ -27,6 +30,7 @@ def table(rows: pd.DataFrame, width: int = 100) -> str:
 
     rows: as `unperturb.runs.read_rows` gives them. Defenses that do not fit side by side continue below.
     """
+    rows, _ = readable(rows, NAME)
     quality = quality_table(rows)
     parts = []
     wide = wide_table(rows)
@@ -36,7 +40,7 @@ def table(rows: pd.DataFrame, width: int = 100) -> str:
         mine = quality[(quality[BLOCK] == [dataset, split, classifier]).all(axis=1)]
         if len(mine):
             parts.append(_quality(mine))
-    return "\n".join([*parts, READING])
+    return "\n".join([*parts, *(f"NOTE  {note}\n" for note in notes(rows)), READING])
 
 
 def compare(rows: pd.DataFrame, costs: Costs | None = None, width: int = 100) -> str:
@@ -44,14 +48,16 @@ def compare(rows: pd.DataFrame, costs: Costs | None = None, width: int = 100) ->
 
     Columns that do not fit continue below.
     """
+    costs = read_costs(*rows.attrs.get("runs", [])) if costs is None else costs
+    rows, names = readable(rows, NAME)
     parts = []
-    for title, n, heads, lines in comparisons(comparison_table(rows, costs)):
+    for title, n, heads, lines in comparisons(comparison_table(rows, with_names(costs, names))):
         parts.append(f"{title}: accuracy, % [95 % Wilson interval] of {n:,} images\n")
-        columns = [[head, *column] for head, column in zip(heads, zip(*lines))]
-        pages = [columns[:1]]
-        for column in columns[1:]:
+        filled = [[head, *column] for head, column in zip(heads, zip(*lines))]
+        pages = [filled[:1]]
+        for column in filled[1:]:
             if len(pages[-1]) > 1 and sum(_widths([*pages[-1], column])) - 2 > width:
-                pages.append(columns[:1])
+                pages.append(filled[:1])
             pages[-1].append(column)
         parts += [_grid(page) for page in pages]
     return "\n".join(parts)
@@ -60,8 +66,8 @@ def compare(rows: pd.DataFrame, costs: Costs | None = None, width: int = 100) ->
 def to_markdown(frame: pd.DataFrame) -> str:
     """`frame` as a Markdown table; named index levels become columns, column levels are joined by a comma."""
     frame = frame.reset_index() if any(name is not None for name in frame.index.names) else frame
-    columns: list[Any] = list(frame.columns)
-    names = [", ".join(p for p in c if p) if isinstance(c, tuple) else str(c) for c in columns]
+    heads: list[Any] = list(frame.columns)
+    names = [", ".join(p for p in c if p) if isinstance(c, tuple) else str(c) for c in heads]
     return _markdown(names, [[_entry(value) for value in line] for line in frame.itertuples(index=False, name=None)])
 
 
@@ -70,7 +76,8 @@ def compare_in_markdown(frame: pd.DataFrame) -> str:
     percent with their intervals."""
     parts = []
     for title, n, heads, lines in comparisons(frame):
-        parts.append(f"### {title}\n\nAccuracy, % [95 % Wilson interval] of {n:,} images.\n\n{_markdown(heads, lines)}")
+        head = f"### {in_markdown(title)}\n\nAccuracy, % [95 % Wilson interval] of {n:,} images."
+        parts.append(f"{head}\n\n{_markdown(heads, lines)}")
     return "\n".join(parts)
 
 
@@ -86,21 +93,22 @@ def quality_number(line: Mapping[str, Any], what: str, when: str) -> str:
 
 
 def _markdown(heads: list[str], lines: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in [heads, ["---"] * len(heads), *lines])
+    head, *body = ([in_markdown(value) for value in line] for line in [heads, *lines])
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *body])
 
 
 def _entry(value: Any) -> str:
     if isinstance(value, float):
         return "" if value != value else f"{value:.4g}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return str(value)
 
 
 def _pages(block: pd.DataFrame, width: int) -> list[list[list[str]]]:
     """The columns of one classifier, a defense's attackers kept together, in pages that fit `width`."""
     labels = ["", "", *block.index]
-    columns: list[Any] = list(block.columns[(block != "").any()])
+    filled: list[Any] = list(block.columns[(block != "").any()])
     by_defense: dict[str, list[list[str]]] = {}
-    for defense, attacker in columns:
+    for defense, attacker in filled:
         first = "" if defense in by_defense else defense
         by_defense.setdefault(defense, []).append([first, attacker, *block[defense, attacker]])
     pages: list[list[list[str]]] = [[labels]]
@@ -124,10 +132,11 @@ def _quality(quality: pd.DataFrame) -> str:
     return _grid([list(column) for column in zip(*lines)])
 
 
-def _widths(columns: Iterable[list[str]]) -> list[int]:
-    return [max(len(v) for v in column) + 2 for column in columns]
+def _widths(table: Iterable[list[str]]) -> list[int]:
+    return [max(map(columns, column)) + 2 for column in table]
 
 
-def _grid(columns: list[list[str]]) -> str:
-    widths = _widths(columns)
-    return "".join("".join(v.ljust(w) for v, w in zip(line, widths)).rstrip() + "\n" for line in zip(*columns))
+def _grid(table: list[list[str]]) -> str:
+    widths = _widths(table)
+    lines = ("".join(v + " " * (w - columns(v)) for v, w in zip(line, widths)) for line in zip(*table))
+    return "".join(f"{line.rstrip()}\n" for line in lines)
