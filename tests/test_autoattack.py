@@ -14,10 +14,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import unperturb.attacks.autoattack
-from unperturb.attacks.apgd import Lead, checkpoints
+from unperturb.attacks.apgd import Lead, checkpoints, rivals
 from unperturb.attacks.base import Problem, Tally, attacks, frozen
 from unperturb.attacks.fab import onto_plane
-from unperturb.attacks.losses import dlr, margin
+from unperturb.attacks.losses import cross_entropy, dlr, margin
 
 EPS = 0.15
 
@@ -35,6 +35,20 @@ class Linear(nn.Module):
         return x.flatten(1) @ self.w.T + self.b
 
 
+class Bent(nn.Module):
+    """One hidden layer of ReLU, by products and sums: no kernel that rounds by the size of the batch."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.inner, self.outer = (torch.randn(*size, generator=generator) / 2 for size in ((24, 16), (5, 24)))
+        self.bias = torch.randn(5, generator=generator) / 10
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = ((x.flatten(1) - 0.5)[:, None] * self.inner).sum(-1).relu()
+        return (hidden[:, None] * self.outer).sum(-1) + self.bias
+
+
 def images_on_the_box(n: int, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(n, 1, 4, 4, generator=generator)
@@ -43,7 +57,7 @@ def images_on_the_box(n: int, seed: int = 1) -> Tensor:
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[nn.Module, Tensor, Tensor]:
-    """A small CNN, a little adversarially trained, and 80 images that it knows."""
+    """A small CNN, a little adversarially trained, and 40 images that it knows."""
     data = load_digits()
     x = torch.tensor(data.images / 16, dtype=torch.float32)[:, None]
     y = torch.tensor(data.target, dtype=torch.int64)
@@ -57,7 +71,7 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
         nn.Linear(216, 10),
     )
     adam = torch.optim.Adam(net.parameters(), lr=3e-3)
-    for _ in range(250):
+    for _ in range(150):
         rows = torch.randint(200, len(x), (96,))
         noisy = (x[rows] + EPS * (2 * torch.rand(96, 1, 8, 8) - 1)).requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(net(noisy), y[rows]), noisy)
@@ -67,7 +81,7 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
         adam.step()
     net.eval()
     with torch.no_grad():
-        known = (net(x[:200]).argmax(1) == y[:200]).nonzero().squeeze(1)[:80]
+        known = (net(x[:200]).argmax(1) == y[:200]).nonzero().squeeze(1)[:40]
     return net, x[known], y[known]
 
 
@@ -189,24 +203,50 @@ def test_the_whole_budget_is_spent_and_the_highest_loss_returned(digits: Any, na
 
 
 @pytest.mark.parametrize("name", ["apgd", "apgd-t", "fab-t"])
-@pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("l2", 0.8)])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 0.2)])
 @pytest.mark.parametrize("restarts", [1, 2])
-def test_first_success_fells_the_same_images_in_fewer_passes(
-    digits: Any, name: str, norm: str, eps: float, restarts: int
-) -> None:
-    net, x, y = digits
+def test_first_success_fells_the_same_images_in_fewer_passes(name: str, norm: str, eps: float, restarts: int) -> None:
+    model, x = Bent(), images_on_the_box(32)
+    y = model(x).argmax(1)
     settings = {"norm": norm, "eps": eps, "steps": 15, "restarts": restarts}
-    full = attacks.create(name, **settings).run(net, x, y)
-    short = attacks.create(name, **settings, first_success=True).run(net, x, y)
+    full = attacks.create(name, **settings).run(model, x, y)
+    short = attacks.create(name, **settings, first_success=True).run(model, x, y)
     assert 0.05 < float(full.success.float().mean()) < 0.95
-    # A path does not depend on who else is in the batch, save for the last bits of a convolution.
-    assert int((short.success != full.success).sum()) <= 1
+    # A path does not depend on who else is in the batch: this model's sums do not.
+    assert torch.equal(short.success, full.success)
+    torch.testing.assert_close(short.images[~short.success], full.images[~full.success], rtol=0, atol=1e-5)
     spent = short.queries.float() / full.queries
     assert float(spent[short.success].mean()) < 0.7
     assert bool((spent[~short.success] == 1).all())
     delta = (short.images - x).flatten(1)
     size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
     assert float(size.max()) <= eps * 1.00001
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 0.2)])
+@pytest.mark.parametrize("first_success", [False, True])
+def test_what_a_climb_claims_is_what_the_model_says_of_its_images(norm: str, eps: float, first_success: bool) -> None:
+    # A climb that went back to its best point once judged it by the logits of the point it had left.
+    settings = {"norm": norm, "eps": eps, "steps": 15, "first_success": first_success}
+    wrong = 0
+    for seed in range(2):
+        model, x = Bent(seed), images_on_the_box(16, seed)
+        y = model(x).argmax(1)
+        asked = problem(model, x, y)
+        apgd, apgd_t = attacks.create("apgd", **settings, restarts=2), attacks.create("apgd-t", **settings)
+        fab = attacks.create("fab-t", **{**settings, "steps": 5}, restarts=2)
+        aims = rivals(asked, model(x), 2).unbind(1)
+        found = [apgd.search(asked, dlr, 0, margin), apgd.restart(asked, cross_entropy, 0, margin)]
+        found += [apgd_t.aim(asked, aim, number) for number, aim in enumerate(aims)]
+        for best in found:
+            said = margin(model(best.images), y)
+            wrong += int(((said - best.value).abs() > 1e-5).sum()) + int((best.fooled != (said > 0)).sum())
+        for number, aim in enumerate(aims):
+            images, distance = fab.aim(asked, aim, number)
+            size = torch.linalg.vector_norm((images - x).flatten(1), 2 if norm == "l2" else torch.inf, dim=1)
+            hit = margin(model(images), y) > 0
+            wrong += int((hit != (distance < torch.inf)).sum()) + int(((size - distance).abs() > 1e-6)[hit].sum())
+    assert wrong == 0
 
 
 def test_first_success_of_a_targeted_attack_reaches_the_target(digits: Any) -> None:
@@ -223,14 +263,14 @@ def test_eot_averages_over_draws(digits: Any) -> None:
     draws = torch.Generator().manual_seed(0)
 
     def noisy(x: Tensor) -> Tensor:
-        slope = 1.0 + 6.0 * torch.randn(1, generator=draws)
+        slope = 1.0 + 2.0 * torch.randn(1, generator=draws)
         return torch.stack([-slope * x.flatten(1).sum(1), slope * x.flatten(1).sum(1)], 1)
 
     x, y = torch.full((2, 1, 4, 4), 0.5), torch.zeros(2, dtype=torch.int64)
-    attack = attacks.create("apgd", eps=0.1, loss="margin", steps=8, eot=400, random_start=False)
+    attack = attacks.create("apgd", eps=0.1, loss="margin", steps=8, eot=100, random_start=False)
     result = attack.run(noisy, x, y)
-    assert result.forwards == 9 * 400
-    assert result.backwards == 8 * 400
+    assert result.forwards == 9 * 100
+    assert result.backwards == 8 * 100
     torch.testing.assert_close(result.images, x + 0.1)
 
 
@@ -242,7 +282,7 @@ def test_margin_and_dlr_survive_a_saturated_softmax(digits: Any) -> None:
 
     blind = attacks.create("apgd", eps=EPS, steps=10).run(loud, x, y)
     seeing = attacks.create("apgd", eps=EPS, steps=10, loss="dlr").run(loud, x, y)
-    assert int((blind.zero_gradients > 0).sum()) > 40
+    assert int((blind.zero_gradients > 0).sum()) > 20
     # (Once the label is third the ratio is 1 and flat, but then the image has fallen.)
     assert int(seeing.zero_gradients[~seeing.success].max()) == 0
     assert int(seeing.success.sum()) > int(blind.success.sum())
@@ -355,8 +395,11 @@ def test_few_classes(norm: str, classes: int) -> None:
         )
         assert result.success.tolist() == (others.amax(0) > 0).tolist()
         assert [bool(name) for name in result.felled_by] == result.success.tolist()
+        # Alone it comes to the same height; near the top of a sphere last bits move the point, not the margin.
         one = attack(model, x[:1], y[:1])
-        torch.testing.assert_close(one, result.images[:1], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            margin(model(one), y[:1]), margin(model(result.images[:1]), y[:1]), atol=1e-4, rtol=0
+        )
         assert len(attack(model, x[:0], y[:0])) == 0
 
 
@@ -377,8 +420,8 @@ def test_targeted_cascade_reaches_its_classes() -> None:
 def test_the_cascade_names_who_felled_whom_and_no_member_fells_more(digits: Any) -> None:
     net, x, y = digits
     y = torch.cat([(y[:1] + 1) % 10, y[1:]])  # the first image is misclassified as it is
-    settings = {"steps": 30}
-    cascade = attacks.create("autoattack", eps=EPS, queries=200, **settings).run(net, x, y)
+    settings = {"steps": 15}
+    cascade = attacks.create("autoattack", eps=EPS, queries=100, **settings).run(net, x, y)
     assert cascade.felled_by[0] == "clean"
     assert torch.equal(cascade.images[0], x[0])
     assert set(cascade.felled_by) >= {"clean", "apgd-ce", ""}
@@ -386,7 +429,7 @@ def test_the_cascade_names_who_felled_whom_and_no_member_fells_more(digits: Any)
     assert (cascade.images - x).abs().max() <= EPS + 1e-6
     fell_first = torch.tensor([name == "apgd-ce" for name in cascade.felled_by])
     assert cascade.queries[fell_first].max() < cascade.queries[~cascade.success].min()
-    for name, options in (("apgd", settings), ("apgd-t", settings), ("fab-t", settings), ("square", {"queries": 200})):
+    for name, options in (("apgd", settings), ("apgd-t", settings), ("fab-t", settings), ("square", {"queries": 100})):
         alone = attacks.create(name, eps=EPS, **options).run(net, x, y)
         assert not (alone.success & ~cascade.success).any(), name
 
@@ -395,7 +438,7 @@ def test_few_queries_do_not_turn_a_survivor_into_a_clean_image(digits: Any) -> N
     net, x, y = digits
     result = attacks.create("autoattack", eps=0.02, steps=5, queries=5).run(net, x, y)
     standing = torch.tensor([name == "" for name in result.felled_by])
-    assert standing.sum() > 40
+    assert standing.sum() > 20
     with frozen(net), torch.no_grad():
         assert (margin(net(result.images), y) > margin(net(x), y))[standing].all()
 
@@ -404,7 +447,8 @@ def test_few_queries_do_not_turn_a_survivor_into_a_clean_image(digits: Any) -> N
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("l2", 0.8)])
-def test_members_agree_with_torchattacks(digits: Any, norm: str, eps: float) -> None:
+def test_no_member_leaves_more_standing_than_torchattacks(digits: Any, norm: str, eps: float) -> None:
+    # One-sided: an attack may be stronger, and that it keeps to its ball is tested elsewhere.
     net, x, y = digits
     theirs_norm = {"linf": "Linf", "l2": "L2"}[norm]
 
@@ -413,19 +457,23 @@ def test_members_agree_with_torchattacks(digits: Any, norm: str, eps: float) -> 
             return int((net(images).argmax(1) == y).sum())
 
     peers = {
-        ("apgd", 40): torchattacks.APGD(net, norm=theirs_norm, eps=eps, steps=40),
-        ("apgd-t", 20): torchattacks.APGDT(net, norm=theirs_norm, eps=eps, steps=20),
-        ("fab-t", 20): torchattacks.FAB(net, norm=theirs_norm, eps=eps, steps=20, multi_targeted=True, n_classes=10),
+        ("apgd", 20): torchattacks.APGD(net, norm=theirs_norm, eps=eps, steps=20),
+        ("apgd-t", 10): torchattacks.APGDT(net, norm=theirs_norm, eps=eps, steps=10),
+        ("fab-t", 10): torchattacks.FAB(net, norm=theirs_norm, eps=eps, steps=10, multi_targeted=True, n_classes=10),
     }
     for (name, steps), peer in peers.items():
         ours = attacks.create(name, norm=norm, eps=eps, steps=steps)(net, x, y)
         a, b = standing(ours), standing(peer(x, y))
-        assert 8 <= a <= 72, "the test needs images that stand and images that fall"
-        assert abs(a - b) <= 2, (name, a, b)
-    ours = attacks.create("square", norm=norm, eps=eps, queries=400)(net, x, y)
-    peer = torchattacks.Square(net, norm=theirs_norm, eps=eps, n_queries=400)
-    a, b = standing(ours), standing(peer(x, y))
-    assert abs(a - b) <= 4, ("square", a, b)
+        assert 5 <= a <= 35, "the test needs images that stand and images that fall"
+        assert a <= b + 2, (name, a, b)
+    # Two random searches: over several seeds, on average. In L2 theirs draws a window's corner in [0, height - side),
+    # so that the last row and column are never touched, and leaves more standing.
+    seeds, queries = range(3), 150
+    square = attacks.create("square", norm=norm, eps=eps, queries=queries)
+    peers_square = [torchattacks.Square(net, norm=theirs_norm, eps=eps, n_queries=queries, seed=seed) for seed in seeds]
+    a = sum(standing(square(net, x, y, seed=seed)) for seed in seeds)
+    b = sum(standing(peer(x, y)) for peer in peers_square)
+    assert a <= b + 3 * len(seeds), ("square", a, b)
 
 
 def test_apgd_climbs_as_high_as_torchattacks(digits: Any) -> None:
@@ -437,17 +485,17 @@ def test_apgd_climbs_as_high_as_torchattacks(digits: Any) -> None:
     assert loss[0] > loss[1] - 0.01
 
 
-def test_cascade_agrees_with_torchattacks(digits: Any) -> None:
+def test_the_cascade_leaves_no_more_standing_than_torchattacks(digits: Any) -> None:
     net, x, y = digits
-    ours = attacks.create("autoattack", eps=EPS, steps=40, queries=300).run(net, x, y).success
+    ours = attacks.create("autoattack", eps=EPS, steps=15, queries=100).run(net, x, y).success
     peer = torchattacks.AutoAttack(net, norm="Linf", eps=EPS, n_classes=10, seed=0)
     for member in peer._autoattack.attacks:  # as shipped it takes 10 steps where the reference takes 100
-        member.steps = 40
-        member.n_queries = 300
+        member.steps = 15
+        member.n_queries = 100
     with torch.no_grad():
         theirs = net(peer(x, y)).argmax(1) != y
-    assert 8 <= int(ours.sum()) <= 72
-    assert int((ours != theirs).sum()) <= 1
+    assert 5 <= int(ours.sum()) <= 35
+    assert int((theirs & ~ours).sum()) <= 1
 
 
 def test_the_registry_has_them_all() -> None:
