@@ -16,6 +16,7 @@ from unperturb import runs
 from unperturb.classifiers import create_classifier, load_classifier, save_classifier
 from unperturb.config import RecipeError, read_recipe, resolve
 from unperturb.defenses import create_defense, load_defense, save_defense
+from unperturb.defenses.base import vary
 from unperturb.runs import RunError
 from unperturb.training import jobs, loop
 
@@ -169,7 +170,9 @@ def test_what_a_training_cost(tmp_path: Path) -> None:
     cost = {"pflop": 0.5, "seconds": 3.0, "steps": 7, "validation": {"clean": 0.9}}
     runs.write_json(path, cost)
     assert refused_in_a_sentence(lambda: load_defense(tmp_path), path, path.read_bytes()) > TIMES / 2
-    assert load_defense(tmp_path).outcome == runs.Outcome(**cost)  # type: ignore[arg-type]
+    loaded = load_defense(tmp_path)
+    assert loaded.outcome == runs.Outcome(**cost)  # type: ignore[arg-type]
+    assert vary(loaded, quality=20).outcome == loaded.outcome  # the same training
     path.unlink()
     assert load_defense(tmp_path).outcome is None
     save_defense(tmp_path, create_defense("jpeg"), {"outcome": cost})

@@ -217,6 +217,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert not list(folder.glob(".*.tmp"))
     last = runs.read_json(folder / "training.json")
     assert last["steps"] == 8
+    assert last["test"] == ({} if kind == "defense" else {"accuracy": last["test"]["accuracy"], "n": 360})
     assert last["validation"] == runs.read_json(whole / "training.json")["validation"]
     assert last["kept_step"] == runs.read_json(whole / "training.json")["kept_step"]
 

@@ -114,7 +114,7 @@ class Outcome:
     memory_format: str = "contiguous"
     kept_step: int = 0
     validation: dict[str, float] = Field(default_factory=dict)
-    test: dict[str, float] = Field(default_factory=dict)
+    test: dict[str, int | float] = Field(default_factory=dict)
 
 
 # Files --------------------------------------------------------------------------------------------------------------

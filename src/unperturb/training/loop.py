@@ -97,7 +97,8 @@ class _Log:
     def __init__(self, path: Path, last_step: int, show: Callable[[str], None] | None) -> None:
         self.path, self.show = path, show
         if path.exists():  # what was written after the checkpoint will be written again
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            with runs.writing(path):
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= last_step]
             runs.write_text(path, "".join(line + "\n" for line in kept))
 
