@@ -128,11 +128,12 @@ def test_names_in_any_script_are_peoples_own() -> None:
     assert set(rows["attack"]) == {"шум (8/255) [/red] é 雑音"}
 
 
-def test_numbers_of_a_recipe() -> None:
+def test_numbers_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="n: Input should be greater than 0, not 0"):
         read_recipe("white_box-mnist", ["n=0"])
-    described = {"kind": "evaluation", "dataset": "digits", "size": 8, "n": 100_000, "attacks": [{"name": "fgsm"}]}
-    with pytest.raises(ValueError, match=r"n is 100000, but test of digits holds .* images; leave n out to take all"):
+    monkeypatch.setattr(jobs, "load_dataset", lambda *_, **__: SPLITS)
+    described = {"kind": "evaluation", "dataset": "toy", "n": 7, "attacks": [{"name": "fgsm", "eps": 0.1}]}
+    with pytest.raises(ValueError, match="n is 7, but test of toy holds 6 images; leave n out to take all"):
         grid_of(resolve({**described, "classifiers": ["runs/none"]}), "cpu")
 
 
