@@ -395,7 +395,7 @@ def test_a_sheet_that_cannot_be_written_is_a_sentence(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "replace", fails)
-    with pytest.raises(DataError, match=r"sheets/hub-tiny\.png could not be written: .*choose another folder"):
+    with pytest.raises(DataError, match=r"sheets/hub-tiny\.png could not be written: .*hoose another folder"):
         prepare("hub:tiny", out=tmp_path / "sheets")
     assert list((tmp_path / "sheets").iterdir()) == []
 

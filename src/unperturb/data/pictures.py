@@ -59,7 +59,8 @@ def decode(picture: Picture, size: tuple[int, int], grey: bool) -> tuple[Pixels,
         with _room_for(whole if opened.info.get("progressive") else opened.size):
             image = _eight_bits(_upright(opened), str(opened.format))
             was_grey = image.mode in ("L", "1")
-            image = image.convert("L" if grey else "RGB")
+            wanted = "L" if grey else "RGB"
+            image = image if image.mode == wanted else image.convert(wanted)
             if image.size != (size[1], size[0]):
                 scale = max(size[0] / image.height, size[1] / image.width)
                 covering = (max(size[1], round(image.width * scale)), max(size[0], round(image.height * scale)))

@@ -271,13 +271,13 @@ def write_file(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def disk(path: Path) -> Iterator[None]:
     """Whatever the disk refuses while `path` is written, as a `DataError`."""
-    reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-    reasons |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "no permission to write there")
+    full = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+    reasons = full | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "no permission to write there")
     try:
         yield
     except OSError as error:
         reason = reasons.get(error.errno or 0) or error.strerror or str(error)
+        advice = "Free some space, or choose another folder" if error.errno in full else "Choose another folder"
         raise DataError(
-            f"{path} could not be written: {reason}. "
-            "Free some space, or choose another folder (--out, or UNPERTURB_CACHE for decoded pixels)"
+            f"{path} could not be written: {reason}. {advice} (--out, or UNPERTURB_CACHE for decoded pixels)"
         ) from error

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,12 @@ def _found(tables: Mapping[str, list[Table]], label: str | None, where: str, sta
         for table in tables[split]:
             columns = [image_of[table.where], label_of[table.where].name]
             for n, (image, value) in enumerate(_rows(table, columns)):
-                picture = Picture(b"", 0, f"{table.where}, row {n}")
+                where = f"{table.where}, row {n}"
                 try:
-                    picture = replace(picture, label=_place(value, place, len(names())))
-                    yield replace(picture, data=_data(image, table.follow))
+                    picture = Picture(_data(image, table.follow), _place(value, place, len(names())), where)
                 except ValueError as error:
-                    yield replace(picture, fault=str(error))
+                    picture = Picture(b"", 0, where, fault=str(error))
+                yield picture
 
     return Found(
         {split: functools.partial(pictures, split) for split in tables},
