@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unperturb import zoo
 from unperturb.registry import Registry, UnknownNameError
 from unperturb.runs import RunError, load_tensors, read_json, save_tensors, write_json
 
@@ -112,11 +113,15 @@ def save_classifier(folder: Path, classifier: Classifier, extra: Mapping[str, An
 
 
 def load_classifier(folder: str | Path) -> Classifier:
-    """The classifier of a run folder, in eval mode, on the CPU.
+    """The classifier of a run folder, or `zoo:NAME`, in eval mode, on the CPU.
 
     Raises `RunError` where a file is missing or truncated, or the weights are not those of the classifier described.
     """
+    folder = zoo.find(folder)
     path = Path(folder) / "classifier.json"
+    if not path.exists():
+        how = zoo.how_to_make(folder, classifiers, "train-classifier")
+        raise RunError(f"{path} is not there: {folder} holds no finished run; {how}")
     described = read_json(path)
     try:
         spec = {k: described[k] for k in ("name", "channels", "size", "classes", "mean", "std")}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unperturb import runs
+from unperturb import runs, zoo
 from unperturb.contract import check_images
 from unperturb.registry import Registry
 
@@ -175,11 +175,12 @@ def save_defense(folder: Path, defense: Defense, about: Mapping[str, Any]) -> No
 def load_defense(source: str | Path) -> Defense:
     """A defense in eval mode, its weights frozen.
 
-    source: a run folder; or the name of a defense that has nothing to learn (`"none"`, `"jpeg"`, ...), then with its
-    default options; or several of these joined by `+`, a pipeline, first to last.
+    source: a run folder or `zoo:NAME`; or the name of a defense that has nothing to learn (`"none"`, `"jpeg"`, ...),
+    then with its default options; or several of these joined by `+`, a pipeline, first to last.
 
     Raises `RunError` where a folder holds no defense or its weights are damaged or do not fit.
     """
+    source = zoo.find(source)
     name, folder = str(source), Path(source)
     if not (folder / "defense.json").exists():
         if "+" in name:
@@ -187,7 +188,7 @@ def load_defense(source: str | Path) -> Defense:
             return create_defense("pipeline", parts=parts).eval().requires_grad_(False)
         if name in defenses and (defense := _untrained(name)) is not None:
             return defense.eval()
-        raise runs.RunError(f"{folder} holds no trained defense; train one with: unperturb train RECIPE --out {folder}")
+        raise runs.RunError(f"{folder} holds no trained defense; {zoo.how_to_make(folder, ())}")
     spec = runs.read_json(folder / "defense.json")
     defense = create_defense(spec["name"], **spec["options"])
     try:

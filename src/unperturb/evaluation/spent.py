@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from unperturb import runs
+from unperturb import runs, zoo
 from unperturb.defenses.base import Defense
 
 Spent = tuple[float | None, float | None]
@@ -21,12 +21,12 @@ def of_folder(source: str | Path) -> Spent:
     A run that began with the weights of another, or learned from a teacher, has cost that one's training too; the
     classifiers that a purifier was trained in front of are not counted. None where nobody kept it.
     """
-    folder = Path(source)
+    folder = Path(zoo.find(source))
     if not any((folder / f"{kind}.json").exists() for kind in ("defense", "classifier")):
         return _sum([of_folder(part) for part in str(source).split("+")]) if "+" in str(source) else NOTHING
     recipe = runs.read_json(folder / "recipe.json") if (folder / "recipe.json").exists() else {}
     before = [recipe.get("start"), (recipe.get("objective") or {}).get("teacher")]
-    return _sum([_own(folder), *(_earlier(Path(other), folder) for other in before if other)])
+    return _sum([_own(folder), *(_earlier(other, folder) for other in before if other)])
 
 
 def of_model(defense: Defense, classifier: nn.Module | None = None) -> Spent:
@@ -62,10 +62,11 @@ def _own(folder: Path) -> Spent:
     return (outcome.get("pflop"), outcome.get("seconds")) if outcome else UNKNOWN
 
 
-def _earlier(other: Path, folder: Path) -> Spent:
+def _earlier(other: str, folder: Path) -> Spent:
     """What the run `other`, as a recipe names it, has cost; it may have moved along with `folder`."""
-    for place in (other, folder.parent / other.name):
-        if place.is_dir():
+    name = Path(other.removeprefix(zoo.PREFIX)).name
+    for place in (Path(other), zoo.folders().get(name) if other.startswith(zoo.PREFIX) else None, folder.parent / name):
+        if place and place.is_dir():
             return of_folder(place)
     return UNKNOWN
 
