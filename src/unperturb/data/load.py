@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unperturb import draws, registry
+from unperturb import draws, registry, screen
 from unperturb.data import sources, store
 from unperturb.data.sets import IN_MEMORY, DataError, ImageSet, Splits
 from unperturb.data.sources import SOURCES, Found
@@ -33,6 +33,7 @@ def load_dataset(
     seed: int = 0,
     cache: str | Path | None = None,
     progress: Progress | None = None,
+    quiet: bool = False,
 ) -> Splits:
     """The data set called `name`: digits, mnist, fashion_mnist, cifar10, cifar100, imagenette, imagenet, folder:PATH or
     hub:NAME.
@@ -43,10 +44,12 @@ def load_dataset(
     10 % of train and at most 5,000. The test split depends on neither.
     cache: where decoded pixels are kept; None means $UNPERTURB_CACHE or ~/.cache/unperturb. The first start decodes,
     the next ones map what it left.
-    progress: called while decoding with (pictures done, of how many as far as is known, split).
+    progress: called while decoding with (pictures done, of how many as far as is known, split), in place of the bar
+    that is shown unless `quiet`.
     Raises `UnknownNameError`, and `DataError` where the source is missing, broken or incomplete.
     """
-    _, splits = open_dataset(name, size=size, val=val, seed=seed, cache=cache, progress=progress)
+    with screen.shown(f"decoding {name}", progress, quiet) as update:
+        _, splits = open_dataset(name, size=size, val=val, seed=seed, cache=cache, progress=update)
     return splits
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unperturb import runs, threats
+from unperturb import runs, screen, threats
 from unperturb.attacks.base import attacks
 from unperturb.classifiers import Classifier, create_classifier, load_classifier, save_classifier, twin
 from unperturb.config import ClassifierRecipe, DefenseRecipe, Training, read_recipe, snapshot
@@ -60,7 +60,7 @@ def _run_folder(out: Path, recipe: Any, resume: bool) -> Iterator[None]:
         yield
 
 
-def decided(recipe: Any, task: Task, out: Path, resume: bool) -> Any:
+def decided(recipe: Any, task: Task, out: Path, resume: bool, show: Show | None = None) -> Any:
     """`recipe` with precision and memory format chosen; a run that is resumed keeps its choice."""
     settings = recipe.training
     if resume and (out / "recipe.json").exists():
@@ -69,6 +69,8 @@ def decided(recipe: Any, task: Task, out: Path, resume: bool) -> Any:
     elif not task.networks():
         precision, layout = "float32", "contiguous"
     else:
+        if show and "auto" in (settings.precision, settings.memory_format):
+            show("trying a few steps: which precision and memory format is quickest here")
         precision, layout = fastest(task, settings.precision, settings.memory_format)
     return recipe.model_copy(
         update={"training": settings.model_copy(update={"precision": precision, "memory_format": layout})}
@@ -126,24 +128,27 @@ def train_classifier(
     resume: bool = False,
     show: Show | None = None,
     progress: Progress | None = None,
+    quiet: bool = False,
 ) -> tuple[Classifier, Outcome]:
     """Train a classifier into the run folder `out`; `unperturb.load_classifier(out)` rebuilds it.
 
-    recipe: a name, a path, or the recipe itself. data: what `load_dataset` returns (default: the recipe's). Returns
-    the classifier in eval mode and what it cost, with its accuracy on validation and, measured once, on test images.
+    recipe: a name, a path, or the recipe itself. data: what `load_dataset` returns (default: the recipe's). show: gets
+    a line now and then. progress: gets (step, steps) in place of the bar that is shown unless `quiet`. Returns the
+    classifier in eval mode and what it cost, with its accuracy on validation and, measured once, on test images.
     """
     plan: ClassifierRecipe = read_recipe(recipe, overrides, "classifier") if isinstance(recipe, str) else recipe
     out = Path(out)
     data = data or load_dataset(plan.dataset, size=plan.size)
     task = classifier_task(plan, data, device)
-    plan = decided(plan, task, out, resume)
+    plan = decided(plan, task, out, resume, show)
 
     with _run_folder(out, plan, resume):
         validate = _classifier_validation(plan, data, task, pick_device(device))
-        outcome = train(
-            task, plan.training, out, seed=plan.seed, device=device, devices=devices,
-            validate=validate, show=show, progress=progress,
-        )  # fmt: skip
+        with screen.shown("training", progress, quiet) as update:
+            outcome = train(
+                task, plan.training, out, seed=plan.seed, device=device, devices=devices,
+                validate=validate, show=show, progress=update,
+            )  # fmt: skip
         # Once, after everything is decided; nothing looks at this number again.
         right = accuracy(task.classifier.eval(), data.test, pick_device(device))
         outcome = replace(outcome, test={"accuracy": round(right, 5), "n": len(data.test)})
@@ -226,13 +231,15 @@ def train_defense(
     resume: bool = False,
     show: Show | None = None,
     progress: Progress | None = None,
+    quiet: bool = False,
 ) -> Defense:
     """Train a defense into the run folder `out` (default `runs/RECIPE`); `unperturb.load_defense(out)` rebuilds it.
 
     A defense that has nothing to learn is judged on validation images and kept with the options of its recipe.
 
     recipe: a name, a path, or the recipe itself. classifier: one or several to protect, taken in turn (default: the
-    recipe's run folders); they are not changed. data: what `load_dataset` returns (default: the recipe's). Returns the
+    recipe's run folders); they are not changed. data: what `load_dataset` returns (default: the recipe's). show: gets a
+    line now and then. progress: gets (step, steps) in place of the bar that is shown unless `quiet`. Returns the
     defense in eval mode; what it cost is in its `outcome`.
     """
     plan: DefenseRecipe = read_recipe(recipe, overrides, "defense") if isinstance(recipe, str) else recipe
@@ -243,14 +250,15 @@ def train_defense(
         classifier = [load_classifier(Path(folder)) for folder in plan.classifiers]
     classifiers = [classifier] if isinstance(classifier, nn.Module) else list(classifier)
     task, twins = defense_task(plan, data, classifiers, device)
-    plan = decided(plan, task, out, resume)
+    plan = decided(plan, task, out, resume, show)
     with _run_folder(out, plan, resume):
         validate = _defense_validation(plan, data, task, twins, pick_device(device))
         if task.networks():
-            outcome = train(
-                task, plan.training, out, seed=plan.seed, device=device, devices=devices,
-                validate=validate, show=show, progress=progress,
-            )  # fmt: skip
+            with screen.shown("training", progress, quiet) as update:
+                outcome = train(
+                    task, plan.training, out, seed=plan.seed, device=device, devices=devices,
+                    validate=validate, show=show, progress=update,
+                )  # fmt: skip
         else:
             outcome = _untrained(validate, out)
         _calibrate(task.defense, data.val, twins, plan.seed, pick_device(device))
