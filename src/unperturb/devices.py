@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,15 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch sees no CUDA GPU here; use --device cpu")
     return device
+
+
+def check_threads(threads: int) -> int:
+    """`threads`; raises `ValueError` for fewer than one, or for so many that no machine like this one can use them: the
+    library underneath would end the process without a word."""
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if not 1 <= threads <= most:
+        raise ValueError(f"{threads} threads; expected 1 to {most} on this machine, which has {os.cpu_count()} cores")
+    return threads
 
 
 def _rate(device: torch.device, precision: str, memory_format: str, channels: int, size: int, batch: int) -> float:
