@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from unperturb import screen
 from unperturb.report.comparison import Costs, comparison_table, comparisons
 from unperturb.report.tables import BLOCK, attack_name, attacker_name, groups, quality_table, records, wide_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-READING = """\
-oblivious   the attacker sees the bare classifier only and knows nothing of the defense: the usual
-            protocol, and the weakest attacker
-white box   the attacker differentiates through purifier and classifier: only this column says what
-            a defense is worth once it is known, and a stronger attack can only lower it
-worst case  the image is classified correctly when clean and under every attack of its column that
-            has the budget
-PSNR, SSIM  of the adversarial image before and after the purifier, and of a clean image after it
-"""
+READING = {
+    "oblivious": "the attacker sees the bare classifier only and knows nothing of the defense: the usual protocol, and "
+    "the weakest attacker",
+    "white box": "the attacker differentiates through purifier and classifier: only this column says what a defense is "
+    "worth once it is known, and a stronger attack can only lower it",
+    "worst case": "the image is classified correctly when clean and under every attack of its column that has the "
+    "budget",
+    "PSNR, SSIM": "of the adversarial image before and after the purifier, and of a clean image after it",
+}
 
 
-def table(rows: pd.DataFrame, width: int = 100) -> str:
-    """Accuracy and image quality as plain text for a terminal `width` columns wide, and how to read them.
+def table(rows: pd.DataFrame, width: int | None = None) -> str:
+    """Accuracy and image quality as plain text for a terminal `width` columns wide (default: this one), and how to read
+    them.
 
     rows: as `unperturb.runs.read_rows` gives them. Defenses that do not fit side by side continue below.
     """
+    width = width or screen.width()
     quality = quality_table(rows)
     parts = []
     wide = wide_table(rows)
@@ -35,15 +39,25 @@ def table(rows: pd.DataFrame, width: int = 100) -> str:
         parts += [_grid(page) for page in _pages(block.droplevel([0, 1, 2]), width)]
         mine = quality[(quality[BLOCK] == [dataset, split, classifier]).all(axis=1)]
         if len(mine):
-            parts.append(_quality(mine))
-    return "\n".join([*parts, READING])
+            parts += [_grid(page) for page in _quality(mine, width)]
+    return "\n".join([*parts, _reading(width)])
 
 
-def compare(rows: pd.DataFrame, costs: Costs | None = None, width: int = 100) -> str:
-    """Defenses side by side, a line each, as plain text for a terminal `width` columns wide (see `comparison_table`).
+def _reading(width: int) -> str:
+    indent = " " * (max(map(len, READING)) + 2)
+    return "".join(
+        textwrap.fill(said, width, initial_indent=name.ljust(len(indent)), subsequent_indent=indent) + "\n"
+        for name, said in READING.items()
+    )
+
+
+def compare(rows: pd.DataFrame, costs: Costs | None = None, width: int | None = None) -> str:
+    """Defenses side by side, a line each, as plain text for a terminal `width` columns wide (default: this one; see
+    `comparison_table`).
 
     Columns that do not fit continue below.
     """
+    width = width or screen.width()
     parts = []
     for title, n, heads, lines in comparisons(comparison_table(rows, costs)):
         parts.append(f"{title}: accuracy, % [95 % Wilson interval] of {n:,} images\n")
@@ -111,7 +125,8 @@ def _pages(block: pd.DataFrame, width: int) -> list[list[list[str]]]:
     return pages
 
 
-def _quality(quality: pd.DataFrame) -> str:
+def _quality(quality: pd.DataFrame, width: int) -> list[list[list[str]]]:
+    """Columns of PSNR and SSIM, on one page or, where that is wider than `width`, on two."""
     measured = [(what, when) for what in ("psnr", "ssim") for when in ("before", "after", "clean")]
     lines = [["against the", "", "", "PSNR, dB", "", "", "SSIM", "", ""]]
     lines.append(["clean images", "", "", *["before", "after", "clean"] * 2])
@@ -121,7 +136,10 @@ def _quality(quality: pd.DataFrame) -> str:
         same = next((i for i, (a, b) in enumerate(zip(this, last)) if a != b), 2) if last else 0
         lines.append([*[""] * same, *this[same:], *(quality_number(line, *m) for m in measured)])
         last = this
-    return _grid([list(column) for column in zip(*lines)])
+    columns = [list(column) for column in zip(*lines)]
+    names, psnr, ssim = columns[:3], columns[3:6], columns[6:]
+    whole = [*names, *psnr, *ssim]
+    return [whole] if sum(_widths(whole)) - 2 <= width else [[*names, *psnr], [*names, *ssim]]
 
 
 def _widths(columns: Iterable[list[str]]) -> list[int]:
