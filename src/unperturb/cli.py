@@ -116,12 +116,9 @@ def _show_recipe(recipe: Any) -> None:
 
 
 def _threads(threads: int | None) -> None:
-    if threads:
-        import torch
+    from unperturb.devices import set_threads
 
-        from unperturb.devices import check_threads
-
-        torch.set_num_threads(check_threads(threads))
+    set_threads(threads)
 
 
 def _numbers(text: str | None, option: str) -> list[float] | None:
@@ -392,7 +389,6 @@ def evaluate(
     from unperturb.data import load_dataset
     from unperturb.evaluation import jobs
     from unperturb.report import table
-    from unperturb.screen import width
     from unperturb.unsaved import stand_ins
 
     _threads(threads)
@@ -418,7 +414,7 @@ def evaluate(
         return
     with _bar("evaluating") as update:
         rows = jobs.run_evaluation(resolved, out, device=device, resume=resume, models=own, progress=update)
-    say(table(rows, width()))
+    say(table(rows))
     say(f"\nrows: {out}. Tables, figures and a page: unperturb report {shlex.quote(str(out))}")
 
 
@@ -430,14 +426,13 @@ def report(
     """Remake every table, figure and the page from rows and samples alone."""
     from unperturb.report import compare, table, write_report
     from unperturb.runs import read_rows
-    from unperturb.screen import width
 
     with _bar("writing tables, figures and the page"):
         written = write_report(list(runs), out)
         rows = read_rows(*runs)
-    say(table(rows, width()))
+    say(table(rows))
     if rows["defense"].nunique() > 2:
-        say(compare(rows, width=width()))
+        say(compare(rows))
     parts = [name.partition("/")[0] for name in written]
     say(
         f"\nwrote {written['page']}, with {parts.count('figures')} figures and {parts.count('tables')} tables beside it"
@@ -489,7 +484,9 @@ def main() -> None:
         terminated = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(ValueError):  # in a thread of another program signals are that program's
+        signal.signal(signal.SIGTERM, terminate)
     try:
         code = app(prog_name="unperturb", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -507,7 +504,8 @@ def main() -> None:
         else:
             raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
     if code == 130:
         again = " ".join(shlex.quote(a) for a in ["unperturb", *sys.argv[1:]])
         if sys.argv[1:2] and sys.argv[1] in RESUMABLE and "--resume" not in sys.argv:

@@ -41,7 +41,6 @@ def run_demo(
     from unperturb.report import table, write_report
     from unperturb.runs import RunError, read_json, write_json
     from unperturb.screen import bar as own_bar
-    from unperturb.screen import width
     from unperturb.training.jobs import train_classifier, train_defense
 
     start = time.perf_counter()
@@ -86,4 +85,4 @@ def run_demo(
     with bar("writing the report") as update:
         update(0, 0)
         written = write_report([out / "rows"], out / "report")
-    return DemoResult(table(rows, width()), written["page"], out / "report" / "figures", time.perf_counter() - start)
+    return DemoResult(table(rows), written["page"], out / "report" / "figures", time.perf_counter() - start)

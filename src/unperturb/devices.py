@@ -39,13 +39,15 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def check_threads(threads: int) -> int:
-    """`threads`; raises `ValueError` for fewer than one, or for so many that no machine like this one can use them: the
-    library underneath would end the process without a word."""
-    most = max(64, 4 * (os.cpu_count() or 1))
+def set_threads(threads: int | None) -> None:
+    """Let torch compute on so many CPU threads (None: as many as it likes); raises `ValueError` for a number that no
+    machine bears."""
+    if threads is None:
+        return
+    most = max(1024, 4 * (os.cpu_count() or 1))
     if not 1 <= threads <= most:
-        raise ValueError(f"{threads} threads; expected 1 to {most} on this machine, which has {os.cpu_count()} cores")
-    return threads
+        raise ValueError(f"{threads} threads were asked for; expected 1 to {most} (this machine has {os.cpu_count()})")
+    torch.set_num_threads(threads)
 
 
 def _rate(device: torch.device, precision: str, memory_format: str, channels: int, size: int, batch: int) -> float:
