@@ -176,11 +176,11 @@ def recipe_text(name: str) -> str:
     path = Path(name)
     if path.suffix == ".toml":
         if not path.is_file():
-            raise RecipeError(f"no recipe at {path}. Recipes that come with the program: {', '.join(recipe_names())}.")
+            raise RecipeError(f"no recipe at {path}. Those that come with the program: unperturb list recipes")
         return path.read_text(encoding="utf-8")
     if name not in recipe_names():
         said = str(unknown("recipe", name, recipe_names())).partition(" Choices: ")[0]
-        raise RecipeError(f"{said} All of them: unperturb list recipes. One of your own is a path that ends in .toml.")
+        raise RecipeError(f"{said} All of them: unperturb list recipes; one of your own is a path that ends in .toml")
     return (resources.files("unperturb") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
 
 
