@@ -16,6 +16,7 @@ os.environ.update(
         "HF_DATASETS_OFFLINE": "1",
         "MPLBACKEND": "Agg",
         "OMP_NUM_THREADS": _threads,
+        "COLUMNS": "100",  # of a terminal: what is printed must not hang on the one that the tests run in
     }
 )
 

@@ -206,7 +206,9 @@ def test_an_override_that_does_not_fit(override: str, said: str, file: str) -> N
 def test_recipes_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"unknown recipe 'paper-mnst'\. Did you mean 'paper-mnist'"):
         read_recipe("paper-mnst")
-    with pytest.raises(RecipeError, match=r"no recipe at .*nowhere.toml. Recipes that come with the program: .*demo"):
+    with pytest.raises(
+        RecipeError, match=r"no recipe at .*nowhere.toml. Those that come with the program: unperturb list"
+    ):
         read_recipe(str(tmp_path / "nowhere.toml"))
     (tmp_path / "broken.toml").write_text("kind = ")
     with pytest.raises(RecipeError, match=r"broken.toml is not valid TOML: Invalid value"):

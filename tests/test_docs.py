@@ -1,37 +1,115 @@
-"""What is written is so: each recipe is named, each command of the README parses, each file of the tree is there."""
+"""What is written is so: each line of the README runs, each recipe says what it is, each file of the tree is there."""
 
 from __future__ import annotations
 
+import functools
 import re
 import runpy
 import shlex
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.main import get_command
+import torch
+from typer.testing import CliRunner
 
 from unperturb import cli
-from unperturb.config import read_recipe, recipe_names
+from unperturb.catalog import describe, recipes_page, to_toml
+from unperturb.config import read_recipe, recipe_names, resolve
+from unperturb.devices import Speed
+from unperturb.training.rehearsal import flop_per_image
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def blocks(language: str) -> list[str]:
+    """The README's code blocks in `language`."""
+    return re.findall(rf"```(?:{language})\n(.*?)```", README, flags=re.S)
+
+
 def commands() -> list[str]:
     """Every `unperturb ...` line in the README's code blocks."""
-    blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", README, flags=re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks("bash|sh|console")).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.strip().startswith("unperturb ")]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh clone as far as a command sees it: examples and zoo, and nothing trained."""
+    place = tmp_path_factory.mktemp("clone")
+    (place / "examples").symlink_to(ROOT / "examples")
+    (place / "zoo").symlink_to(ROOT / "zoo")
+    return place
+
+
+@pytest.fixture
+def clone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder; how quick this machine is, and what a step costs, is looked at briefly."""
+    speed = Speed({("float32", "contiguous"): 10.0})
+    for module in ("training.jobs", "training.loop", "evaluation.jobs"):
+        monkeypatch.setattr(f"unperturb.{module}.probe", functools.cache(lambda *_: speed))
+    for module in ("training.jobs", "training.loop"):
+        monkeypatch.setattr(f"unperturb.{module}.flop_per_image", functools.partial(flop_per_image, steps=1, batch=2))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+DIGITS = ["--set", "dataset=digits"]  # as large and as grey as MNIST, and here without a network
+TRAINING = ["training.batch=2", "training.precision=float32", "training.memory_format=contiguous"]
+# Evaluations that need what the lines before them have trained look at the zoo's instead.
+ZOO = [
+    'classifiers=["zoo:mnist-lenet5"]',
+    'defenses=["none", "zoo:protect-mnist"]',
+    'surrogate="zoo:mnist-convnet"',
+    "samples=0",
+]
+
+
+def small(line: str) -> list[str]:
+    """The words of a README line, and what makes it quick: digits for MNIST, two images, dry runs for trainings."""
+    _, verb, *words = shlex.split(line)
+    if verb == "prepare":
+        words[0] = "digits"
+    if verb in ("train", "train-classifier"):
+        keys = [*TRAINING, *(['pairs.attacks=[{ name = "fgsm", eps = 0.3 }]'] if verb == "train" else [])]
+        words += DIGITS + [word for key in keys for word in ("--set", key)] + ["--threads", "1", "--dry-run"]
+    if verb == "evaluate":
+        # On MNIST a table leaves "-mnist" out of the names.
+        words = [f"{w}-mnist" if before == "--defense" else w for before, w in zip(["", *words], words)]
+        words += [*DIGITS, "--n", "2", "--threads", "1"]
+        words += [] if "--attack" in words else ["--attack", "fgsm", "--out", f"runs/{words[0]}"]
+        words += [word for key in ZOO if not words[0].startswith("zoo-") for word in ("--set", key)]
+    return [verb, *words]
+
+
 @pytest.mark.parametrize("line", commands())
-def test_each_command_of_the_readme_parses(line: str) -> None:
-    _, verb, *arguments = shlex.split(line)
-    command = get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
-    context = command.make_context(verb, list(arguments))
-    recipe = context.params.get("recipe")
-    if recipe:
-        read_recipe(recipe, context.params.get("overrides") or [])
+@pytest.mark.usefixtures("clone")
+def test_each_command_of_the_readme_runs(line: str) -> None:
+    done = CliRunner().invoke(cli.app, small(line))
+    assert done.exit_code == 0, (done.output, done.exception)
+    if " evaluate " in line or "--dry-run" in line:
+        assert "clean" in done.output or "cost: " in done.output
+
+
+def test_the_python_of_the_readme_runs(clone: Path) -> None:
+    code = "".join(blocks("python")[1:])  # the first names the one line that all is about
+    tiny = '["training.epochs=0.001", "training.memory_format=contiguous", "training.batch=2"]'
+    changes = {
+        'load_dataset("mnist")': 'load_dataset("digits", val=8)',
+        "steps=40": "steps=2",
+        "n=200": "n=2",
+        "own, data,": f"own, data, overrides={tiny},",
+    }
+    for whole, part in changes.items():
+        assert whole in code
+        code = code.replace(whole, part)
+    known: dict[str, Any] = {}
+    exec(code, known)
+    images = known["images"]
+    assert torch.equal(known["again"].purify(images), known["purifier"].purify(images))
+    assert (clone / "report" / "first-look" / "report.html").exists()
 
 
 def test_the_readme_shows_every_verb() -> None:
@@ -52,6 +130,15 @@ def test_each_recipe_loads_and_overrides(name: str) -> None:
     recipe = read_recipe(name)
     again = read_recipe(name, ["seed=5"]) if hasattr(recipe, "seed") else recipe
     assert again == recipe or again.seed == 5
+    assert describe(name), "a recipe begins with a comment that says what it is"
+    assert resolve(tomllib.loads(to_toml(recipe))) == recipe  # what `show` prints is that recipe
+
+
+def test_the_page_of_recipes_is_that_of_the_program() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert page == recipes_page(), "run python -m unperturb.catalog > docs/recipes.md"
+    cells = [len(re.split(r"(?<!\\)\|", line)) for line in page.splitlines() if line.startswith("|")]
+    assert set(cells) <= {5, 6}  # no `|` of a text has opened a column
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/table2.md"])

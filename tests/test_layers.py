@@ -19,15 +19,18 @@ FLOORS = {
     "config": 1,
     "contract": 1,
     "modules": 2,
+    "screen": 1,
     "devices": 2,
     "data": 2,
     "runs": 2,
+    "zoo": 2,
     "metrics": 2,
     "intervals": 2,
     "attacks": 3,
     "defenses": 3,
     "classifiers": 3,
     "threats": 4,
+    "unsaved": 4,
     "training": 5,
     "evaluation": 5,
     "report": 6,
@@ -37,7 +40,9 @@ FLOORS = {
     "app": 7,
     "demo": 7,
     "catalog": 7,
+    "cache": 7,
     "cli": 8,
+    "__main__": 9,
 }
 # Who may be imported across: the registry's one error serves the recipes too, and the package's face names what
 # stands beside it.

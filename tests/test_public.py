@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -35,6 +36,12 @@ def test_help_does_not_wait_for_torch() -> None:
         subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip()
         == "False"
     )
+
+
+@pytest.mark.parametrize("name", ["evaluate", "load_dataset", "run_evaluation", "train_classifier", "train_defense"])
+def test_what_lasts_takes_a_progress_of_ones_own_or_none(name: str) -> None:
+    takes = inspect.signature(getattr(unperturb, name)).parameters
+    assert (takes["progress"].default, takes["quiet"].default) == (None, False)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -254,7 +254,7 @@ def test_quality_averages_decibels_and_counts_identical_images_apart() -> None:
     assert (line["psnr_before"], line["psnr_after"]) == (12, 25)
     assert (line["identical_before"], line["identical_after"], line["identical_clean"]) == (0, 1, 4)
     assert line["ssim_before"] == pytest.approx(0.25)
-    text = report.table(rows)
+    text = report.table(rows, 120)
     assert "25.0 (1 identical)" in text
     assert re.search(r"identical +0\.250 +0\.500 +-\n", text)
 
@@ -288,6 +288,7 @@ def test_no_rows_is_said() -> None:
 def test_text_fits_a_terminal_with_three_of_everything(tmp_path: Path) -> None:
     defenses = ("none", "paper-mnist", "protect-mnist", "apegan")
     rows = runs.read_rows(make_run(tmp_path, dataset="fashion_mnist", defenses=defenses, eps=8 / 255, n=20, samples=1))
+    assert max(map(len, report.table(rows, 80).splitlines())) <= 80
     text = report.table(rows)
     assert max(map(len, text.splitlines())) <= 100
     for name in ("lenet5", "conv", "resnet8", "undefended", *defenses[1:], "oblivious", "white box", "worst case"):

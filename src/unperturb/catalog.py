@@ -1,12 +1,18 @@
-"""What there is by name, with a line on each."""
+"""What there is by name, with a line on each; a recipe in words and whole; the page of every key of a recipe."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+VERBS = {"classifier": "train-classifier", "defense": "train", "evaluation": "evaluate", "demo": "demo"}
 
 
 def catalog() -> dict[str, dict[str, str]]:
     """Every registered name by kind: `{"attacks": {"fgsm": "One step ...", ...}, ...}`."""
+    from unperturb import zoo
     from unperturb.attacks import attacks
     from unperturb.classifiers import classifiers
     from unperturb.config import read_recipe, recipe_names
@@ -20,19 +26,206 @@ def catalog() -> dict[str, dict[str, str]]:
         "attacks": {n: _line(attacks[n]) for n in attacks},
         "defenses": {n: _line(defenses[n]) for n in defenses},
         "knowledge": dict(KNOWLEDGE),
-        "recipes": {n: _recipe_line(read_recipe(n)) for n in recipe_names()},
+        "zoo": {f"{zoo.PREFIX}{n}": _card(folder) for n, folder in zoo.folders().items()},
+        "recipes": {n: f"{VERBS[read_recipe(n).kind]}: {_phrase(describe(n))}" for n in recipe_names()},
     }
 
 
-def _recipe_line(recipe: Any) -> str:
-    what = {
-        "classifier": "train a classifier",
-        "defense": "train a defense",
-        "evaluation": "attack and judge",
-        "demo": "the main job from end to end",
-    }[recipe.kind]
-    return f"{what} on {recipe.dataset}" if hasattr(recipe, "dataset") else what
-
-
 def _line(thing: Any) -> str:
-    return (thing.__doc__ or "").strip().split("\n")[0]
+    """The first line of a docstring, or its first sentence where the line breaks off in one."""
+    paragraph = (thing.__doc__ or "").strip().split("\n\n")[0]
+    first = paragraph.split("\n")[0]
+    return first if first.endswith(".") else _sentence(" ".join(paragraph.split())) + "."
+
+
+def _card(folder: Any) -> str:
+    """The first line of a card that is no heading."""
+    card = folder / "README.md"
+    lines = card.read_text(encoding="utf-8").splitlines() if card.exists() else []
+    text = " ".join(lines[1:]).strip().partition("  ")[0]
+    return _sentence(text).replace("`", "")
+
+
+def _sentence(text: str) -> str:
+    """The first sentence of `text`, without its period."""
+    return re.split(r"\.(?=\s+[^\s\d]|$)", text, maxsplit=1)[0]
+
+
+def _phrase(text: str) -> str:
+    """The first sentence of `text`, without what it explains behind a colon if it already says something before."""
+    sentence = _sentence(text)
+    for mark in re.finditer(r"[:;] ", sentence):
+        head = sentence[: mark.start()]
+        if len(head) > 25 and head.count("(") == head.count(")"):
+            return head
+    return sentence
+
+
+# A recipe -----------------------------------------------------------------------------------------------------------
+
+
+def describe(name: str) -> str:
+    """What a recipe, by name or path, says of itself: the comment that it begins with, as one paragraph."""
+    from unperturb.config import recipe_text
+
+    lines: list[str] = []
+    for line in recipe_text(name).splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return " ".join(lines)
+
+
+def to_toml(recipe: Any) -> str:
+    """`recipe` with every key, as TOML that `read_recipe` takes; a key that is not set stands in a comment."""
+    from unperturb.config import snapshot
+
+    return "\n".join(_toml(snapshot(recipe), ())) + "\n"
+
+
+def _toml(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    inner = {k: v for k, v in table.items() if isinstance(v, dict)}
+    if path:
+        yield f"\n[{'.'.join(map(_key, path))}]"
+    for key, value in table.items():
+        if key not in inner:
+            yield f"# {_key(key)}: not set" if value is None else f"{_key(key)} = {_value(value)}"
+    for key, value in inner.items():
+        yield from _toml(value, (*path, key))
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items() if v is not None) + " }"
+    if isinstance(value, list):
+        if any(isinstance(v, dict) for v in value):
+            return "[\n" + "".join(f"  {_value(v)},\n" for v in value) + "]"
+        return f"[{', '.join(map(_value, value))}]"
+    return (
+        repr(value) if isinstance(value, float) else json.dumps(value)
+    )  # 1e-06 and inf are TOML as Python writes them
+
+
+# The page of every key ----------------------------------------------------------------------------------------------
+
+INTRODUCTION = """\
+# Recipes
+
+A recipe is a TOML file that fixes one run completely. `unperturb list recipes` names those that come along,
+`unperturb show NAME` prints one whole, with what it needs. Every verb takes a name or a path, so a recipe of your own
+begins with `unperturb show protect-mnist > mine.toml`. `--set KEY=VALUE` changes a key: `--set training.lr=0.001`,
+`--set pairs.attacks.0.eps=8/255`, `--set 'classifiers=["zoo:mnist-resnet8"]'`. A key that does not exist is refused.
+
+A classifier or a defense is named by its run folder (`runs/mnist-resnet8`), by `zoo:NAME` (weights that come with the
+repository: `unperturb list zoo`), a filter by its own name (`jpeg`), several purifiers one behind the other by
+`A+B`. What has a `name` (a classifier, an objective, a defense, an attack) takes the options of that name: they
+follow the keys.
+
+This page is made by `python -m unperturb.catalog > docs/recipes.md`; a test holds it to the program.
+"""
+
+
+def recipes_page() -> str:
+    """`docs/recipes.md`: every key of every kind of recipe, and the options of everything that a recipe names."""
+    from unperturb.attacks import attacks
+    from unperturb.classifiers import classifiers
+    from unperturb.config import KINDS, Augmentation, Pairs, Training
+    from unperturb.defenses import defenses
+    from unperturb.training.objectives import objectives
+
+    parts = [INTRODUCTION]
+    for kind, model in KINDS.items():
+        verb = VERBS[kind]
+        parts.append(f"## The {kind} recipe: `unperturb {verb}`\n\n{_line(model)}\n\n{_keys(model, fixed=kind)}")
+    for title, part in (("training", Training), ("augment", Augmentation), ("pairs", Pairs)):
+        parts.append(f"## `[{title}]`\n\n{_line(part)}\n\n{_keys(part)}")
+    parts.append(
+        "## An attack of an evaluation or a mixture\n\nBeside the options of its name: `label` (its name in tables) "
+        "and `knowledge` (a list of its own) in an evaluation; `share` (its part of each batch) in a mixture, where an "
+        "option given as `[low, high]` is drawn anew each step.\n"
+    )
+    for title, registry in (
+        ("Classifiers", classifiers),
+        ("Objectives", objectives),
+        ("Defenses", defenses),
+        ("Attacks", attacks),
+    ):
+        lines = [f"| `{name}` | {_entry(_line(registry[name]))} | {_options(registry[name])} |" for name in registry]
+        parts.append(
+            f"## {title}\n\n| name | | options and defaults |\n| --- | --- | --- |\n" + "\n".join(lines) + "\n"
+        )
+    return "\n".join(parts)
+
+
+def _keys(model: Any, fixed: str = "") -> str:
+    lines = ["| key | type | default | |", "| --- | --- | --- | --- |"]
+    for name, field in model.model_fields.items():
+        default = "needed" if field.is_required() else f"`{_shown(field.default)}`"
+        if name == "kind":
+            default = f'`"{fixed}"`'
+        lines.append(f"| `{name}` | {_type(field)} | {default} | {_entry(field.description or _line_of(field))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _type(field: Any) -> str:
+    """The type of a key in words, with its bounds."""
+    import types
+    from typing import Literal, Union, get_args, get_origin
+
+    def words(annotation: Any) -> str:
+        origin, inner = get_origin(annotation), get_args(annotation)
+        if origin is Literal:
+            return ", ".join(f"`{value}`" for value in inner)
+        if origin in (Union, types.UnionType):
+            return " or ".join(words(a) for a in inner if a is not type(None))
+        if origin is list:
+            return f"list of {words(inner[0])}"
+        if origin is tuple:
+            return ", ".join(words(a) for a in inner)
+        plain = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`"}
+        if annotation in plain:
+            return plain[annotation]
+        return "`{ name, options }`" if annotation.__name__ == "Thing" else "table"
+
+    signs = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
+    bounds = [f"{said} {getattr(m, sign)}" for m in field.metadata for sign, said in signs.items() if hasattr(m, sign)]
+    return " ".join([words(field.annotation), *bounds])
+
+
+def _entry(text: str) -> str:
+    """`text` in a table of Markdown; what Python calls None is a key that is not set."""
+    return text.replace("|", "\\|").replace("None", "not set")
+
+
+def _line_of(field: Any) -> str:
+    return _line(field.annotation) if hasattr(field.annotation, "model_fields") else ""
+
+
+def _shown(value: Any) -> str:
+    """A default as a recipe would write it."""
+    if value is None:
+        return "not set"
+    if hasattr(value, "model_dump"):
+        value = {k: v for k, v in value.model_dump(mode="json").items() if v is not None}
+    return re.sub(r"\n\s*", " ", _value(list(value) if isinstance(value, tuple) else value))
+
+
+def _options(make: Any) -> str:
+    """The keyword options of a constructor, `name = default`; those that the program gives itself are left out."""
+    from inspect import Parameter, signature
+
+    given = {"channels", "size", "classes", "classifier", "sampler", "parts"}
+    found = []
+    for name, option in signature(make).parameters.items():
+        if name in given or option.kind is not Parameter.KEYWORD_ONLY:
+            continue
+        found.append(f"`{name}`" if option.default is Parameter.empty else f"`{name} = {_shown(option.default)}`")
+    return ", ".join(found) or "none"
+
+
+if __name__ == "__main__":
+    print(recipes_page(), end="")

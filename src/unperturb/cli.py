@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
+import io
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 app = typer.Typer(
     name="unperturb",
@@ -26,8 +28,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 RESUMABLE = ("train", "train-classifier", "evaluate")
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 Overrides = Annotated[
     list[str] | None,
@@ -47,32 +49,70 @@ Cells = Annotated[
 Number = Annotated[
     int | None, typer.Option("--n", min=1, help="Judge a fixed, named random subset of this many images.")
 ]
+Classifiers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--classifier",
+        metavar="CLASSIFIER",
+        help="In place of the recipe's classifiers: a run folder, zoo:NAME, or module:object, a model of your own "
+        "(or a function that gives one), also from the current folder. Repeatable.",
+    ),
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="Weights of your own model: safetensors, or a saved state_dict.", metavar="FILE")
+]
+Mean = Annotated[
+    str | None, typer.Option(help="What your own model expects to be subtracted, a number a channel: 0.49,0.48,0.45.")
+]
+Std = Annotated[str | None, typer.Option(help="What it expects to be divided by, likewise.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Side of the images that your own model takes, in pixels.")]
+
+
+def say(text: object = "") -> None:
+    """A line for people; what is in it from outside can neither style nor steer the terminal."""
+    from unperturb.screen import clean
+
+    console.print(clean(text), markup=False)
+
+
+def complain(text: object, style: str = "red") -> None:
+    """The same on the standard error."""
+    from unperturb.screen import clean
+
+    errors.print(clean(text), style=style, markup=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from unperturb import __version__
+
+        say(f"unperturb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    pass
 
 
 @contextlib.contextmanager
 def _bar(what: str) -> Iterator[Callable[..., None]]:
-    """A progress bar with time left; calls take (done, total) and an optional text."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None)
+    """A progress bar of one stage, under the lines that are said meanwhile."""
+    from unperturb.screen import bar
 
-        def update(done: int, total: int, text: str = "") -> None:
-            progress.update(task, completed=done, total=total, description=f"{what}  {text}".rstrip())
-
+    with bar(what, console) as update:
+        update(0, 0)
         yield update
 
 
 def _show_recipe(recipe: Any) -> None:
-    from unperturb.config import snapshot
+    from unperturb.catalog import to_toml
 
-    console.print_json(json.dumps(snapshot(recipe)), indent=2)
+    say(to_toml(recipe))
 
 
 def _threads(threads: int | None) -> None:
@@ -81,8 +121,42 @@ def _threads(threads: int | None) -> None:
     set_threads(threads)
 
 
-def _log_line(line: str) -> None:
-    console.print(line, markup=False)
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r}; expected a number a channel, such as 0.49,0.48,0.45") from None
+
+
+def _own(recipe: Any, data: Any, weights: Path | None, mean: str | None, std: str | None) -> dict[str, Any]:
+    """The recipe's classifiers that are a user's own, by their import paths."""
+    from unperturb.unsaved import import_classifier, is_import_path
+
+    paths = [c for c in recipe.classifiers if is_import_path(c)]
+    given = {"--weights": weights, "--mean": mean, "--std": std}
+    asked = [option for option, value in given.items() if value is not None]
+    if asked and len(paths) != 1:
+        raise ValueError(
+            f"{', '.join(asked)} say more of one model of your own; give it with --classifier module:object"
+        )
+    options: dict[str, Any] = {"weights": weights, "mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
+    return {path: import_classifier(path, data, **options) for path in paths}
+
+
+def _with(recipe: Any, classifiers: Sequence[str] | None) -> Any:
+    return recipe.model_copy(update={"classifiers": list(classifiers)}) if classifiers else recipe
+
+
+def _missing(entries: Sequence[str | None], own: Mapping[str, Any]) -> list[str]:
+    """The run folders that a recipe's entries name and that are not there; says how to come by each."""
+    from unperturb.classifiers import classifiers
+    from unperturb.unsaved import missing
+    from unperturb.zoo import how_to_make
+
+    gone = list(dict.fromkeys(f for e in entries if e is not None and e not in own for f in missing(e)))
+    for folder in gone:
+        say(f"missing: {folder}; {how_to_make(folder, classifiers)}")
+    return gone
 
 
 @app.command()
@@ -94,30 +168,71 @@ def demo(
     from unperturb.demo import run_demo
 
     _threads(threads)
-    with _bar("demo") as update:
-        result = run_demo(out, progress=update, show=lambda text: console.print(text, markup=False))
-    console.print(result.table, markup=False)
-    console.print(f"\nThe report: {result.page}\nThe figures: {result.figures}", markup=False)
+    result = run_demo(out, bar=_bar, show=say)
+    say(result.table)
+    say(f"\nThe report: {result.page}\nThe figures: {result.figures}")
 
 
 @app.command(name="list")
 def list_things(
     what: Annotated[
-        str | None, typer.Argument(help="datasets, classifiers, attacks, defenses, recipes or knowledge.")
+        str | None, typer.Argument(help="datasets, classifiers, attacks, defenses, knowledge, zoo or recipes.")
     ] = None,
 ) -> None:
-    """What there is by name: data sets, classifiers, attacks, defenses, recipes, kinds of knowledge."""
+    """What there is by name: data sets, classifiers, attacks, defenses, kinds of knowledge, the zoo, recipes."""
     from unperturb.catalog import catalog
     from unperturb.registry import unknown
+    from unperturb.screen import width
 
     found = catalog()
     if what is not None and what not in found:
         raise unknown("thing to list", what, found)
     for kind, names in found.items():
         if what in (None, kind):
-            console.print(f"[bold]{kind}[/bold]")
+            say(kind)
+            column = max((len(name) for name in names), default=0) + 4
+            # Whole lines where a program reads them.
+            room = max(width() - column, 24) if console.is_terminal else 10_000
             for name, line in names.items():
-                console.print(f"  {name:<24} {line}", markup=False)
+                wrapped = textwrap.wrap(line, room) or [""]
+                say(f"  {name}".ljust(column) + f"\n{' ' * column}".join(wrapped))
+
+
+@app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="A recipe by name (see: list recipes), or a TOML file.")],
+    overrides: Overrides = None,
+) -> None:
+    """Print a recipe whole, with what it is for and what it needs: a file to begin your own with."""
+    from unperturb.catalog import VERBS, describe
+    from unperturb.config import read_recipe
+
+    resolved = read_recipe(recipe, overrides or [])
+    for line in textwrap.wrap(describe(recipe), 118):
+        say(f"# {line}")
+    _show_recipe(resolved)
+    part = getattr(resolved, "evaluation", resolved)
+    say(f"# Run it: unperturb {VERBS[resolved.kind]}" + ("" if resolved.kind == "demo" else f" {recipe}"))
+    say(f"# It needs the data set {part.dataset}: unperturb prepare {part.dataset}")
+    if resolved.kind != "demo":  # which makes its own
+        for line in _needs(resolved):
+            say(f"# {line}")
+
+
+def _needs(recipe: Any) -> list[str]:
+    """A line on each run folder that a recipe names: there, or how to come by it."""
+    from unperturb.classifiers import classifiers
+    from unperturb.unsaved import missing
+    from unperturb.zoo import how_to_make
+
+    entries = [*getattr(recipe, "classifiers", []), *getattr(recipe, "defenses", [])]
+    entries += [getattr(recipe, key, None) for key in ("surrogate", "start")]
+    entries.append(recipe.objective.options.get("teacher") if recipe.kind == "classifier" else None)
+    lines = []
+    for entry in dict.fromkeys(e for e in entries if e and e != "none"):
+        gone = missing(entry)
+        lines += [f"missing: {f}; {how_to_make(f, classifiers)}" for f in gone] or [f"there: {entry}"]
+    return lines
 
 
 @app.command()
@@ -136,7 +251,7 @@ def prepare(
 
     with _bar("preparing") as update:
         done = run(name, out=out, size=size, skip_damaged=skip_damaged, progress=update)
-    console.print(str(done), markup=False)  # rich would take the record apart
+    say(done)
 
 
 @app.command()
@@ -162,14 +277,19 @@ def train_classifier(
         f"{resolved.dataset}-{resolved.classifier.name}" if stem.startswith("classifier-") else stem
     )
     if dry_run:
-        task = jobs.classifier_task(resolved, load_dataset(resolved.dataset, size=resolved.size), device)
-        resolved = jobs.decided(resolved, task, out)
+        data = load_dataset(resolved.dataset, size=resolved.size)
+        if _missing([resolved.objective.options.get("teacher")], {}):
+            _show_recipe(resolved)
+            say("cost: not counted while the teacher is missing")
+            return
+        task = jobs.classifier_task(resolved, data, device)
+        resolved = jobs.decided(resolved, task, out, say)
         _show_recipe(resolved)
         _show_cost(jobs.estimate(task, resolved.training, device))
         return
     with _bar("training") as update:
         _, outcome = jobs.train_classifier(
-            resolved, out=out, device=device, devices=devices, resume=resume, show=_log_line, progress=update
+            resolved, out=out, device=device, devices=devices, resume=resume, show=say, progress=update
         )
     _show_outcome(outcome, out)
 
@@ -179,6 +299,11 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A defense recipe, such as protect-mnist, or a TOML file.")],
     out: Out = None,
     overrides: Overrides = None,
+    classifier: Classifiers = None,
+    weights: Weights = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
     device: Device = "auto",
     devices: Annotated[int, typer.Option(min=1, help="How many devices train together.")] = 1,
     threads: Threads = None,
@@ -190,27 +315,38 @@ def train(
     from unperturb.config import read_recipe
     from unperturb.data import load_dataset
     from unperturb.training import jobs
+    from unperturb.unsaved import stand_ins
 
     _threads(threads)
-    resolved = read_recipe(recipe, overrides or [], "defense")
+    changes = [*(overrides or []), *([f"size={size}"] if size else [])]
+    resolved = _with(read_recipe(recipe, changes, "defense"), classifier)
     out = out or Path("runs") / Path(recipe).stem
+    data = load_dataset(resolved.dataset, size=resolved.size)
+    own = _own(resolved, data.train, weights, mean, std)
     if dry_run:
-        classifiers = [load_classifier(c) for c in resolved.classifiers]
-        data = load_dataset(resolved.dataset, size=resolved.size)
-        task, _ = jobs.defense_task(resolved, data, classifiers, device)
-        resolved = jobs.decided(resolved, task, out)
+        gone = _missing([*resolved.classifiers, resolved.start], own)
+        own |= stand_ins([c for c in resolved.classifiers if c not in own], data.train)
+        known = [own[c] if c in own else load_classifier(c) for c in resolved.classifiers if c in own or c not in gone]
+        if not known:
+            _show_recipe(resolved)
+            say("cost: not counted while no classifier is there")
+            return
+        start = {"start": None} if resolved.start in gone else {}  # its weights do not change what a step costs
+        task, _ = jobs.defense_task(resolved.model_copy(update=start), data, known, device)
+        resolved = jobs.decided(resolved, task, out, say)
         _show_recipe(resolved)
         _show_cost(jobs.estimate(task, resolved.training, device))
         return
+    models = [own[c] if c in own else load_classifier(c) for c in resolved.classifiers] if own else None
     with _bar("training") as update:
         defense = jobs.train_defense(
-            resolved, out=out, device=device, devices=devices, resume=resume, show=_log_line, progress=update
+            resolved, models, data, out=out, device=device, devices=devices, resume=resume, show=say, progress=update
         )
     _show_outcome(defense.outcome, out)
 
 
 def _show_cost(cost: Any) -> None:
-    console.print(
+    say(
         f"cost: {cost.steps} steps, {cost.pflop:g} PFLOP; a plain convolution reaches {cost.convolution_gflops:g} "
         f"GFLOP/s here, so about {cost.minutes:g} minutes at half of it"
     )
@@ -223,10 +359,9 @@ def _show_outcome(outcome: Any, out: Path) -> None:
         f"{outcome.pflop:g} PFLOP, {outcome.gflops:g} GFLOP/s = {outcome.share:.0%} of a plain convolution "
         f"({outcome.precision}, {outcome.memory_format})"
     )
-    console.print(
+    say(
         f"{out}: {cost if outcome.steps else 'nothing to learn'}; validation: {validation}"
-        + (f"; test: {100 * outcome.test['accuracy']:.2f} % of {outcome.test['n']}" if outcome.test else ""),
-        markup=False,
+        + (f"; test: {100 * outcome.test['accuracy']:.2f} % of {outcome.test['n']}" if outcome.test else "")
     )
 
 
@@ -236,6 +371,14 @@ def evaluate(
     out: Out = None,
     overrides: Overrides = None,
     n: Number = None,
+    eot: Annotated[
+        int | None, typer.Option(min=1, help="Draws that the gradient of a random defense is averaged over.")
+    ] = None,
+    classifier: Classifiers = None,
+    weights: Weights = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
     defense: Cells = None,
     attack: Cells = None,
     knowledge: Cells = None,
@@ -246,26 +389,36 @@ def evaluate(
 ) -> None:
     """Attack bare and protected models as each attacker would; keep a row per image."""
     from unperturb.config import read_recipe
+    from unperturb.data import load_dataset
     from unperturb.evaluation import jobs
     from unperturb.report import table
+    from unperturb.unsaved import stand_ins
 
     _threads(threads)
-    changes = [*(overrides or []), *([f"n={n}"] if n else [])]
+    changes = [*(overrides or []), *(f"{k}={v}" for k, v in {"n": n, "eot": eot, "size": size}.items() if v)]
     cells = [defense or [], attack or [], knowledge or []]
-    resolved = jobs.only(read_recipe(recipe, changes, "evaluation"), *cells)
+    resolved = jobs.only(_with(read_recipe(recipe, changes, "evaluation"), classifier), *cells)
     out = out or Path("runs") / "-".join([Path(recipe).stem, *(name for part in cells for name in part)])
+    data = load_dataset(resolved.dataset, size=resolved.size)
+    own = _own(resolved, data.train, weights, mean, std)
     if dry_run:
+        entries = [*resolved.classifiers, *([resolved.surrogate] if resolved.surrogate else []), *resolved.defenses]
+        gone = _missing(entries, own)
+        own |= stand_ins([e for e in entries if e not in own], data.train)
         _show_recipe(resolved)
-        cost = jobs.estimate(jobs.grid_of(resolved, device))
-        console.print(
+        if unknown := [e for e in entries if e in gone and e not in own]:
+            say(f"cost: not counted while {', '.join(unknown)} is missing")
+            return
+        cost = jobs.estimate(jobs.grid_of(resolved, device, own))
+        say(
             f"cost: {cost.cells} cells of {cost.images} images, at most {cost.pflop:g} PFLOP, "
             f"about {cost.minutes:g} minutes"
         )
         return
     with _bar("evaluating") as update:
-        rows = jobs.run_evaluation(resolved, out, device=device, resume=resume, progress=update)
-    console.print(table(rows), markup=False)
-    console.print(f"\nrows: {out}. Tables, figures and a page: unperturb report {out}", markup=False)
+        rows = jobs.run_evaluation(resolved, out, device=device, resume=resume, models=own, progress=update)
+    say(table(rows))
+    say(f"\nrows: {out}. Tables, figures and a page: unperturb report {shlex.quote(str(out))}")
 
 
 @app.command()
@@ -279,44 +432,120 @@ def report(
     from unperturb.report import compare, table, write_report
     from unperturb.runs import read_rows
 
-    written = write_report(list(runs), out, title=title, note=note)
-    rows = read_rows(*runs)
-    console.print(table(rows), markup=False)
+    with _bar("writing tables, figures and the page"):
+        written = write_report(list(runs), out, title=title, note=note)
+        rows = read_rows(*runs)
+    say(table(rows))
     if rows["defense"].nunique() > 2:
-        console.print(compare(rows), markup=False)
+        say(compare(rows))
     parts = [name.partition("/")[0] for name in written]
-    console.print(
-        f"\nwrote {written['page']}, with {parts.count('figures')} figures and {parts.count('tables')} tables beside "
-        "it",
-        markup=False,
+    say(
+        f"\nwrote {written['page']}, with {parts.count('figures')} figures and {parts.count('tables')} tables beside it"
     )
 
 
+@app.command()
+def cache(
+    kinds: Annotated[list[str] | None, typer.Argument(help="data, hub, adversarials (default: all).")] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete them.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
+) -> None:
+    """How much the cache ($UNPERTURB_CACHE, or ~/.cache/unperturb) holds of what, and a way to clear it."""
+    from unperturb.cache import KINDS, cache_contents, clear_cache
+    from unperturb.registry import unknown
+
+    for kind in kinds or ():
+        if kind not in KINDS:
+            raise unknown("kind of cache", kind, KINDS)
+    found = [kept for kept in cache_contents() if kept.kind in (kinds or KINDS)]
+    for kept in found:
+        say(f"{kept.kind:<13} {kept.size / 1e6:>9,.1f} MB  {kept.files:>6,} files  {kept.folder}  ({kept.what})")
+    total = sum(kept.size for kept in found)
+    say(f"{'in all':<13} {total / 1e6:>9,.1f} MB")
+    if not clear:
+        return
+    if not yes and not sys.stdin.isatty():
+        raise ValueError("nothing was deleted: there is nobody here to ask; say --yes")
+    if not yes and not typer.confirm("Delete these? Runs and reports are not among them."):
+        say("nothing was deleted")
+        return
+    clear_cache(kept.kind for kept in found)
+    say(f"freed {total / 1e6:,.1f} MB")
+
+
 def main() -> None:
-    """Run the command line; a user's mistake is answered in a sentence, not in a traceback."""
+    """Run the command line; a user's mistake is answered in a sentence, not in a traceback.
+
+    Exit codes: 0 done; 2 a mistake, or a machine that has no room, said in a sentence; 130 stopped by Ctrl-C and 143 by
+    SIGTERM, with how to go on; 1 a fault of the program, with its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter shows its number
+            stream.reconfigure(errors="backslashreplace")
+    terminated = False
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
     with contextlib.suppress(ValueError):  # in a thread of another program signals are that program's
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop by `kill` ends as one by Ctrl-C does
+        signal.signal(signal.SIGTERM, terminate)
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="unperturb", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
         if _interrupted(error):
             code = 130
         elif hasattr(error, "show"):  # a wrong verb or option, in the words of the parser
-            error.show()
+            where = context.command_path if (context := getattr(error, "ctx", None)) else "unperturb"
+            complain(f"error: {error.format_message()} See: {where} --help")  # type: ignore[attr-defined]
             raise SystemExit(2) from None
-        elif isinstance(error, ValueError | TypeError | OSError | RuntimeError) and _is_ours(error):
-            errors.print(f"error: {error}", style="red", markup=False)
+        elif said := _sentence(error):
+            complain(f"error: {said}")
             raise SystemExit(2) from None
         else:
             raise
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
     if code == 130:
         again = " ".join(shlex.quote(a) for a in ["unperturb", *sys.argv[1:]])
         if sys.argv[1:2] and sys.argv[1] in RESUMABLE and "--resume" not in sys.argv:
             again += " --resume"
-        errors.print(f"\nstopped. Go on with: {again}", markup=False)
-    raise SystemExit(code if isinstance(code, int) else 0)
+        complain(f"\nstopped. Go on with: {again}", style="")
+    raise SystemExit(143 if code == 130 and terminated else code if isinstance(code, int) else 0)
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What to tell the user of `error`; None for a fault of the program, which keeps its traceback."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, ValueError | TypeError | OSError | RuntimeError) and _is_ours(error) and error.args != ():
+        ours = not isinstance(error, OSError) or error.errno is None
+        if ours and not _out_of_memory(error):
+            return str(error)
+    if cause is not None:
+        place = f" ({cause.filename})" if isinstance(cause, OSError) and cause.filename else ""
+        return f"the disk is full{place}: free some space, or write to another with --out or UNPERTURB_CACHE"
+    if isinstance(error, OSError) and error.errno is not None:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return f"{error.strerror or type(error).__name__}: {' to '.join(names) or 'a file or a connection'}"
+    if _out_of_memory(error):
+        return (
+            "out of memory: ask for fewer images at once (--set training.batch=32 in a training, --set batch=50 in an "
+            "evaluation) or for smaller ones (--set size=64)"
+        )
+    return None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, of the machine or of the device: torch says it in a `RuntimeError`."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _interrupted(error: BaseException | None) -> bool:

@@ -171,6 +171,19 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
+def recipe_text(name: str) -> str:
+    """The TOML of the recipe called `name`, or at that path, comments and all; raises `RecipeError`."""
+    path = Path(name)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise RecipeError(f"no recipe at {path}. Those that come with the program: unperturb list recipes")
+        return _text(path)
+    if name not in recipe_names():
+        said = str(unknown("recipe", name, recipe_names())).partition(" Choices: ")[0]
+        raise RecipeError(f"{said} All of them: unperturb list recipes; one of your own is a path that ends in .toml")
+    return (resources.files("unperturb") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+
+
 def read_recipe(name: str, overrides: Sequence[str] = (), kind: str | None = None) -> Any:
     """The recipe called `name` (one of `recipe_names()`, or a path to a TOML file), with `key=value` overrides.
 
@@ -178,17 +191,10 @@ def read_recipe(name: str, overrides: Sequence[str] = (), kind: str | None = Non
 
     Raises `RecipeError` for a name, key, type or value that does not fit.
     """
-    path = Path(name)
-    if path.suffix == ".toml":
-        if not path.is_file():
-            raise RecipeError(f"no recipe at {path}. Recipes that come with the program: {', '.join(recipe_names())}.")
-        text = _text(path)
-    else:
-        if name not in recipe_names():
-            raise RecipeError(str(unknown("recipe", name, recipe_names())))
-        text = (resources.files("unperturb") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     try:
-        values = tomllib.loads(text)
+        values = tomllib.loads(recipe_text(name))
+    except RecipeError:
+        raise
     except (ValueError, RecursionError) as error:  # its own error, and numbers of thousands of digits
         raise RecipeError(f"{name} is not valid TOML: {error}") from None
     for override in overrides:

@@ -6,8 +6,11 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+
+TRYING = "which precision is quickest here?"
 
 
 @dataclass(frozen=True)
@@ -24,22 +27,24 @@ def run_demo(
     out: str | Path = "runs/demo",
     recipe: str = "demo",
     *,
-    progress: Callable[..., None] | None = None,
+    bar: Callable[[str], AbstractContextManager[Callable[..., None]]] | None = None,
     show: Callable[[str], None] = print,
 ) -> DemoResult:
     """Train a classifier and a purifier, attack the test images, restore them, judge and report, all under `out`.
 
-    What an earlier run left in `out` is replaced, if it is a demo's. progress: gets (done, total, text). show: gets a
-    sentence per stage.
+    What an earlier run left in `out` is replaced, if it is a demo's. bar: called with the name of each stage, gives its
+    progress bar (default: `unperturb.screen.bar`). show: gets a sentence per stage.
     """
     from unperturb.config import read_recipe
     from unperturb.data import load_dataset
     from unperturb.evaluation.jobs import run_evaluation
     from unperturb.report import table, write_report
     from unperturb.runs import RunError, read_json, write_json
+    from unperturb.screen import bar as own_bar
     from unperturb.training.jobs import train_classifier, train_defense
 
     start = time.perf_counter()
+    bar = bar or own_bar
     out = Path(out)
     marker = out / "demo.json"
     if out.exists() and any(out.iterdir()):
@@ -50,24 +55,22 @@ def run_demo(
     plan = read_recipe(recipe, kind="demo")
     write_json(marker, json.loads(plan.model_dump_json()))
 
-    def stage(text: str) -> Callable[..., None]:
-        def update(done: int, total: int, detail: str = "") -> None:
-            if progress:
-                progress(done, total, detail or text)
-
-        return update
-
-    data = load_dataset(plan.classifier.dataset)
+    with bar("decoding the digits") as update:
+        data = load_dataset(plan.classifier.dataset, progress=update)
     show(
         f"data        {data.source}: {len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images"
     )
-    _, cost = train_classifier(plan.classifier, data, out=out / "classifier", progress=stage("training a classifier"))
+    with bar("training a classifier") as update:
+        update(0, 0, TRYING)
+        _, cost = train_classifier(plan.classifier, data, out=out / "classifier", progress=update)
     show(
         f"classifier  {plan.classifier.classifier.name}: {cost.seconds:.0f} s, "
         f"{100 * cost.validation['score']:.1f} % of validation images right"
     )
     recipe_ = plan.defense.model_copy(update={"classifiers": [str(out / "classifier")]})
-    defense = train_defense(recipe_, data=data, out=out / "ours", progress=stage("training the purifier"))
+    with bar("training the purifier") as update:
+        update(0, 0, TRYING)
+        defense = train_defense(recipe_, data=data, out=out / "ours", progress=update)
     cost = defense.outcome
     show(
         f"purifier    {cost.seconds:.0f} s, {cost.images_per_second:.0f} pairs/s, {cost.pflop:.2g} PFLOP, "
@@ -76,7 +79,10 @@ def run_demo(
     evaluation = plan.evaluation.model_copy(
         update={"classifiers": [str(out / "classifier")], "defenses": ["none", str(out / "ours")]}
     )
-    rows = run_evaluation(evaluation, out / "rows", progress=stage("attacking"))
+    with bar("attacking") as update:
+        rows = run_evaluation(evaluation, out / "rows", progress=update)
     show(f"attacks     {len(rows)} rows: {rows['attack'].nunique()} attacks on {len(data.test)} test images\n")
-    written = write_report([out / "rows"], out / "report")
+    with bar("writing the report") as update:
+        update(0, 0)
+        written = write_report([out / "rows"], out / "report")
     return DemoResult(table(rows), written["page"], out / "report" / "figures", time.perf_counter() - start)

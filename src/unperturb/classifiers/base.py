@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from unperturb import zoo
 from unperturb.contract import check_form
 from unperturb.devices import SizeLimit, check_options
 from unperturb.modules import ask, check_logits, deep_copy, evaluating
@@ -142,12 +143,15 @@ class ClassifierFile(BaseModel):
 
 
 def load_classifier(folder: str | Path) -> Classifier:
-    """The classifier of a run folder, in eval mode, on the CPU.
+    """The classifier of a run folder, or `zoo:NAME`, in eval mode, on the CPU.
 
     Raises `RunError` where a file is missing or damaged, or the weights are not those of the classifier described.
     """
-    folder = Path(folder)
+    folder = Path(zoo.find(folder))
     path = folder / "classifier.json"
+    if not path.exists():
+        how = zoo.how_to_make(folder, classifiers, "train-classifier")
+        raise RunError(f"{path} is not there: {folder} holds no finished run; {how}")
     described = read_json(path, ClassifierFile)
     tensors = load_tensors(folder / "model.safetensors", finite=False)
     try:

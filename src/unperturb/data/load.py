@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unperturb import draws, registry
+from unperturb import draws, registry, screen
 from unperturb.data import store, tables
 from unperturb.data.folders import find_folder
 from unperturb.data.pictures import MAX_PIXELS, Picture, Pixels, picture_size
@@ -39,6 +39,7 @@ def load_dataset(
     skip_damaged: bool = False,
     cache: str | Path | None = None,
     progress: Progress | None = None,
+    quiet: bool = False,
 ) -> Splits:
     """The data set called `name`: digits, mnist, fashion_mnist, cifar10, cifar100, imagenette, imagenet, folder:PATH or
     hub:NAME.
@@ -52,13 +53,15 @@ def load_dataset(
     that lists it. The splits say how many that were.
     cache: where decoded pixels are kept; None means $UNPERTURB_CACHE or ~/.cache/unperturb. The first start decodes,
     the next ones map what it left, after a look at its digests.
-    progress: called while decoding with (pictures done, of how many as far as is known, split).
+    progress: called while decoding with (pictures done, of how many as far as is known, split), in place of the bar
+    that is shown unless `quiet`.
     Raises `UnknownNameError`, and `DataError` where the source is missing, broken or incomplete. Warns where pictures
     of several sizes were made one, or something was left out.
     """
-    _, _, splits = open_dataset(
-        name, size=size, val=val, seed=seed, skip_damaged=skip_damaged, cache=cache, progress=progress
-    )
+    with screen.shown(f"decoding {name}", progress, quiet) as update:
+        _, _, splits = open_dataset(
+            name, size=size, val=val, seed=seed, skip_damaged=skip_damaged, cache=cache, progress=update
+        )
     for note in splits.notes:
         warnings.warn(f"{name}: {note}", stacklevel=2)
     return splits if class_names is None else splits.with_class_names(class_names)

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from unperturb import runs
+from unperturb import runs, zoo
 from unperturb.contract import check_form, check_images
 from unperturb.devices import SizeLimit, check_options
 from unperturb.modules import ask, evaluating
@@ -237,11 +237,12 @@ def save_defense(folder: Path, defense: Defense, about: Mapping[str, Any]) -> No
 def load_defense(source: str | Path) -> Defense:
     """A defense in eval mode, its weights frozen; what its training cost is in its `outcome`.
 
-    source: a run folder; or the name of a defense that has nothing to learn (`"none"`, `"jpeg"`, ...), then with its
-    default options; or several of these joined by `+`, a pipeline, first to last.
+    source: a run folder or `zoo:NAME`; or the name of a defense that has nothing to learn (`"none"`, `"jpeg"`, ...),
+    then with its default options; or several of these joined by `+`, a pipeline, first to last.
 
     Raises `RunError` where a folder holds no defense or its files are damaged or do not fit together.
     """
+    source = zoo.find(source)
     name, folder = str(source), Path(source)
     path = folder / "defense.json"
     if not path.exists():
@@ -272,7 +273,7 @@ def _no_defense(name: str, folder: Path) -> str:
     near = difflib.get_close_matches(name, list(defenses), n=1)
     if near and name not in defenses and not folder.exists():
         return f"no defense is called {name!r}; did you mean {near[0]!r}? A trained one is named by its run folder"
-    return f"{folder} holds no trained defense; train one with: unperturb train RECIPE --out {folder}"
+    return f"{folder} holds no trained defense; {zoo.how_to_make(folder, ())}"
 
 
 def _untrained(name: str) -> Defense | None:

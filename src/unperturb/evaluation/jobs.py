@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from unperturb import runs
+from unperturb import runs, screen, zoo
 from unperturb.attacks.base import Attack, attacks
 from unperturb.classifiers import load_classifier
 from unperturb.config import EvaluationRecipe, Thing, read_recipe, snapshot
@@ -69,21 +69,35 @@ def _attacks(recipe: EvaluationRecipe) -> dict[str, tuple[Attack, Sequence[str]]
     return found
 
 
-def grid_of(recipe: EvaluationRecipe, device: str = "auto") -> Grid:
-    """The grid that `recipe` describes, its classifiers and defenses rebuilt from their run folders."""
+def grid_of(recipe: EvaluationRecipe, device: str = "auto", models: Mapping[str, nn.Module] | None = None) -> Grid:
+    """The grid that `recipe` describes, its classifiers and defenses rebuilt from their run folders.
+
+    models: what stands in for an entry of the recipe that names no run folder.
+    """
+    given = models or {}
+
+    def classifier(entry: str) -> nn.Module:
+        return given[entry] if entry in given else load_classifier(entry)
+
+    def defense(entry: str) -> Defense:
+        found = given.get(entry)
+        return found if isinstance(found, Defense) else load_defense(entry)
+
     splits = load_dataset(recipe.dataset, size=recipe.size)
     data = splits.test if recipe.split == "test" else splits.val
     defenses = _by_name(recipe.defenses, recipe.dataset)
-    instead = {k: load_classifier(d) for k, d in defenses.items() if (Path(d) / "classifier.json").exists()}
+    instead = {
+        k: classifier(d)
+        for k, d in defenses.items()
+        if (not isinstance(given[d], Defense) if d in given else (Path(zoo.find(d)) / "classifier.json").exists())
+    }
     return Grid(
         data=subset(data, recipe.n),
-        classifiers={k: load_classifier(c) for k, c in _by_name(recipe.classifiers, recipe.dataset).items()},
-        defenses={k: load_defense("none" if k in instead else d) for k, d in defenses.items()},
+        classifiers={k: classifier(c) for k, c in _by_name(recipe.classifiers, recipe.dataset).items()},
+        defenses={k: defense("none" if k in instead else d) for k, d in defenses.items()},
         instead=instead,
         attacks=_attacks(recipe),
-        surrogate=(_name(recipe.surrogate, recipe.dataset), load_classifier(recipe.surrogate))
-        if recipe.surrogate
-        else None,
+        surrogate=(_name(recipe.surrogate, recipe.dataset), classifier(recipe.surrogate)) if recipe.surrogate else None,
         eot=recipe.eot or 20,
         seed=recipe.seed,
         batch=recipe.batch,
@@ -96,7 +110,7 @@ def grid_of(recipe: EvaluationRecipe, device: str = "auto") -> Grid:
 
 def _name(folder: str, dataset: str) -> str:
     """A run folder's name in tables: without the data set, which the table names already."""
-    names = [Path(part).name for part in folder.split("+")]
+    names = [Path(part.removeprefix(zoo.PREFIX)).name for part in folder.split("+")]
     return "+".join(n.removeprefix(f"{dataset}-").removesuffix(f"-{dataset}") or n for n in names)
 
 
@@ -185,19 +199,25 @@ def run_evaluation(
     overrides: Sequence[str] = (),
     device: str = "auto",
     resume: bool = False,
+    models: Mapping[str, nn.Module] | None = None,
     progress: Progress | None = None,
+    quiet: bool = False,
 ) -> pd.DataFrame:
     """Make the rows that `recipe` describes, in the run folder `out`, and return them.
+
+    models: what stands in for an entry of the recipe's `classifiers` that names no run folder. progress: gets (done,
+    total, cell) in place of the bar that is shown unless `quiet`.
 
     Raises `RecipeError`, `RunError`, `UnknownNameError` or `ValueError` before anything is computed where the recipe,
     a run folder, an attack or the folder `out` cannot be used.
     """
     recipe = read_recipe(recipe, overrides, "evaluation") if isinstance(recipe, str) else recipe
     out = Path(out)
-    grid = grid_of(recipe, device)
+    grid = grid_of(recipe, device, models)
     folders = _by_name(recipe.defenses, recipe.dataset)
     costs = {k: spent.about(grid.data.source, grid.defenses[k], spent.of_folder(f), f) for k, f in folders.items()}
-    return _run(grid, out, snapshot(recipe), costs, resume, progress)
+    with screen.shown("evaluating", progress, quiet) as update:
+        return _run(grid, out, snapshot(recipe), costs, resume, update)
 
 
 def _run(
@@ -316,6 +336,7 @@ def evaluate(
     device: str = "auto",
     resume: bool = False,
     progress: Progress | None = None,
+    quiet: bool = False,
 ) -> pd.DataFrame:
     """Attack models and keep a row per image.
 
@@ -323,8 +344,9 @@ def evaluate(
     its defense, anything else as a bare classifier, or, beside one called "none", in that one's place. They are left as
     they were: mode, device and all. attacks: a list, or by the name they are to have in tables. knowledge: what the
     attacker sees. n: a fixed, named random subset of this many images. out: run folder (default: a temporary one). eot:
-    draws that the gradient of a random defense is averaged over; fewer than 20 flatter it. Returns the rows
-    (`unperturb.runs.ROW_COLUMNS`); `unperturb.table` makes a table.
+    draws that the gradient of a random defense is averaged over; fewer than 20 flatter it. progress: gets (done, total,
+    cell) in place of the bar that is shown unless `quiet`. Returns the rows (`unperturb.runs.ROW_COLUMNS`);
+    `unperturb.table` makes a table.
 
     Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed. Warns where a classifier is
     hardly better than chance, where logits are not finite, and where an attacker's gradients were mostly zero.
@@ -386,10 +408,11 @@ def evaluate(
         "batch": batch,
     }
     costs = {k: spent.about(data.source, d, spent.of_model(d, grid.instead.get(k))) for k, d in grid.defenses.items()}
-    if out is not None:
-        return _run(grid, Path(out), recipe, costs, resume, progress)
-    with tempfile.TemporaryDirectory() as folder:
-        return _run(grid, Path(folder) / "run", recipe, costs, resume, progress)
+    with screen.shown("evaluating", progress, quiet) as update:
+        if out is not None:
+            return _run(grid, Path(out), recipe, costs, resume, update)
+        with tempfile.TemporaryDirectory() as folder:
+            return _run(grid, Path(folder) / "run", recipe, costs, resume, update)
 
 
 __all__ = ["Cost", "Thing", "estimate", "evaluate", "grid_of", "label_of", "only", "run_evaluation"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from unperturb import runs
+from unperturb import runs, zoo
 from unperturb.defenses.base import Defense
 
 Spent = tuple[float | None, float | None]
@@ -22,14 +22,14 @@ def of_folder(source: str | Path, after: tuple[Path, ...] = ()) -> Spent:
     classifiers that a purifier was trained in front of are not counted. None where nobody kept it. after: the runs
     that began with this one's weights. Raises `RunError` for a file that is damaged.
     """
-    folder = Path(source)
+    folder = Path(zoo.find(source))
     if folder.resolve() in after:
         return UNKNOWN  # it began with itself
     if not any((folder / f"{kind}.json").exists() for kind in ("defense", "classifier")):
         return _sum([of_folder(part, after) for part in str(source).split("+")]) if "+" in str(source) else NOTHING
     recipe = _read(folder / "recipe.json")
     before = [recipe.get("start"), _inside(recipe, "objective").get("teacher")]
-    earlier = [_earlier(Path(str(other)), folder, (*after, folder.resolve())) for other in before if other]
+    earlier = [_earlier(str(other), folder, (*after, folder.resolve())) for other in before if other]
     return _sum([_own(folder), *earlier])
 
 
@@ -78,10 +78,11 @@ def _inside(values: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value := values.get(key), dict) else {}
 
 
-def _earlier(other: Path, folder: Path, after: tuple[Path, ...]) -> Spent:
+def _earlier(other: str, folder: Path, after: tuple[Path, ...]) -> Spent:
     """What the run `other`, as a recipe names it, has cost; it may have moved along with `folder`."""
-    for place in (other, folder.parent / other.name):
-        if place.is_dir():
+    name = Path(other.removeprefix(zoo.PREFIX)).name
+    for place in (Path(other), zoo.folders().get(name) if other.startswith(zoo.PREFIX) else None, folder.parent / name):
+        if place and place.is_dir():
             return of_folder(place, after)
     return UNKNOWN
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from unperturb import screen
 from unperturb.report.comparison import Costs, comparison_table, comparisons, with_names
 from unperturb.report.escape import columns, in_markdown, readable
 from unperturb.report.tables import BLOCK, attack_name, attacker_name, groups, notes, quality_table, records, wide_table
@@ -14,23 +16,25 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NAME = 24  # columns of a name, of the hundred that a terminal may have
-READING = """\
-oblivious   the attacker sees the bare classifier only and knows nothing of the defense: the usual
-            protocol, and the weakest attacker
-white box   the attacker differentiates through purifier and classifier: only this column says what
-            a defense is worth once it is known, and a stronger attack can only lower it
-worst case  the image is classified correctly when clean and under every attack of its column that
-            has the budget
-PSNR, SSIM  of the adversarial image before and after the purifier, and of a clean image after it
-"""
+READING = {
+    "oblivious": "the attacker sees the bare classifier only and knows nothing of the defense: the usual protocol, and "
+    "the weakest attacker",
+    "white box": "the attacker differentiates through purifier and classifier: only this column says what a defense is "
+    "worth once it is known, and a stronger attack can only lower it",
+    "worst case": "the image is classified correctly when clean and under every attack of its column that has the "
+    "budget",
+    "PSNR, SSIM": "of the adversarial image before and after the purifier, and of a clean image after it",
+}
 
 
-def table(rows: pd.DataFrame, width: int = 100) -> str:
-    """Accuracy and image quality as plain text for a terminal `width` columns wide, and how to read them.
+def table(rows: pd.DataFrame, width: int | None = None) -> str:
+    """Accuracy and image quality as plain text for a terminal `width` columns wide (default: this one), and how to read
+    them.
 
     rows: as `unperturb.runs.read_rows` gives them. Defenses that do not fit side by side continue below.
     """
     rows, _ = readable(rows, NAME)
+    width = width or screen.width()
     quality = quality_table(rows)
     parts = []
     wide = wide_table(rows)
@@ -39,17 +43,28 @@ def table(rows: pd.DataFrame, width: int = 100) -> str:
         parts += [_grid(page) for page in _pages(block.droplevel([0, 1, 2]), width)]
         mine = quality[(quality[BLOCK] == [dataset, split, classifier]).all(axis=1)]
         if len(mine):
-            parts.append(_quality(mine))
-    return "\n".join([*parts, *(f"NOTE  {note}\n" for note in notes(rows)), READING])
+            parts += [_grid(page) for page in _quality(mine, width)]
+    said = [textwrap.fill(f"NOTE  {note}", width, subsequent_indent=" " * 6) + "\n" for note in notes(rows)]
+    return "\n".join([*parts, *said, _reading(width)])
 
 
-def compare(rows: pd.DataFrame, costs: Costs | None = None, width: int = 100) -> str:
-    """Defenses side by side, a line each, as plain text for a terminal `width` columns wide (see `comparison_table`).
+def _reading(width: int) -> str:
+    indent = " " * (max(map(len, READING)) + 2)
+    return "".join(
+        textwrap.fill(said, width, initial_indent=name.ljust(len(indent)), subsequent_indent=indent) + "\n"
+        for name, said in READING.items()
+    )
+
+
+def compare(rows: pd.DataFrame, costs: Costs | None = None, width: int | None = None) -> str:
+    """Defenses side by side, a line each, as plain text for a terminal `width` columns wide (default: this one; see
+    `comparison_table`).
 
     Columns that do not fit continue below.
     """
     costs = read_costs(*rows.attrs.get("runs", [])) if costs is None else costs
     rows, names = readable(rows, NAME)
+    width = width or screen.width()
     parts = []
     for title, n, heads, lines in comparisons(comparison_table(rows, with_names(costs, names))):
         parts.append(f"{title}: accuracy, % [95 % Wilson interval] of {n:,} images\n")
@@ -119,7 +134,8 @@ def _pages(block: pd.DataFrame, width: int) -> list[list[list[str]]]:
     return pages
 
 
-def _quality(quality: pd.DataFrame) -> str:
+def _quality(quality: pd.DataFrame, width: int) -> list[list[list[str]]]:
+    """Columns of PSNR and SSIM, on one page or, where that is wider than `width`, on two."""
     measured = [(what, when) for what in ("psnr", "ssim") for when in ("before", "after", "clean")]
     lines = [["against the", "", "", "PSNR, dB", "", "", "SSIM", "", ""]]
     lines.append(["clean images", "", "", *["before", "after", "clean"] * 2])
@@ -129,7 +145,10 @@ def _quality(quality: pd.DataFrame) -> str:
         same = next((i for i, (a, b) in enumerate(zip(this, last)) if a != b), 2) if last else 0
         lines.append([*[""] * same, *this[same:], *(quality_number(line, *m) for m in measured)])
         last = this
-    return _grid([list(column) for column in zip(*lines)])
+    upright = [list(column) for column in zip(*lines)]
+    names, psnr, ssim = upright[:3], upright[3:6], upright[6:]
+    whole = [*names, *psnr, *ssim]
+    return [whole] if sum(_widths(whole)) - 2 <= width else [[*names, *psnr], [*names, *ssim]]
 
 
 def _widths(table: Iterable[list[str]]) -> list[int]:

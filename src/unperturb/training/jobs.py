@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from unperturb import runs, threats
+from unperturb import runs, screen, threats
 from unperturb.attacks.base import attacks
 from unperturb.classifiers import Classifier, create_classifier, load_classifier, save_classifier, twin
 from unperturb.config import ClassifierRecipe, DefenseRecipe, Training, read_recipe, snapshot
@@ -90,8 +90,11 @@ def _go_slower(out: Path, asked: dict[str, Any]) -> None:
     (out / DIVERGED).unlink()
 
 
-def decided(recipe: Any, task: Task, out: Path) -> Any:
-    """`recipe` with precision and memory format chosen where they are `auto`: as the run that `out` holds has them."""
+def decided(recipe: Any, task: Task, out: Path, show: Show | None = None) -> Any:
+    """`recipe` with precision and memory format chosen where they are `auto`: as the run that `out` holds has them.
+
+    show: told when the choice is tried out, which takes a moment.
+    """
     settings, path = recipe.training, out / "recipe.json"
     precision, layout = settings.precision, settings.memory_format
     if "auto" in (precision, layout):
@@ -101,6 +104,8 @@ def decided(recipe: Any, task: Task, out: Path) -> Any:
             kept = runs.read_json(path, _Kept).training if path.exists() else _Chosen()
         precision = kept.precision if precision == "auto" else precision
         layout = kept.memory_format if layout == "auto" else layout
+        if show and "auto" in (precision, layout):
+            show("trying a few steps: which precision and memory format is quickest here")
         precision, layout = fastest(task, precision, layout)
     chosen = {"precision": precision, "memory_format": layout}
     return recipe.model_copy(update={"training": settings.model_copy(update=chosen)})
@@ -184,28 +189,31 @@ def train_classifier(
     resume: bool = False,
     show: Show | None = None,
     progress: Progress | None = None,
+    quiet: bool = False,
 ) -> tuple[Classifier, Outcome]:
     """Train a classifier into the run folder `out`; `unperturb.load_classifier(out)` rebuilds it.
 
-    recipe: a name, a path, or the recipe itself. data: what `load_dataset` returns (default: the recipe's). Returns
-    the classifier in eval mode and what it cost, with its accuracy on validation and, measured once, on test images.
+    recipe: a name, a path, or the recipe itself. data: what `load_dataset` returns (default: the recipe's). show: gets
+    a line now and then. progress: gets (step, steps) in place of the bar that is shown unless `quiet`. Returns the
+    classifier in eval mode and what it cost, with its accuracy on validation and, measured once, on test images.
     """
     plan: ClassifierRecipe = read_recipe(recipe, overrides, "classifier") if isinstance(recipe, str) else recipe
     out = Path(out)
     data = data or load_dataset(plan.dataset, size=plan.size)
     plan = _of_data(plan, data)
     task = classifier_task(plan, data, device)
-    plan = decided(plan, task, out)
+    plan = decided(plan, task, out, show)
     used = {"data": _data_used(data)}
     if isinstance(task, DistilledClassifier):
         used["teacher"] = {"weights": _weights(task.teacher)}
 
     with _run_folder(out, plan, used, resume):
         validate = _classifier_validation(plan, data, task, pick_device(device))
-        outcome = train(
-            task, plan.training, out, seed=plan.seed, device=device, devices=devices,
-            validate=validate, show=show, progress=progress,
-        )  # fmt: skip
+        with screen.shown("training", progress, quiet) as update:
+            outcome = train(
+                task, plan.training, out, seed=plan.seed, device=device, devices=devices,
+                validate=validate, show=show, progress=update,
+            )  # fmt: skip
         # Once, after everything is decided; nothing looks at this number again.
         right = accuracy(task.classifier.eval(), data.test, pick_device(device))
         outcome = replace(outcome, test={"accuracy": round(right, 5), "n": len(data.test)})
@@ -290,13 +298,15 @@ def train_defense(
     resume: bool = False,
     show: Show | None = None,
     progress: Progress | None = None,
+    quiet: bool = False,
 ) -> Defense:
     """Train a defense into the run folder `out` (default `runs/RECIPE`); `unperturb.load_defense(out)` rebuilds it.
 
     A defense that has nothing to learn is judged on validation images and kept with the options of its recipe.
 
     recipe: a name, a path, or the recipe itself. classifier: one or several to protect, taken in turn (default: the
-    recipe's run folders); they are not changed. data: what `load_dataset` returns (default: the recipe's). Returns the
+    recipe's run folders); they are not changed. data: what `load_dataset` returns (default: the recipe's). show: gets a
+    line now and then. progress: gets (step, steps) in place of the bar that is shown unless `quiet`. Returns the
     defense in eval mode; what it cost is in its `outcome`.
     """
     plan: DefenseRecipe = read_recipe(recipe, overrides, "defense") if isinstance(recipe, str) else recipe
@@ -312,7 +322,7 @@ def train_defense(
     if plan.start is not None and Path(plan.start).resolve() == out.resolve():
         raise runs.RunError(f"training cannot start with {plan.start}, the folder that it is to write")
     task, twins = defense_task(plan, data, classifiers, device)
-    plan = decided(plan, task, out)
+    plan = decided(plan, task, out, show)
     names = [{"name": _called(c), "spec": getattr(c, "spec", None), "weights": _weights(c)} for c in classifiers]
     used = {"data": _data_used(data), "classifiers": names}
     if plan.start is not None:
@@ -320,10 +330,11 @@ def train_defense(
     with _run_folder(out, plan, used, resume):
         validate = _defense_validation(plan, data, task, twins, pick_device(device))
         if task.networks():
-            outcome = train(
-                task, plan.training, out, seed=plan.seed, device=device, devices=devices,
-                validate=validate, show=show, progress=progress,
-            )  # fmt: skip
+            with screen.shown("training", progress, quiet) as update:
+                outcome = train(
+                    task, plan.training, out, seed=plan.seed, device=device, devices=devices,
+                    validate=validate, show=show, progress=update,
+                )  # fmt: skip
         else:
             outcome = _untrained(validate, out)
         _calibrate(task.defense, data.val, twins, plan.seed, pick_device(device))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unperturb import runs
+from unperturb import runs, screen
 from unperturb.config import Training
 from unperturb.devices import probe, set_layout
 from unperturb.runs import Outcome
@@ -92,7 +92,7 @@ def _average(average: State, networks: Mapping[str, nn.Module], decay: float, st
 
 
 class _Log:
-    """One line a record: in the file as JSON, on the console the same."""
+    """One line a record: in the file as JSON, on the screen for people."""
 
     def __init__(self, path: Path, last_step: int, show: Callable[[str], None] | None) -> None:
         self.path, self.show = path, show
@@ -107,7 +107,7 @@ class _Log:
         with runs.writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         if self.show:
-            self.show(line)
+            self.show(screen.log_line(record))
 
 
 def _step_of(line: str) -> float:

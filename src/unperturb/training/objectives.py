@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unperturb import draws, runs
+from unperturb import draws, runs, zoo
 from unperturb.attacks.base import Attack, attacks
 from unperturb.classifiers import load_classifier
 from unperturb.config import Thing
@@ -109,7 +109,7 @@ class DistilledClassifier(PlainClassifier):
         known = (self.teacher.spec or {}).get("classes")
         if known != sampler.data.classes:
             raise ValueError(f"the teacher in {teacher} knows {known} classes, the data has {sampler.data.classes}")
-        objective = runs.read_json(Path(teacher) / "recipe.json")["objective"]
+        objective = runs.read_json(Path(zoo.find(teacher)) / "recipe.json")["objective"]
         if float(objective.get("temperature", 1.0)) != temperature:
             raise ValueError(
                 f"the teacher in {teacher} was trained at temperature {objective.get('temperature', 1.0)}, not at "

@@ -1,0 +1,88 @@
+"""Where a trained thing lies: the zoo's by name, and how to make a run folder that is not there yet."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Container
+from pathlib import Path
+
+from unperturb.config import read_recipe, recipe_names
+from unperturb.registry import unknown
+
+PREFIX = "zoo:"
+_SAVED = ("classifier.json", "defense.json")
+_VERBS = {"classifier": "train-classifier", "defense": "train"}
+
+
+def folders() -> dict[str, Path]:
+    """The folders of the zoo by name: of the nearest `zoo/` here or above, else of the clone that this package is in.
+
+    Empty where there is neither: an installed package brings none along.
+    """
+    for place in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2]):
+        found = {f.parent.name: f.parent for saved in _SAVED for f in sorted((place / "zoo").glob(f"*/{saved}"))}
+        if found:
+            return dict(sorted(found.items()))
+    return {}
+
+
+def find(source: str | Path) -> str | Path:
+    """The folder that `zoo:NAME` means; anything else, such as a run folder or `A+B`, as it is.
+
+    Raises `UnknownNameError` for a name that the zoo has not, `FileNotFoundError` where there is no zoo.
+    """
+    text = str(source)
+    if not text.startswith(PREFIX) or "+" in text:
+        return source
+    there = folders()
+    if not there:
+        raise FileNotFoundError(
+            f"{text}: there is no zoo here. Its weights come with the repository: start inside a clone, or copy the "
+            f"clone's zoo/ folder to {Path.cwd() / 'zoo'}"
+        )
+    name = text.removeprefix(PREFIX)
+    if name not in there:
+        raise unknown("net of the zoo", name, there)
+    return there[name]
+
+
+def recipe_for(folder: str | Path, families: Container[str]) -> tuple[str, list[str]] | None:
+    """The recipe and overrides that make the run folder `folder`, by its name; None where no recipe does.
+
+    families: the classifiers that there are; a bare classifier's folder is called DATASET-FAMILY.
+    """
+    name = Path(folder).name
+    if name in recipe_names():
+        return (name, []) if read_recipe(name).kind in _VERBS else None
+    for recipe in recipe_names():
+        dataset = recipe.removeprefix("classifier-")
+        family = name.removeprefix(f"{dataset}-")
+        if recipe == dataset or family == name or family not in families:
+            continue
+        classifier = read_recipe(recipe).classifier
+        if family == classifier.name:
+            return recipe, []
+        # What the recipe sets for its own family, another may not know.
+        return recipe, [f'classifier={{name="{family}"}}' if classifier.options else f"classifier.name={family}"]
+    return None
+
+
+def how_to_make(folder: str | Path, families: Container[str], verb: str = "train") -> str:
+    """How to come by the run folder `folder`, which is not there: the command that makes it, and the zoo's of its name.
+
+    verb: the command to name where no recipe is known.
+    """
+    path = Path(folder)
+    known = recipe_for(path, families)
+    if known is None:
+        said = f"train one with: unperturb {verb} RECIPE --out {shlex.quote(str(path))}"
+    else:
+        recipe, overrides = known
+        words = ["unperturb", _VERBS[read_recipe(recipe).kind], recipe]
+        words += [word for override in overrides for word in ("--set", override)]
+        words += [] if path == Path("runs") / path.name else ["--out", str(path)]
+        said = f"train one with: {shlex.join(words)}"
+    return f"{said}; or take {PREFIX}{path.name}" if path.name in folders() else said
+
+
+__all__ = ["PREFIX", "find", "folders", "how_to_make", "recipe_for"]

@@ -1,0 +1,121 @@
+"""A classifier of a user's own by its import path, and the untrained ones of a dry run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from unperturb.data import Splits
+from unperturb.defenses import Defense
+from unperturb.unsaved import import_classifier, is_import_path, missing, stand_ins
+
+NET = """
+import torch
+from torch import nn
+
+class Linear(nn.Module):
+    def __init__(self, classes=10):
+        super().__init__()
+        self.layer = nn.Linear(64, classes)
+    def forward(self, images):
+        return self.layer(images.flatten(1))
+
+torch.manual_seed(5)
+made = Linear()
+number = 3
+three = lambda: Linear(3)
+def needs(width): return Linear()
+def fails(): return 1 / 0
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a module of the user's in it."""
+    (tmp_path / "own_nets.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_nets", raising=False)
+    return tmp_path
+
+
+def test_an_object_or_a_callable_from_the_current_folder(here: Path, tiny_digits: Splits) -> None:
+    images, _ = tiny_digits.test.batch(torch.arange(3))
+    path = list(sys.path)
+    made = import_classifier("own_nets:made", tiny_digits.train, mean=[0.5], std=[2.0])
+    assert sys.path == path
+    assert torch.allclose(made(images), made.net.layer(((images - 0.5) / 2).flatten(1)))
+    assert import_classifier("own_nets:Linear", tiny_digits.train)(images).shape == (3, 10)
+    assert import_classifier("own_nets.py:Linear", tiny_digits.train)(images).shape == (3, 10)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "checkpoint.pt"])
+def test_weights_from_a_file(name: str, here: Path, tiny_digits: Splits) -> None:
+    weights = {"layer.weight": torch.full((10, 64), 0.25), "layer.bias": torch.arange(10.0)}
+    if name.endswith(".safetensors"):
+        save_file(weights, here / name)
+    else:
+        torch.save({"state_dict": weights} if name == "checkpoint.pt" else weights, here / name)
+    loaded = import_classifier("own_nets:Linear", tiny_digits.train, weights=here / name)
+    assert torch.equal(loaded.net.layer.weight, weights["layer.weight"])
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path("ran"),))  # type: ignore[return-value]
+
+
+def test_what_cannot_be_used_is_a_sentence(here: Path, tiny_digits: Splits) -> None:
+    def said(path: str, **options: object) -> str:
+        with pytest.raises(ValueError) as error:
+            import_classifier(path, tiny_digits.train, **options)  # type: ignore[arg-type]
+        return str(error.value)
+
+    assert "No module named 'own_netz'" in said("own_netz:made")
+    assert "has no attribute 'maid'" in said("own_nets:maid")
+    assert said("own_nets:number").endswith("gives a int; expected a torch.nn.Module, or a callable that gives one")
+    assert "missing 1 required positional argument: 'width'" in said("own_nets:needs")
+    assert "own_nets.py, line 17: ZeroDivisionError" in said("own_nets:fails")
+    assert "3 logits an image, where 10 classes were expected" in said("own_nets:three")
+    assert "no weights at gone.pt" in said("own_nets:made", weights="gone.pt")
+    torch.save({"layer.weight": torch.zeros(2, 2)}, here / "other.pt")
+    assert "does not hold the weights of this model (2 of 2 differ: layer.bias, layer.weight)" in said(
+        "own_nets:made", weights="other.pt"
+    )
+    torch.save({"layer.weight": Bomb()}, here / "bomb.pt")
+    assert "a whole pickled model is never opened" in said("own_nets:made", weights="bomb.pt")
+    assert not (here / "ran").exists()
+
+
+def test_what_is_an_import_path(here: Path) -> None:
+    assert is_import_path("nets:small")
+    assert is_import_path("nets.py:small")
+    for other in ("zoo:mnist-resnet8", "runs/a", "runs/a+jpeg", "nets:", ":small"):
+        assert not is_import_path(other)
+
+
+def test_what_is_missing_and_what_stands_in_for_it(
+    here: Path, tiny_digits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unperturb.zoo.folders", dict)
+    entries = [
+        "none",
+        "median",
+        "runs/digits-convnet",
+        "runs/bit_depth-digits+jpeg",
+        "runs/adversarial-digits",
+        "runs/own",
+    ]
+    assert [missing(e) for e in entries] == [
+        [], [], ["runs/digits-convnet"], ["runs/bit_depth-digits"], ["runs/adversarial-digits"], ["runs/own"],
+    ]  # fmt: skip
+    found = stand_ins(entries, tiny_digits.train)
+    assert list(found) == ["runs/digits-convnet", "runs/bit_depth-digits+jpeg", "runs/adversarial-digits"]
+    images, _ = tiny_digits.test.batch(torch.arange(2))
+    assert found["runs/digits-convnet"](images).shape == (2, 10)
+    chain = found["runs/bit_depth-digits+jpeg"]
+    assert isinstance(chain, Defense)
+    assert len(chain.links()) == 2
