@@ -109,6 +109,9 @@ def test_teachers_that_do_not_fit(data: Splits, tmp_path: Path) -> None:
     save_classifier(tmp_path / "four", other)
     with pytest.raises(ValueError, match="knows 4 classes, the data has 10"):
         DistilledClassifier(net(), sampler(data), teacher=str(tmp_path / "four"))
+    runs.write_json(tmp_path / "cold" / "recipe.json", {"objective": {"temperature": [2]}})
+    with pytest.raises(runs.RunError, match=r"recipe.json is not what was written there: objective.temperature: "):
+        DistilledClassifier(net(), sampler(data), teacher=str(tmp_path / "cold"))
     with pytest.raises(runs.RunError, match="holds no finished run"):
         DistilledClassifier(net(), sampler(data), teacher=str(tmp_path / "nowhere"))
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from unperturb import draws, runs, zoo
@@ -91,6 +92,16 @@ class PlainClassifier:
         yield "classifier", {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
 
 
+class _Objective(BaseModel):
+    temperature: float = 1.0
+
+
+class _Trained(BaseModel):
+    """A teacher's `recipe.json`, as far as a student looks at it."""
+
+    objective: _Objective
+
+
 @objectives.register("distilled")
 class DistilledClassifier(PlainClassifier):
     """A classifier learns what a teacher says of the images, both at `temperature`; it is used at temperature 1.
@@ -109,10 +120,10 @@ class DistilledClassifier(PlainClassifier):
         known = (self.teacher.spec or {}).get("classes")
         if known != sampler.data.classes:
             raise ValueError(f"the teacher in {teacher} knows {known} classes, the data has {sampler.data.classes}")
-        objective = runs.read_json(Path(zoo.find(teacher)) / "recipe.json")["objective"]
-        if float(objective.get("temperature", 1.0)) != temperature:
+        trained = runs.read_json(Path(zoo.find(teacher)) / "recipe.json", _Trained).objective.temperature
+        if trained != temperature:
             raise ValueError(
-                f"the teacher in {teacher} was trained at temperature {objective.get('temperature', 1.0)}, not at "
+                f"the teacher in {teacher} was trained at temperature {trained}, not at "
                 f'{temperature}; train one with objective = {{ name = "plain", temperature = {temperature:g} }}'
             )
 
