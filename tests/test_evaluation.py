@@ -904,6 +904,11 @@ def test_what_a_folder_has_cost(where: str, tmp_path: Path) -> None:
     assert spent.of_folder(f"{first}+{unknown}") == (None, None)
     orphan = trained(tmp_path / "orphan", "defense", 0.25, where, start="runs/gone")
     assert spent.of_folder(orphan) == (None, None)
+    itself = trained(tmp_path / "itself", "defense", 0.25, where, start=str(tmp_path / "itself"))
+    assert spent.of_folder(itself) == (None, None)
+    runs.write_json(tmp_path / "itself" / "recipe.json", ["not", "a", "recipe"])
+    with pytest.raises(runs.RunError, match=r"recipe\.json"):
+        spent.of_folder(itself)
 
 
 def test_an_evaluation_keeps_what_its_defenses_have_cost(recipe: Any, tmp_path: Path) -> None:
