@@ -270,12 +270,16 @@ def test_a_classifier_of_ones_own(here: Path) -> None:
 
 
 def test_a_label_from_outside_neither_styles_nor_steers(here: Path) -> None:
-    label = "[/red]\x1b[2J"
-    attacks = f'attacks=[{{ name = "fgsm", eps = 0.1, label = {json.dumps(label)}, knowledge = ["oblivious"] }}]'
     words = ["evaluate", "compare-digits", "--classifier", "own_net:net", *QUICK, "--n", "4", "--out", "runs/label"]
-    shown = called(*words, "--set", attacks, "--set", 'defenses=["none"]')
-    assert "[/red]\\x1b[2J" in shown
+
+    def evaluated(label: str, code: int = 0) -> str:
+        attacks = f'attacks=[{{ name = "fgsm", eps = 0.1, label = {json.dumps(label)}, knowledge = ["oblivious"] }}]'
+        return called(*words, "--set", attacks, "--set", 'defenses=["none"]', code=code)
+
+    shown = evaluated("[/red]\x1b[2J", code=2)
+    assert "'[/red]\\x1b[2J' holds control characters" in shown
     assert "\x1b" not in shown
+    assert "[/red]" in evaluated("[/red]")
     assert "\\x1b" in called("train", "\x1b[31m[/red]", code=2)
 
 
@@ -340,5 +344,5 @@ def test_a_full_disk_behind_another_error_and_a_bug(monkeypatch: pytest.MonkeyPa
 def test_a_folder_that_cannot_be_written_is_a_sentence(here: Path) -> None:
     (here / "file").write_text("")
     shown = called("train-classifier", "classifier-digits", *TRAINING, "--set", "size=8", "--out", "file/run", code=2)
-    assert "Not a directory: " in shown
+    assert "(not a directory); choose another folder" in shown
     assert "Traceback" not in shown

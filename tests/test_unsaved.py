@@ -45,11 +45,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_object_or_a_callable_from_the_current_folder(here: Path, tiny_digits: Splits) -> None:
     images, _ = tiny_digits.test.batch(torch.arange(3))
     path = list(sys.path)
-    made = import_classifier("own_nets:made", tiny_digits.train, mean=[0.5], std=[2.0])
+    made = import_classifier("own_nets:made", tiny_digits.train, mean=[0.5], std=[0.25])
     assert sys.path == path
-    assert torch.allclose(made(images), made.net.layer(((images - 0.5) / 2).flatten(1)))
+    assert torch.allclose(made(images), made.net.layer(((images - 0.5) / 0.25).flatten(1)))
     assert import_classifier("own_nets:Linear", tiny_digits.train)(images).shape == (3, 10)
     assert import_classifier("own_nets.py:Linear", tiny_digits.train)(images).shape == (3, 10)
+    (here / "other").mkdir()
+    (here / "other" / "own_nets.py").write_text(NET.replace("seed(5)", "seed(6)"))
+    other = import_classifier("other/own_nets.py:made", tiny_digits.train, mean=[0.5], std=[0.25])
+    assert not torch.equal(other.net.layer.weight, made.net.layer.weight)  # not the file of that name met before
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "checkpoint.pt"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -54,10 +56,10 @@ def import_classifier(
 def _import(path: str) -> nn.Module:
     place, _, name = path.partition(":")
     file = Path(place)
-    folder, module = (file.parent, file.stem) if file.suffix == ".py" else (Path(), place)
+    folder = file.parent if file.suffix == ".py" else Path()
     sys.path.insert(0, str(folder.resolve()))
     try:
-        thing: Any = importlib.import_module(module)
+        thing: Any = _run(file) if file.suffix == ".py" else importlib.import_module(place)
         for part in name.split("."):
             thing = getattr(thing, part)
         model = thing if isinstance(thing, nn.Module) or not callable(thing) else thing()
@@ -70,6 +72,18 @@ def _import(path: str) -> nn.Module:
             f"{path} gives a {type(model).__name__}; expected a torch.nn.Module, or a callable that gives one"
         )
     return model
+
+
+def _run(file: Path) -> ModuleType:
+    """The module in `file`, run anew: another file of that name may have been imported before."""
+    if not file.is_file():
+        raise ModuleNotFoundError(f"there is no file {file}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _where(error: BaseException) -> str:
