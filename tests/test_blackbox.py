@@ -97,7 +97,7 @@ def test_square_linf_comes_near_the_optimum_of_a_linear_model_and_never_beyond()
     for eps in (0.02, 0.05):
         best = (x + eps * w.sign()).clamp(0, 1)
         reachable, start = margin(model(best), y), margin(model(x), y)
-        result = attacks.create("square", eps=eps, queries=1500).run(model, x, y)
+        result = attacks.create("square", eps=eps, queries=500).run(model, x, y)
         reached = margin(model(result.images), y)
         assert (reached <= reachable + 1e-5).all()
         standing = ~result.success
@@ -110,14 +110,14 @@ def test_square_l2_spends_the_ball_and_raises_the_margin_far_beyond_its_start() 
     model, x = Linear(), some_images(10, 0.3, 0.7)
     y = model(x).argmax(1)
     eps = 0.2  # never at the box, so that the optimum is along w
-    result = attacks.create("square", norm="l2", eps=eps, queries=1500).run(model, x, y)
+    result = attacks.create("square", norm="l2", eps=eps, queries=500).run(model, x, y)
     standing = ~result.success
     assert standing.sum() >= 5
     delta = (result.images - x).flatten(1)
     torch.testing.assert_close(delta.norm(dim=1), torch.full((10,), eps), atol=1e-4, rtol=0)
     w = model.w[1 - y] - model.w[y]
     cosine = (delta * w).sum(1) / delta.norm(dim=1) / w.norm(dim=1)
-    assert cosine[standing].min() > 0.5, cosine  # where it starts: 0.0 to 0.2
+    assert cosine[standing].min() > 0.4, cosine  # where it starts: 0.0 to 0.2; four seeds end at 0.50 to 0.54
     assert cosine.max() <= 1 + 1e-5
 
 
