@@ -386,7 +386,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_last_one(tmp_path: Path) -> 
 
     path = tmp_path / "a.png"
     path.write_bytes(b"whole")
-    with pytest.raises(RunError, match="no space"):
+    with pytest.raises(runs.RunError, match="no space"):
         figures.save(Broken(), path)  # type: ignore[arg-type]
     assert path.read_bytes() == b"whole"
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
