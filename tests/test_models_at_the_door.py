@@ -18,7 +18,7 @@ from unperturb.attacks.base import NoGradientError
 from unperturb.classifiers import Normalize, create_classifier, twin, wrap
 from unperturb.contract import budget, check_images
 from unperturb.defenses import Defense, Protected, create_defense
-from unperturb.modules import ask, deep_copy, frozen, logits_of, modules_of
+from unperturb.modules import ask, classes_of, deep_copy, frozen, logits_of, modules_of
 
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
 PGD = create_attack("pgd", eps=0.2, steps=4, random_start=False)
@@ -211,6 +211,16 @@ def test_one_logit_becomes_two(flat: bool) -> None:
     assert bool(result.success.all())
     with pytest.raises(ValueError, match=r"gives one logit per image; this one gave \(6, 3\)"):
         wrap(linear(), binary=True)(IMAGES)
+
+
+def test_a_twin_looks_at_what_it_returns() -> None:
+    with pytest.raises(ValueError, match="binary=True"):
+        twin(linear(1), IMAGES)(IMAGES)
+
+
+def test_what_is_not_finite_is_no_class() -> None:
+    logits = torch.tensor([[0.0, 1.0], [torch.nan, 0.0], [0.0, torch.inf], [2.0, 1.0]])
+    assert classes_of(logits).tolist() == [1, -1, -1, 0]
 
 
 # Models that write over what they get --------------------------------------------------------------------------------

@@ -160,6 +160,11 @@ def logits_of(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
     return check_logits(ask(model, images), len(images))
 
 
+def classes_of(logits: Tensor) -> Tensor:
+    """The predicted classes `(N,)` of logits `(N, K)`; -1, which is no label, where they are not all finite."""
+    return logits.argmax(1).masked_fill(logits.isfinite().all(1).logical_not(), -1)
+
+
 def check_logits(answer: object, count: int) -> Tensor:
     """What a model answered to `count` images, as float32 logits; raises `ValueError` for all else."""
     shape = tuple(answer.shape) if isinstance(answer, Tensor) else ()

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import fusion
 
 from unperturb.classifiers.base import Classifier, Normalize
-from unperturb.modules import ask, deep_copy, frozen
+from unperturb.modules import ask, check_logits, deep_copy, frozen
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _PROBE_IMAGES = 32
@@ -30,7 +30,9 @@ class Twin(nn.Module):
         self.channels_last = channels_last
 
     def forward(self, images: Tensor) -> Tensor:
-        return ask(self.module, images)
+        logits: Tensor = ask(self.module, images)
+        check_logits(logits, len(images))
+        return logits
 
     def train(self, mode: bool = True) -> Twin:
         return super().train(False)

@@ -20,6 +20,7 @@ from unperturb.config import ClassifierRecipe, DefenseRecipe, Training, read_rec
 from unperturb.data import ImageSet, Splits, load_dataset
 from unperturb.defenses.base import Defense, create_defense, load_defense, save_defense
 from unperturb.devices import pick_device, probe
+from unperturb.modules import classes_of
 from unperturb.runs import Outcome
 from unperturb.training.loop import DIVERGED, Validate, total_steps, train
 from unperturb.training.objectives import DefenseTask, DistilledClassifier, PlainClassifier, Task, objectives
@@ -144,7 +145,7 @@ def accuracy(model: nn.Module, data: ImageSet, device: torch.device, batch: int 
     right = 0
     for rows in torch.arange(len(data)).split(batch):
         images, labels = data.batch(rows, device)
-        right += int((model(images).argmax(1) == labels).sum())
+        right += int((classes_of(model(images)) == labels).sum())
     return right / len(data)
 
 
@@ -240,7 +241,7 @@ def _classifier_validation(
             images, labels = held_out.batch(torch.arange(len(held_out)), device)
             x_adv = attack(classifier, images, labels, index=held_out.index, seed=recipe.seed)
             with torch.no_grad():
-                figures[name] = float((classifier(x_adv).argmax(1) == labels).float().mean())
+                figures[name] = float((classes_of(classifier(x_adv)) == labels).float().mean())
         return {"clean": clean, **figures, "score": min(clean, *figures.values())} if figures else {"score": clean}
 
     return validate
@@ -408,7 +409,7 @@ def _defense_validation(
             shown = {"clean": images} | {f"{m[0]}-{i}": adversarial(turn, i) for i, m in enumerate(mixture)}
             for name, x in shown.items():
                 with torch.no_grad():
-                    found = torch.cat([classifier(defense.purify(part)).argmax(1) for part in x.split(250)])
+                    found = torch.cat([classes_of(classifier(defense.purify(part))) for part in x.split(250)])
                 figures.setdefault(name, []).append(float((found == labels).float().mean()))
         means = {k: sum(v) / len(v) for k, v in figures.items()}
         return {**means, "score": sum(means.values()) / len(means)}
