@@ -147,3 +147,10 @@ def test_the_tables_on_a_page_are_those_of_the_results(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert "<!-- table: " in text
     assert filled(text) == text, "run python benchmarks/table2.py"
+
+
+def test_the_page_of_what_went_wrong_names_tests_that_are_there() -> None:
+    named = re.findall(r"`(\w+)::(test_\w+)`", (ROOT / "docs" / "soundness.md").read_text(encoding="utf-8"))
+    assert len(named) > 80
+    source = {file: (ROOT / "tests" / f"test_{file}.py").read_text(encoding="utf-8") for file, _ in named}
+    assert [f"{file}::{test}" for file, test in named if f"def {test}(" not in source[file]] == []
