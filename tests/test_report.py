@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import subprocess
 import sys
@@ -13,10 +15,11 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
 from unperturb import report, runs
 from unperturb.intervals import wilson
-from unperturb.report import comparison, cost, figures, page, tables
+from unperturb.report import comparison, cost, detectors, escape, figures, page, tables
 
 KEPT = {"oblivious": 0.95, "white_box": 0.1}  # the share of images a defense saves, in the made-up runs
 
@@ -636,3 +639,164 @@ def test_of_many_defenses_the_table_is_read_first(tmp_path: Path) -> None:
         assert text.count("<h2>Defenses side by side") == text.count('alt="cost: ') == 1
     # What has no budget has no place among the worst cases of many: it stands in the table.
     assert (few.count("Worst case, digits"), many.count("Worst case, digits")) == (2, 1)
+
+
+# Names from outside -------------------------------------------------------------------------------------------------
+
+ODD = (
+    "[/red]",
+    "<script>alert(1)</script>",
+    "a|b",
+    "$x$",
+    "a\nb",
+    "\x1b[31m",
+    "日本語",
+    "防御",
+    "n" * 300,
+    "=1+1",
+    "../up",
+)
+
+
+def test_odd_names_are_told_apart_and_harmless_in_every_format(tmp_path: Path) -> None:
+    mine = {"dataset": "folder:/home/me/my photos"}
+    odd = [TINY[2] | mine | {"defense": ODD[i // 4], "attack": name} for i, name in enumerate(ODD)]
+    odd += [TINY[2] | mine | {"defense": ODD[9]}, TINY[0] | mine]
+    written = report.write_report(frame(*odd), tmp_path, title="<b>mine</b>", note="one & two\nthree")
+    text = written["page"].read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)
+    assert "<title>&lt;b&gt;mine&lt;/b&gt;</title>" in text
+    assert "<p>one &amp; two</p>\n<p>three</p>" in text
+    assert "n" * 50 not in text[: text.index("Conditions")]
+    assert text.count("/home/me") == 1  # whole among the conditions
+    for name, path in written.items():
+        found = path.read_text(encoding="utf-8") if name.endswith((".md", ".csv")) else ""
+        assert re.fullmatch(r"(tables/|figures/)?[a-z0-9.-]+", name)
+        if name.endswith(".md"):
+            assert len({len(re.findall(r"(?<!\\)\|", line)) for line in found.splitlines() if line[:1] == "|"}) == 1
+            assert "<script" not in found
+            assert "$x$" not in found
+    table = pd.read_csv(written["tables/accuracy.csv"])
+    assert table["attack"].nunique() == len(ODD) + 2  # and FGSM, and clean
+    assert {"'=1+1", "none"} < set(table["defense"])
+    shown = report.table(frame(*odd)) + report.compare(frame(*odd), {})
+    assert "\x1b" not in shown
+    # Two that differ in their middle alone, or that look like a word of the table's own, are not one.
+    alike = ["a" * 30 + c + "b" * 30 for c in "xy"] + ["undefended", "none"]
+    rows, names = escape.readable(frame(*(TINY[2] | {"defense": d} for d in alike)))
+    assert rows["defense"].nunique() == 4
+    assert "undefended" not in set(rows["defense"])
+    assert escape.readable(rows)[1] == {}
+    assert escape.renamed({"defense": alike[0], "eps": 1}, names)["defense"] in set(rows["defense"])
+
+
+def test_names_in_one_line_and_their_width() -> None:
+    assert escape.one_line("a\r\n b\u202ec\ud800") == "a bc"
+    assert escape.one_line("abcdefghijkl", 9) == "abcde…jkl"
+    assert escape.columns("日本") == 4
+    assert escape.columns(escape.one_line("日本語" * 30, 24)) <= 24
+    assert escape.in_markdown("_a_b_ [x](y) *&<") == r"\_a_b\_ [x]\(y) \*&amp;&lt;"
+    assert escape.in_file_name("Ä/8", "日本") != escape.in_file_name("Ä/8", "防御")
+    lines = report.table(frame(*(cell | {"attack": "日本語"} for cell in (TINY[0], TINY[2])))).splitlines()
+    begins = [line.partition(" %")[0].rpartition(" ") for line in lines if line.startswith(("clean  ", "日本語, "))]
+    assert [first.strip() for first, _, _ in begins] == ["clean", "日本語, eps 0.3"]
+    assert len({escape.columns(first) for first, _, _ in begins}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # where no font for them is installed
+def test_figures_say_names_as_they_are_and_keep_them_apart(run: Path) -> None:
+    cell, tensors = runs.read_samples(run)[0]
+    names = ["$x$", "日本語", "a_b" * 9, *map(str, range(7))]
+    odd = {**cell, "defense": "$a$\nb", "class_names": names}
+    (axes,) = figures.restored_figure(odd, tensors).axes
+    assert not any(t.get_parse_math() for t in axes.texts)
+    renderer = FigureCanvasAgg(axes.figure).get_renderer()
+    boxes = [t.get_window_extent(renderer) for t in axes.texts if t.get_text()[-1] in "✓✗"]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    rows = frame(*(TINY[0] | {"attack": name} for name in ("m" * 40, "pgd-l2-margin-100-steps", "日本語" * 9, "cw")))
+    figure = figures.accuracy_figure(rows)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [t.get_window_extent(renderer) for t in figure.axes[0].get_xticklabels()]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+# What was wrong with answers ----------------------------------------------------------------------------------------
+
+
+def test_answers_and_gradients_that_were_none_are_told(run: Path) -> None:
+    rows = frame(*TINY)
+    assert tables.notes(rows) == []  # rows of before, without the columns
+    assert tables.notes(rows.assign(gradients=-1, zero_gradients=-1)) == []
+    known = rows["knowledge"] == "white_box"
+    lost = rows.assign(pred_pure_adv=rows["pred_pure_adv"].where(~known | (rows["index"] > 1), -1))
+    (said,) = tables.notes(lost)
+    assert said.startswith("ours before a: 2 images gave no finite logits (fgsm, eps 0.3, white box)")
+    assert only(tables.accuracy_table(lost), knowledge="white_box")["accuracy"] == 0.25  # as before: those were wrong
+    masked = rows.assign(gradients=40, zero_gradients=np.where(known, 30, 1))
+    (said,) = tables.notes(masked)
+    assert said.startswith("ours before a: gradient masked. For fgsm, eps 0.3, white box")
+    assert "75 %" in said
+    assert "gradient masked" in front(masked)
+    assert f"NOTE  {said}" in report.table(masked)
+    cell, tensors = runs.read_samples(run)[0]
+    none = {**tensors, "prediction": torch.full_like(tensors["prediction"], -1)}
+    for draw in (figures.restored_figure, figures.confidence_figure):
+        assert any("no answer" in t.get_text() for t in draw(cell, none).axes[0].texts)
+
+
+def test_a_defense_that_keeps_less_than_none_is_said_first() -> None:
+    keeps = {"defense": "none", "right_clean": [1] * 4, "right_adv": [1, 1, 0, 0]}
+    worse = keeps | {"defense": "ours", "right_adv": [1, 0, 0, 0]}
+    text = front(frame(keeps, worse))
+    assert "ours 25.0 % against 50.0 % (oblivious; the intervals overlap)." in text
+    assert text.index("Worse than no defense") < text.index("survive every attack")
+    assert "Worse" not in front(frame(keeps, worse | {"right_adv": [0, 1, 1, 0]}))
+    # An attack that the bare classifier was not given does not count against the defense.
+    assert "Worse" not in front(frame(keeps, worse | {"attack": "strong"}))
+    assert "Worse" in front(frame(keeps, worse | {"knowledge": "white_box"}))
+
+
+# Strips -------------------------------------------------------------------------------------------------------------
+
+
+def test_small_images_are_kept_to_the_pixel_and_large_ones_made_small(run: Path) -> None:
+    def opened(tile: dict[str, Any]) -> np.ndarray:
+        with Image.open(io.BytesIO(base64.b64decode(tile["data"].partition(",")[2]))) as picture:
+            return np.asarray(picture.convert("RGB"))
+
+    cell, tensors = next(s for s in runs.read_samples(run) if s[0]["defense"] == "ours")
+    strip, same = page._strips([(cell, tensors), ({**cell, "attack": "other"}, tensors)])
+    assert (strip["crisp"], strip["first"], same["first"]) == (True, True, False)
+    assert [line["name"] for line in strip["lines"]] == ["clean", "attacked", "ours"]
+    for line, view in zip(strip["lines"], ("clean", "adversarial", "restored")):
+        assert np.array_equal(opened(line["tiles"][1])[:, :, 0], tensors[view][1, 0].numpy())
+    photos = {k: torch.zeros(3, 3, 400, 300, dtype=torch.uint8) for k in ("clean", "adversarial", "restored")}
+    (strip,) = page._strips([(cell, {**tensors, **photos})])
+    assert not strip["crisp"]
+    assert opened(strip["lines"][0]["tiles"][0]).shape == (160, 120, 3)
+
+
+def test_defenses_share_the_images_that_attack_them_all_and_the_page_stays_small(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell, tensors = next(s for s in runs.read_samples(run) if s[0]["defense"] == "ours")
+    cells = [({**cell, "defense": d, "attack": a}, tensors) for a in ("fgsm", "cw") for d in ("ours", "theirs")]
+    strips = page._strips(cells)
+    assert [[line["name"] for line in s["lines"]] for s in strips] == [["clean", "attacked", "ours", "theirs"]] * 2
+    monkeypatch.setattr(page, "HELD", 10)
+    assert len(page._strips(cells)) == 1
+
+
+def test_every_table_slides_in_its_own_box_or_becomes_cards(small_run: Path, tmp_path: Path) -> None:
+    text = report.write_report(small_run, tmp_path)["page"].read_text(encoding="utf-8")
+    opened = re.findall(r'(<div class="scroll">)?\s*(<table[^>]*>)', text)
+    assert len(opened) >= 4
+    assert all(box or "cards" in table for box, table in opened)
+    assert "The first images" not in text
+
+
+def test_a_detector_that_gives_no_score_finds_nothing() -> None:
+    scores = {"scores_clean": [[0.0]] * 4, "scores_adv": [[np.nan], [np.nan], [1.0], [1.0]]}
+    (line,) = detectors.detector_table(frame(TINY[2] | scores)).to_dict("records")
+    assert (line["auroc"], line["tpr_1"]) == (0.5, 0.5)

@@ -70,11 +70,12 @@ def cost_figure(table: pd.DataFrame) -> Figure | None:
     budget = attack_name("", first["eps"]).lstrip(", ")
     title = f"What a defense keeps, and what it costs: {first['dataset']} ({first['split']}), {first['classifier']}"
     title = one_line(f"{title}{', ' + budget if budget else ''}")
-    axes.set_title(title, fontsize=fitting(title, 8.5, 11.5), loc="left", fontweight="bold")
+    axes.set_title(title, fontsize=fitting(title, 8.3, 11.5, "bold"), loc="left", fontweight="bold")
     figure.tight_layout()
     ends = [*(x for x, _ in steps[1:]), axes.get_xlim()[1]]
     line = [((x, y), (end, y)) for (x, y), end in zip(steps, ends)]
     colors = [RIGHT if i in front else "#444444" for i in range(len(names))]
+    line += [((x, lower), (x, upper)) for x, lower, upper in zip(at, low, high)]
     _label(axes, list(zip(at, value.tolist())), names, colors, line)
     return figure
 
@@ -95,7 +96,7 @@ def _area(pflop: float) -> float:
 
 
 def _label(axes: Any, at: list[tuple[float, float]], names: list[str], colors: list[str], line: list[Any]) -> None:
-    """A name beside each mark, where it covers no mark, no part of `line` and no other name; a thin line where it had
+    """A name beside each mark, where it covers no mark, no other name and no part of `line`; a thin line where it had
     to move."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
@@ -104,8 +105,8 @@ def _label(axes: Any, at: list[tuple[float, float]], names: list[str], colors: l
     points = [axes.transData.transform(p) for p in at]
     taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in points]
     for part in line:
-        (x0, y), (x1, _) = axes.transData.transform(part)
-        taken.append(Bbox.from_extents(x0, y - 2, x1, y + 2))
+        (x0, y0), (x1, y1) = axes.transData.transform(part)
+        taken.append(Bbox.from_extents(x0 - 2, y0 - 2, x1 + 2, y1 + 2))
     if legend := axes.get_legend():
         taken.append(legend.get_window_extent(renderer))
     inside = axes.get_window_extent(renderer)

@@ -63,7 +63,7 @@ def readable(rows: pd.DataFrame, longest: int = LONGEST) -> tuple[pd.DataFrame, 
         # Who has a name to read keeps it: the others are told apart from those.
         for name in sorted(rows[column].unique(), key=lambda name: name != _short(name, column, longest)):
             if name not in names:
-                names[name] = _unlike(_short(name, column, longest), taken)
+                names[name] = _unlike(_short(name, column, longest), taken, longest)
                 taken.add(names[name])
         if other := {old: new for old, new in names.items() if old != new}:
             changed[column] = other
@@ -83,10 +83,10 @@ def _short(name: str, column: str, longest: int) -> str:
     return one_line(name, longest) or ("unnamed" if name or column != "surrogate" else "")
 
 
-def _unlike(name: str, taken: set[str]) -> str:
+def _unlike(name: str, taken: set[str], longest: int) -> str:
     unlike, number = name, 2
     while unlike in taken:
-        unlike, number = f"{name} ({number})", number + 1
+        unlike, number = f"{one_line(name, longest - 4)} ({number})", number + 1
     return unlike
 
 

@@ -45,7 +45,7 @@ def restored_figure(cell: Mapping[str, Any], tensors: Mapping[str, Any]) -> Figu
     axes = _sheet(max(margin + count * side, 7.1), 0.66 + 3 * 1.26)
     views = (("Normal", "clean", CLEAN), ("Adv", "adversarial", ADVERSARIAL), (cell["defense"], "restored", RESTORED))
     answers = [[class_name(cell, int(n)) for n in tensors["prediction"][:count, view]] for _, _, view in views]
-    size = fitting(max((name for line in answers for name in line), key=columns) + " ✓", side - 0.06, 10.5)
+    size = fitting("\n".join(f"{name} ✓" for line in answers for name in line), side - 0.06, 10.5)
     for line, (label, key, view) in enumerate(views):
         top = 0.66 + 1.26 * line
         _text(axes, margin - 0.1, top + side / 2, _wrapped(label, 9), margin - 0.15, 12, ha="right", va="center")
@@ -167,7 +167,7 @@ def _bars(axes: Any, block: pd.DataFrame, defense: str) -> None:
         spread = [value - low, high - value]
         axes.errorbar(at, value, spread, fmt="none", ecolor="#222222", elinewidth=1.2, capsize=2.5)
     labels = ["\n".join(map(_wrapped, name.split(", "))) for name in places]
-    axes.set_xticks(list(places.values()), labels, fontsize=min(fitting(label, SLOT - 0.04, 10) for label in labels))
+    axes.set_xticks(list(places.values()), labels, fontsize=fitting("\n".join(labels), SLOT - 0.06, 10))
     axes.set_ylim(0, 104)
     axes.set_yticks(range(0, 101, 25))
     axes.tick_params(axis="y", labelsize=10)
@@ -203,12 +203,18 @@ def _show(axes: Any, image: Any, left: float, top: float, side: float) -> None:
 
 
 def _text(axes: Any, x: float, y: float, text: str, width: float, size: float, **style: Any) -> None:
-    axes.text(x, y, text, fontsize=fitting(text, width, size), **style)
+    axes.text(x, y, text, fontsize=fitting(text, width, size, style.get("fontweight", "normal")), **style)
 
 
-def fitting(text: str, width: float, size: float) -> float:
+def fitting(text: str, width: float, size: float, weight: str = "normal") -> float:
     """`size` points, or as much less as the lines of `text` need to fit `width` inches."""
-    return min(size, 72 * width / (0.64 * max(1, *map(columns, text.split("\n")))))
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=size, weight=weight)
+    lines = (line for line in text.split("\n") if line)
+    longest = max((text_to_path.get_text_width_height_descent(line, font, False)[0] for line in lines), default=0)
+    return size * min(1.0, 72 * width / longest) if longest else size
 
 
 def _title(axes: Any, cell: Mapping[str, Any], reading: str) -> None:
@@ -217,7 +223,7 @@ def _title(axes: Any, cell: Mapping[str, Any], reading: str) -> None:
         f"{cell['defense']} before {cell['classifier']} on {cell['dataset']}: "
         f"{attack_name(cell['attack'], cell['eps'])}, {attacker_name(cell['knowledge'])}"
     )
-    _text(axes, 0.1, 0.08, text, width * 0.92, 12.5, va="top", fontweight="bold")
+    _text(axes, 0.1, 0.08, text, width, 12.5, va="top", fontweight="bold")
     _text(axes, 0.1, 0.34, reading, width, 10.5, va="top", color="#333333")
 
 

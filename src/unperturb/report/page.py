@@ -23,6 +23,7 @@ Sample = tuple[dict[str, Any], dict[str, Any]]
 
 FEW = 3  # defenses, that a page still has a sentence on each of
 TILES = 8  # images of a strip
+LINES = 14  # of a strip that is open from the start
 CRISP = 64  # pixels of a side, up to which each is shown as a square of its own
 LARGEST = 160  # pixels of a side, that a larger picture is reduced to
 HELD = 1_000_000  # characters of small pictures, that a page still opens quickly with
@@ -169,7 +170,11 @@ def _strips(samples: list[Sample]) -> list[dict[str, Any]]:
             lines.append(_line(cell["defense"], cell, tensors, "restored", figures.RESTORED))
         held += sum(len(tile["data"]) for line in lines for tile in line["tiles"])
         title = f"{attack_name(cell['attack'], cell['eps'])}, {attacker_name(cell['knowledge'])}"
-        about = {"title": title, "where": f"{cell['classifier']} on {cell['dataset']}", "first": firsts[key[:3]] == key}
+        about = {
+            "title": title,
+            "where": f"{cell['classifier']} on {cell['dataset']}",
+            "first": firsts[key[:3]] == key and len(lines) <= LINES,
+        }
         strips.append(about | {"lines": lines, "crisp": max(last.shape[2:]) <= CRISP if last is not None else False})
     return strips
 
@@ -256,20 +261,19 @@ def _page(
 
 
 def _worse(worst: pd.DataFrame) -> list[dict[str, Any]]:
-    """Who keeps fewer images than the bare classifier does under the same attacks or more, where, and by whom."""
+    """Per data set, classifier and budget, who keeps fewer images than the bare classifier does under the same attacks
+    or more."""
     found = []
     for (dataset, split, classifier, eps), part in groups(worst, [*BLOCK, "eps"]):
         bare = {line["knowledge"]: line for _, line in records(part[part["defense"] == "none"])}
-        for defense, mine in groups(part[part["defense"] != "none"], "defense"):
-            less = []
-            for _, line in records(mine[~mine["knowledge"].isin(["none", "all"])]):
-                other = bare.get(line["knowledge"], bare.get("oblivious"))
-                fair = other is not None and line["n"] == other["n"] and _attacks(line) <= _attacks(other)
-                if other and fair and line["accuracy"] < other["accuracy"]:
-                    less.append({"attacker": attacker_name(line["knowledge"]), "mine": line, "bare": other})
-            if less:
-                where = {"dataset": dataset, "split": split, "classifier": classifier, "budget": budget_name(eps)}
-                found.append(where | {"defense": defense, "less": less})
+        less = []
+        for _, line in records(part[(part["defense"] != "none") & ~part["knowledge"].isin(["none", "all"])]):
+            other = bare.get(line["knowledge"], bare.get("oblivious"))
+            fair = other is not None and line["n"] == other["n"] and _attacks(line) <= _attacks(other)
+            if other and fair and line["accuracy"] < other["accuracy"]:
+                less.append(line | {"attacker": attacker_name(line["knowledge"]), "bare": other})
+        if less:
+            found.append({"place": (dataset, split, classifier), "budget": budget_name(eps), "less": less})
     return found
 
 
