@@ -13,6 +13,9 @@ from torch import nn
 from unperturb.devices import FlopCounter, set_layout
 from unperturb.training.objectives import Task
 
+_FEW = 8  # images of the step that says how long a whole one would take
+_STEP_SECONDS = 2.0  # that a step of the probe may take: photographs cost a hundred times what digits do
+
 
 @contextlib.contextmanager
 def _rehearsal(task: Task, batch: int | None = None) -> Iterator[dict[str, nn.Module]]:
@@ -50,8 +53,9 @@ def flop_per_image(task: Task, steps: int = 12, batch: int = 6) -> float:
 def fastest(task: Task, precision: str = "auto", memory_format: str = "auto") -> tuple[str, str]:
     """The (precision, memory format) in which a step of `task` is quickest here; one that is not `auto` is kept.
 
-    A probe of the task itself, about ten steps of whole batches: a plain convolution can favor bfloat16 where small
-    networks or small batches do not. bfloat16 must win clearly, because it costs accuracy.
+    A probe of the task itself, about ten steps of whole batches, or of as many images as take some two seconds: a
+    plain convolution can favor bfloat16 where small networks or small batches do not. bfloat16 must win clearly,
+    because it costs accuracy.
     """
     device = task.sampler.device.type
     choices = [
@@ -62,7 +66,12 @@ def fastest(task: Task, precision: str = "auto", memory_format: str = "auto") ->
     if len(choices) == 1:
         return choices[0]
     seconds: dict[tuple[str, str], float] = {}
-    with _rehearsal(task) as networks:
+    with _rehearsal(task, min(_FEW, task.sampler.batch)) as networks:
+        _rehearse(task, 0, networks, "float32")  # the first step of all builds its kernels
+        start = time.perf_counter()
+        _rehearse(task, 0, networks, "float32")
+        enough = max(2 * _FEW, int(_STEP_SECONDS * _FEW / (time.perf_counter() - start)))
+    with _rehearsal(task, min(enough, task.sampler.batch)) as networks:
         for choice in choices:
             for network in networks.values():
                 set_layout(network, choice[1])
@@ -73,7 +82,7 @@ def fastest(task: Task, precision: str = "auto", memory_format: str = "auto") ->
                 if device == "cuda":
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
-                if times[-1] > 10 * min(seconds.values(), default=times[-1]):
-                    break  # an emulated precision: the answer is known
+                if times[-1] > 4 * min(seconds.values(), default=times[-1]):
+                    break  # an emulated precision, say: the answer is known
             seconds[choice] = min(times) * (1.25 if choice[0] == "bfloat16" else 1.0)
     return min(seconds, key=lambda k: seconds[k])
