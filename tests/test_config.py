@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from unperturb.config import KINDS, RecipeError, Thing, read_recipe, recipe_names, resolve, snapshot
+from unperturb.data import load_dataset
 
 CLASSIFIER: dict[str, Any] = {
     "kind": "classifier",
@@ -213,3 +215,13 @@ def test_recipes_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("kind = ")
     with pytest.raises(RecipeError, match=r"broken.toml is not valid TOML: Invalid value"):
         read_recipe(str(tmp_path / "broken.toml"))
+
+
+def test_a_recipe_says_how_its_images_are_read() -> None:
+    names = [str(9 - k) for k in range(10)]
+    for name in ("classifier-digits", "paper-digits", "compare-digits"):
+        recipe = read_recipe(name, [f"class_names={names}", "skip_damaged=true", "size=8"])
+        options = {"name": "digits", "size": 8, "class_names": names, "skip_damaged": True}
+        assert recipe.data_options == options
+    data, plain = load_dataset(**options), load_dataset("digits", size=8)
+    assert torch.equal(data.test.labels, 9 - plain.test.labels)

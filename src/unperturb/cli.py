@@ -277,7 +277,7 @@ def train_classifier(
         f"{resolved.dataset}-{resolved.classifier.name}" if stem.startswith("classifier-") else stem
     )
     if dry_run:
-        data = load_dataset(resolved.dataset, size=resolved.size)
+        data = load_dataset(**resolved.data_options)
         if _missing([resolved.objective.options.get("teacher")], {}):
             _show_recipe(resolved)
             say("cost: not counted while the teacher is missing")
@@ -321,7 +321,7 @@ def train(
     changes = [*(overrides or []), *([f"size={size}"] if size else [])]
     resolved = _with(read_recipe(recipe, changes, "defense"), classifier)
     out = out or Path("runs") / Path(recipe).stem
-    data = load_dataset(resolved.dataset, size=resolved.size)
+    data = load_dataset(**resolved.data_options)
     own = _own(resolved, data.train, weights, mean, std)
     if dry_run:
         gone = _missing([*resolved.classifiers, resolved.start], own)
@@ -399,7 +399,7 @@ def evaluate(
     cells = [defense or [], attack or [], knowledge or []]
     resolved = jobs.only(_with(read_recipe(recipe, changes, "evaluation"), classifier), *cells)
     out = out or Path("runs") / "-".join([Path(recipe).stem, *(name for part in cells for name in part)])
-    data = load_dataset(resolved.dataset, size=resolved.size)
+    data = load_dataset(**resolved.data_options)
     own = _own(resolved, data.train, weights, mean, std)
     if dry_run:
         entries = [*resolved.classifiers, *([resolved.surrogate] if resolved.surrogate else []), *resolved.defenses]

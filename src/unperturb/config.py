@@ -89,12 +89,28 @@ class Pairs(_Settings):
     augment: Augmentation = Field(Augmentation(), description="Of the clean images, before they are attacked.")
 
 
-class ClassifierRecipe(_Settings):
+class DataRecipe(_Settings):
+    """What every recipe says of its images."""
+
+    kind: str
+    dataset: str = Field(description="A name that load_dataset knows.")
+    size: int | None = Field(None, gt=0, description="Side of the images; None keeps the source's own.")
+    class_names: list[str] | None = Field(
+        None, description="The classes in the order of a classifier's logits; labels are renumbered by name."
+    )
+    skip_damaged: bool = Field(False, description="Leave damaged pictures out instead of stopping at them.")
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """What `load_dataset` is to be called with."""
+        options = {"size": self.size, "class_names": self.class_names, "skip_damaged": self.skip_damaged}
+        return {"name": self.dataset, **options}
+
+
+class ClassifierRecipe(DataRecipe):
     """Train a classifier."""
 
     kind: Literal["classifier"] = "classifier"
-    dataset: str = Field(description="A name that load_dataset knows.")
-    size: int | None = Field(None, gt=0, description="Side of the images; None keeps the source's own.")
     classifier: Thing = Field(description="Which network.")
     objective: Thing = Field(Thing(name="plain"), description="plain, or another way of training.")
     augment: Augmentation = Field(Augmentation(), description="Of the training images.")
@@ -102,12 +118,10 @@ class ClassifierRecipe(_Settings):
     seed: int = Field(0, ge=0, lt=2**32, description="Of weights, order, augmentation and attacks.")
 
 
-class DefenseRecipe(_Settings):
+class DefenseRecipe(DataRecipe):
     """Train a defense in front of one classifier or several."""
 
     kind: Literal["defense"] = "defense"
-    dataset: str = Field(description="A name that load_dataset knows.")
-    size: int | None = Field(None, gt=0, description="Side of the images; None keeps the source's own.")
     classifiers: list[str] = Field(
         min_length=1, description="Run folders of the classifiers to protect, taken in turn."
     )
@@ -121,12 +135,10 @@ class DefenseRecipe(_Settings):
 Knowledge = Literal["none", "transfer", "oblivious", "bpda", "white_box", "black_box"]
 
 
-class EvaluationRecipe(_Settings):
+class EvaluationRecipe(DataRecipe):
     """Cross classifiers, defenses, attacks and kinds of knowledge, and keep a row per image."""
 
     kind: Literal["evaluation"] = "evaluation"
-    dataset: str = Field(description="A name that load_dataset knows.")
-    size: int | None = Field(None, gt=0, description="Side of the images; None keeps the source's own.")
     split: Literal["test", "val"] = Field("test", description="Which images; tune on val only.")
     n: int | None = Field(None, gt=0, description="A fixed, named random subset of this many; None takes all.")
     classifiers: list[str] = Field(min_length=1, description="Run folders.")

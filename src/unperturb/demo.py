@@ -56,7 +56,7 @@ def run_demo(
     write_json(marker, json.loads(plan.model_dump_json()))
 
     with bar("decoding the digits") as update:
-        data = load_dataset(plan.classifier.dataset, progress=update)
+        data = load_dataset(**plan.classifier.data_options, progress=update)
     show(
         f"data        {data.source}: {len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images"
     )

@@ -83,7 +83,7 @@ def grid_of(recipe: EvaluationRecipe, device: str = "auto", models: Mapping[str,
         found = given.get(entry)
         return found if isinstance(found, Defense) else load_defense(entry)
 
-    splits = load_dataset(recipe.dataset, size=recipe.size)
+    splits = load_dataset(**recipe.data_options)
     data = splits.test if recipe.split == "test" else splits.val
     defenses = _by_name(recipe.defenses, recipe.dataset)
     instead = {

@@ -200,7 +200,7 @@ def train_classifier(
     """
     plan: ClassifierRecipe = read_recipe(recipe, overrides, "classifier") if isinstance(recipe, str) else recipe
     out = Path(out)
-    data = data or load_dataset(plan.dataset, size=plan.size)
+    data = data or load_dataset(**plan.data_options)
     plan = _of_data(plan, data)
     task = classifier_task(plan, data, device)
     plan = decided(plan, task, out, show)
@@ -313,7 +313,7 @@ def train_defense(
     plan: DefenseRecipe = read_recipe(recipe, overrides, "defense") if isinstance(recipe, str) else recipe
     name = Path(recipe).stem if isinstance(recipe, str) else f"{plan.defense.name}-{plan.dataset}"
     out = Path(out or Path("runs") / name)
-    data = data or load_dataset(plan.dataset, size=plan.size)
+    data = data or load_dataset(**plan.data_options)
     plan = _of_data(plan, data)
     if classifier is None:
         classifiers: list[nn.Module] = [load_classifier(Path(folder)) for folder in plan.classifiers]
