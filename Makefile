@@ -5,8 +5,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # One process a core; what is left of one's tests goes to the next. WORKERS= runs them in one process.
 WORKERS ?= -n auto --dist worksteal
-KERNEL_TESTS := $(wildcard tests/test_attack*.py tests/test_autoattack.py tests/test_blackbox.py tests/test_evaluation*.py \
-	tests/test_jsma.py tests/test_patch.py tests/test_threats.py tests/test_models_at_the_door.py)
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,attack_faults attacks attacks_first_order attacks_minimal autoattack \
+	blackbox jsma patch threats twin models_at_the_door evaluation identity door rows))
 
 .PHONY: demo test test-kernels lint bench clean
 
