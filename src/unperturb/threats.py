@@ -48,7 +48,7 @@ class BPDA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            value = self.function(x)
+            value = ask(self.function, x)
         stand_in = x if self.stand_in is None else self.stand_in(x)
         out: Tensor = _Replace.apply(stand_in, value)  # type: ignore[no-untyped-call]
         return out
@@ -116,7 +116,7 @@ class Chain(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         for purifier in self.purifiers:
-            images = purifier(images)
+            images = ask(purifier, images)
         return ask(self.classifier, images)
 
 

@@ -164,7 +164,13 @@ class Problem:
 
     def clearly_fooled(self, logits: Tensor) -> Tensor:
         """`fooled` by more than float32 rounding, which another batch shape could undo; for minimal-norm attacks."""
-        return self.value(logits, margin) > 1e-5 * logits.abs().amax(1)
+        return self.value(logits, margin) > self.rounding(logits)
+
+    def rounding(self, logits: Tensor) -> Tensor:
+        """`(N,)`: what float32 may do to a margin: of the two logits that it compares, not of one that is masked."""
+        label = self.labels[:, None]
+        rival = logits.scatter(1, label, -torch.inf).amax(1)
+        return 1e-5 * torch.maximum(rival.abs(), logits.gather(1, label).squeeze(1).abs())
 
     def value(self, logits: Tensor, loss: LossFunction) -> Tensor:
         """What the attacker maximizes, `(N,)`: the loss, or minus the loss towards the target."""

@@ -75,7 +75,7 @@ class CW(MinimalAttack):
     def _fallen(self, problem: Problem, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each image leads by the confidence and more than rounding, and by how much it does."""
         lead = problem.value(logits, margin) - self.confidence
-        return lead > 1e-5 * logits.abs().amax(1), lead
+        return lead > problem.rounding(logits), lead
 
     def _descend(
         self,

@@ -86,7 +86,7 @@ class Defense(nn.Module):
 
     def judge(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """(`purify(images)`, `scores(images, logits_fn)`); a defense whose two share work does it once here."""
-        return self.purify(images), self.scores(images, logits_fn)
+        return self.purify(images.clone()), self.scores(images, logits_fn)
 
     def add_detectors(self, count: int, drop_rate: float) -> None:
         """Keep a threshold for each of `count` detectors, to be set by `calibrate`; until then nothing is rejected."""

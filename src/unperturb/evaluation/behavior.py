@@ -13,6 +13,7 @@ from unperturb import draws, runs
 from unperturb.defenses.base import Defense
 from unperturb.evaluation.grid import Grid, drawing, shown_rows
 from unperturb.evaluation.identity import identify
+from unperturb.modules import ask
 
 IMAGES = 8
 TOLERANCE = 0.01
@@ -57,13 +58,13 @@ def _of(grid: Grid, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         bare = next(iter(grid.classifiers.values()))
 
         def function(x: Tensor) -> Tensor:
-            purified, scores = model.judge(x, bare)
+            purified, scores = model.judge(x, lambda seen: ask(bare, seen))
             return torch.cat([purified.flatten(1), scores.to(purified)], 1)
 
     x = images.clone().requires_grad_()
     gradient = torch.zeros_like(images)
     with torch.enable_grad(), drawing(0, grid.device):
-        answers = function(x * 1)  # a tensor of its own, for a model that works in place
+        answers = ask(function if isinstance(model, Defense) else model, x)
         if answers.requires_grad:
             weights = torch.linspace(-1, 1, answers.shape[1], device=answers.device)
             with contextlib.suppress(RuntimeError):  # an operation without a backward pass

@@ -107,11 +107,13 @@ class Grid:
         function = (fast or {}).get(seen, seen)
         return threats.target(function, self.defenses[cell.defense], cell.knowledge, surrogate, eot=self.eot)
 
-    def identity(self, cell: Cell) -> Identity:
-        """Of the cell's attacker: cells of one identity share adversarial images."""
-        function = identify(self.target(cell))
+    def identity(self, cell: Cell, target: nn.Module) -> Identity:
+        """Of the cell's attacker: cells of one identity share adversarial images. target: its `target`, which must live
+        as long as the identity is used."""
+        function = identify(target)
         kind = type(cell.attack)
-        key = f"{function.key} {kind.__qualname__} {id(kind)}" if not is_known(kind) else function.key
+        # Another's attack may hold what its repr does not tell.
+        key = f"{function.key} {kind.__qualname__} {id(cell.attack)}" if not is_known(kind) else function.key
         return Identity(key, function.lasting and is_known(kind))
 
     def about(self, cell: Cell) -> dict[str, Any]:
@@ -217,7 +219,8 @@ def _fill(grid: Grid, out: Path, stores: Mapping[bool, AdversarialStore], progre
     twins = {c: twin(c, example, channels_last=True) for c in (*grid.classifiers.values(), *grid.instead.values())}
     cells = grid.cells()
     functions = {cell: grid.target(cell, twins) for cell in cells}
-    identities = {cell: grid.identity(cell) for cell in cells}
+    asked = {cell: grid.target(cell) for cell in cells}  # alive until the end: the id of what has gone is given again
+    identities = {cell: grid.identity(cell, asked[cell]) for cell in cells}
     shards = torch.arange(len(grid.data)).split(grid.shard)
     shown = shown_rows(grid.data.labels, grid.samples)
     done = 0
@@ -263,7 +266,7 @@ def _seed(grid: Grid, cell: Cell, shard: int) -> int:
 @contextlib.contextmanager
 def _at_work(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, `model` is in eval mode, and on `device` unless its parts are on several: then its owner knows best."""
-    modes = [(part, part.training) for part in model.modules()]
+    modes = [(part, part.training) for part in model.modules() if hasattr(part, "training")]
     places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     model.eval()
     if len(places) == 1:
@@ -309,7 +312,7 @@ class _Seen:
 def _seen(defense: Defense, classifier: nn.Module, images: Tensor, batch: int, seed: int) -> _Seen:
     start = time.perf_counter()
     with drawing(seed, images.device):
-        parts = [defense.judge(x, classifier) for x in images.split(batch)]
+        parts = [defense.judge(x.clone(), lambda seen: ask(classifier, seen)) for x in images.split(batch)]
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
     seconds = (time.perf_counter() - start) / len(images)
