@@ -17,7 +17,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("UNPERTURB_CACHE", str(tmp_path))
     load_dataset("digits", size=8)
     for name, size in (
+        ("data/hub/.unperturb", 0),
         ("data/hub/parquet/a.arrow", 300),
+        ("data/backup-202511271530/thesis.txt", 7),
         (f"adversarials/{'0a' * 12}/000000-00010.safetensors", 5000),
         ("data/thesis/chapter.tex", 7),
         ("adversarials/photos/me.png", 7),
@@ -45,6 +47,10 @@ def test_clearing_takes_what_is_ours_and_nothing_else(root: Path, tmp_path_facto
     clear_cache()
     assert not sum(kept.files for kept in cache_contents())
     assert (root / "data/thesis/chapter.tex").exists()
+    assert (root / "data/backup-202511271530/thesis.txt").exists()  # with nothing of ours in it
+    (root / "data/hub/of-others").mkdir(parents=True)
+    clear_cache(["hub"])
+    assert (root / "data/hub/of-others").exists()  # a hub folder that we did not make
     assert (root / "adversarials/photos/me.png").exists()
     assert (elsewhere / "kept.txt").read_text() == "mine"
     assert len(load_dataset("digits", size=8).test) == 360  # made again

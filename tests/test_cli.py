@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -346,3 +347,16 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(here: Path) -> None:
     shown = called("train-classifier", "classifier-digits", *TRAINING, "--set", "size=8", "--out", "file/run", code=2)
     assert "(not a directory); choose another folder" in shown
     assert "Traceback" not in shown
+
+
+def test_a_warning_is_a_note_said_once_and_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
+    def app(**_: object) -> None:
+        for _ in range(2):
+            warnings.warn("folders left aside: \x1b[31mRED", stacklevel=1)
+
+    monkeypatch.setattr(cli, "app", app)
+    before = warnings.showwarning
+    shown = called("list")
+    assert shown.count("note: folders left aside: \\x1b[31mRED") == 1
+    assert "\x1b" not in shown
+    assert warnings.showwarning is before

@@ -326,6 +326,20 @@ def test_of_a_large_file_other_blocks_are_read_each_time(kept: Path, monkeypatch
     assert file.stat().st_mtime_ns == seal["written"]
 
 
+def test_damage_that_a_look_would_miss_is_mended(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = (kept / "meta.json").read_text(encoding="utf-8")
+    monkeypatch.setattr(store, "_is_whole", lambda file, seal, whole: not whole)  # only who reads all of it sees it
+    made: list[str] = []
+
+    def about() -> dict[str, Any]:
+        made.append("again")
+        return {"source": "toy"}
+
+    store.write(kept, {"train": [(np.zeros((2, 1, 8, 8), np.uint8), [0, 1], True)]}, about)
+    assert made == ["again"]
+    assert (kept / "meta.json").read_text(encoding="utf-8") != meta
+
+
 def test_mutated_meta_data_is_made_again(kept: Path) -> None:
     file = kept / "meta.json"
     whole = file.read_text(encoding="utf-8")

@@ -271,9 +271,51 @@ def test_labels_with_gaps_as_pandas_writes_them(tmp_path: Path) -> None:
     assert data.class_names == ["0", "1"]
 
 
+def test_a_first_label_that_is_none_does_not_drop_the_test_split(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "kept"
+    parquet(folder / "train.parquet", {"image": rows(), "label": [0, 1] * 10})
+    parquet(folder / "test.parquet", {"image": rows(4), "label": [None, 0, 1, 0]}, {"label": pa.int64()})
+    with pytest.raises(DataError, match=r"1 of 24 .*test\.parquet, row 0: .*no label"):
+        load_dataset("hub:kept")
+    parquet(folder / "test.parquet", {"image": rows(4), "label": [-1] * 4}, {"label": pa.int64()})
+    with pytest.warns(UserWarning, match="the labels of its test split are kept back"):
+        assert len(load_dataset("hub:kept").test) == 2  # of the 20 in train
+
+
+def test_numbers_that_are_no_classes_are_named(tmp_path: Path) -> None:
+    parquet(tmp_path / "data" / "floats" / "train.parquet", {"image": rows(), "label": [0.0, 2.5] * 10})
+    with pytest.raises(DataError, match=r"train\.parquet, row 1: label 2\.5; expected whole numbers, or names"):
+        load_dataset("hub:floats")
+
+
+def test_a_set_of_few_pictures_and_a_folder_without_its_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet(tmp_path / "data" / "few" / "train.parquet", {"image": rows(4), "label": [0, 1] * 2})
+    few = load_dataset("hub:few")
+    assert (len(few.train), len(few.val), len(few.test)) == (2, 1, 1)
+    parquet(tmp_path / "data" / "two" / "train.parquet", {"image": rows(2), "label": [0, 1]})
+    with pytest.raises(DataError, match="hub:two has too few images to split"):
+        load_dataset("hub:two")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(DataError, match="Say folder:photos"):
+        load_dataset("photos")
+
+
+@pytest.mark.parametrize("bands", [2, 4])
+def test_what_is_drawn_in_transparency_alone_is_seen_on_white(bands: int) -> None:
+    pixels = np.zeros((8, 8, bands), np.uint8)
+    pixels[:4, :, -1] = 255  # black where it is opaque
+    found = grey(encoded(pixels))
+    assert (found[:4].max(), found[4:].min()) == (0, 255)
+
+
 @pytest.mark.parametrize(
     ("label", "said"),
-    [(2**40, "row 7: label 1099511627776; .*count from 0 to 99,999"), (-1, "row 7: .*label -1"), (0.5, "label 0.5")],
+    [
+        (2**40, "row 7: label 1099511627776; .*count from 0 to 99,999"),
+        (-1, "row 7: .*label -1"),
+        (0.5, "row 7: label 0.5; expected whole"),
+    ],
 )
 def test_a_label_that_is_none_is_named_by_its_row(tmp_path: Path, label: Any, said: str) -> None:
     labels: list[Any] = [0, 1] * 10

@@ -732,6 +732,7 @@ class Own(nn.Module):
 
 
 def test_what_was_used_is_what_is_kept(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
+    data = data.with_class_names([str(9 - k) for k in range(10)])
     filter_ = {"name": "jpeg", "quality": 30}
     values = {**defense_recipe().model_dump(mode="json"), "dataset": "mnist", "size": None, "defense": filter_}
     values["pairs"]["attacks"] = [{"name": "fgsm", "eps": ["2/255", "8/255"]}]
@@ -740,6 +741,10 @@ def test_what_was_used_is_what_is_kept(data: Splits, classifier: nn.Module, tmp_
     jobs.train_defense(recipe, [own, classifier], data, out=folder, device="cpu")
     kept = runs.read_json(folder / "recipe.json")
     assert (kept["dataset"], kept["size"], kept["classifiers"]) == ("digits", 8, ["in hand: Own", "in hand: convnet"])
+    again = {key: kept[key] for key in ("dataset", "size", "class_names", "skip_damaged")}
+    read_again = load_dataset(**resolve({**values, **again}).data_options)
+    assert read_again.class_names == data.class_names
+    assert torch.equal(read_again.test.labels, data.test.labels)
     assert kept["used"]["data"] == {"source": "digits", "fingerprint": data.train.fingerprint, "shape": [1, 8, 8]}
     first, second = kept["used"]["classifiers"]
     assert first == {"name": "Own", "spec": None, "weights": runs.digest_of(own.state_dict())[:16]}

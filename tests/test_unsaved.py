@@ -46,7 +46,7 @@ def test_an_object_or_a_callable_from_the_current_folder(here: Path, tiny_digits
     images, _ = tiny_digits.test.batch(torch.arange(3))
     path = list(sys.path)
     made = import_classifier("own_nets:made", tiny_digits.train, mean=[0.5], std=[0.25])
-    assert sys.path == path
+    assert sys.path[: len(path)] == path
     assert torch.allclose(made(images), made.net.layer(((images - 0.5) / 0.25).flatten(1)))
     assert import_classifier("own_nets:Linear", tiny_digits.train)(images).shape == (3, 10)
     assert import_classifier("own_nets.py:Linear", tiny_digits.train)(images).shape == (3, 10)
@@ -70,6 +70,21 @@ def test_weights_from_a_file(name: str, here: Path, tiny_digits: Splits) -> None
 class Bomb:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (Path.touch, (Path("ran"),))  # type: ignore[return-value]
+
+
+def test_a_file_with_a_dataclass_and_a_late_import(here: Path, tiny_digits: Splits) -> None:
+    (here / "late_part.py").write_text("factor = 2.0")
+    (here / "modern.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Settings:\n    a: int = 1\n"
+        + NET.replace("return self.layer", "from late_part import factor; return factor * self.layer")
+    )
+    images, _ = tiny_digits.test.batch(torch.arange(3))
+    made = import_classifier("modern.py:made", tiny_digits.train)
+    assert torch.allclose(made(images), 2 * made.net.layer(images.flatten(1)))
+    (here / "script.py").write_text("import sys; sys.exit('usage: script')")
+    with pytest.raises(ValueError, match=r"script\.py:net could not be imported: .*SystemExit: usage: script"):
+        import_classifier("script.py:net", tiny_digits.train)
 
 
 def test_what_cannot_be_used_is_a_sentence(here: Path, tiny_digits: Splits) -> None:

@@ -62,7 +62,13 @@ def _places(kind: str, folder: Path) -> list[Path]:
     """What the program has put into `folder`."""
     if not folder.is_dir():
         return []
-    return sorted(place for place in folder.iterdir() if re.fullmatch(KINDS[kind][2], place.name))
+    from unperturb.data.tables import HUB_MARK
+
+    if kind == "hub" and not (folder / HUB_MARK).exists():
+        return []
+    named = [place for place in folder.iterdir() if re.fullmatch(KINDS[kind][2], place.name)]
+    visible = {place for place in named if kind == "data" and place.name[0] != "." and place.suffix != ".lock"}
+    return sorted(place for place in named if place not in visible or (place / "meta.json").is_file())
 
 
 def _sizes(place: Path) -> list[int]:

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -483,6 +484,14 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter shows its number
             stream.reconfigure(errors="backslashreplace")
     terminated = False
+    told: set[str] = set()
+
+    def tell(message: Warning | str, *_: object, **__: object) -> None:
+        if str(message) not in told:  # data that is read twice says the same twice
+            told.add(str(message))
+            complain(f"note: {message}", style="yellow")
+
+    show_warning, warnings.showwarning = warnings.showwarning, tell
 
     def terminate(number: int, frame: FrameType | None) -> None:
         nonlocal terminated
@@ -509,6 +518,7 @@ def main() -> None:
         else:
             raise
     finally:
+        warnings.showwarning = show_warning
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGTERM, before)
     if code == 130:

@@ -63,10 +63,12 @@ def _import(path: str) -> nn.Module:
         for part in name.split("."):
             thing = getattr(thing, part)
         model = thing if isinstance(thing, nn.Module) or not callable(thing) else thing()
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything, and a script may end itself
         raise ValueError(f"{path} could not be imported: {_where(error)}{type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(folder.resolve()))
+        if str(folder.resolve()) not in sys.path:
+            sys.path.append(str(folder.resolve()))  # what is imported when the model is called
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"{path} gives a {type(model).__name__}; expected a torch.nn.Module, or a callable that gives one"
@@ -78,11 +80,17 @@ def _run(file: Path) -> ModuleType:
     """The module in `file`, run anew: another file of that name may have been imported before."""
     if not file.is_file():
         raise ModuleNotFoundError(f"there is no file {file}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    name = f"_own_{file.stem}_{abs(hash(str(file.resolve())))}"  # its own name may be that of another module
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # dataclasses look their module up while it is being made
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
     return module
 
 

@@ -6,6 +6,7 @@ import collections
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def open_dataset(
             raise DataError(f"{folder} was written but cannot be read back; is its disk in order?")
     meta, stored = there
     _check_counts(name, {k: len(v.labels) for k, v in stored.items()}, meta)
-    return folder, meta["size"], _split(name, meta, stored, val, seed)
+    asked = {"size": size, "class_names": None, "skip_damaged": skip_damaged}
+    return folder, meta["size"], replace(_split(name, meta, stored, val, seed), options=asked)
 
 
 def _plan(
@@ -125,6 +127,8 @@ def _plan(
         local, hub, config = name, known.hub, known.config
         size = size or known.size
     else:
+        if name and Path(name).is_dir():
+            raise DataError(f"{name} is a folder of yours? Say folder:{name}")
         raise registry.unknown("data set", name, [*NAMES, "folder:PATH", "hub:NAME"])
     test, label, grey = (known.test, known.label, known.grey) if known else (None, None, None)
     looked_at, files = tables.parquet_files(local)
@@ -287,9 +291,11 @@ def _split(name: str, meta: dict[str, Any], stored: dict[str, Stored], val: int 
     if "val" in stored and val is None:
         validation = whole("val", "val")
     else:
-        n = min(len(train) // 10, 5_000) if val is None else val
+        n = max(1, min(len(train) // 10, 5_000)) if val is None else val
         if "test" not in stored and val is None:
             n = len(test)
+        if val is None and n >= len(train):
+            raise DataError(f"{name} has too few images to split: {len(train):,} to train on; expected at least two")
         if not 0 < n < len(train):
             raise DataError(f"val {n} of {name} with {len(train):,} train images; expected 1 to {len(train) - 1:,}")
         order = draws.permutation(seed, 1, len(train))

@@ -58,6 +58,11 @@ def decode(picture: Picture, size: tuple[int, int], grey: bool) -> tuple[Pixels,
         # A progressive one holds all of its coefficients at once, however small it is decoded.
         with _room_for(whole if opened.info.get("progressive") else opened.size):
             image = _eight_bits(_upright(opened), str(opened.format))
+            if "A" in image.getbands() or "transparency" in image.info:  # else what is drawn in alpha alone is black
+                color = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", color.size, "white"), color)
+                grey_too = "L" if opened.mode in ("L", "LA", "1") else "RGB"
+                image = image.convert(grey_too)
             was_grey = image.mode in ("L", "1")
             wanted = "L" if grey else "RGB"
             image = image if image.mode == wanted else image.convert(wanted)

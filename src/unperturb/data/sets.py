@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,6 +151,7 @@ class Splits:
 
     fingerprints: of the official splits as they were read, before validation was split off. notes: what a reader should
     know of how it was read, a sentence each. left_out: how many pictures were, because they cannot be used.
+    options: what `load_dataset` was asked for besides the name; empty for splits made by hand.
     """
 
     train: ImageSet
@@ -160,11 +162,13 @@ class Splits:
     fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list, repr=False)
     left_out: int = 0
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def with_class_names(self, names: Sequence[str]) -> Splits:
         """The same splits, their labels renumbered by name; see `ImageSet.with_class_names`."""
         parts = {split: getattr(self, split).with_class_names(names) for split in ("train", "val", "test")}
-        return replace(self, **parts, class_names=list(names))
+        options = {**self.options, "class_names": list(names)} if self.options else {}
+        return replace(self, **parts, class_names=list(names), options=options)
 
 
 def some(names: Sequence[str], most: int = 10) -> str:

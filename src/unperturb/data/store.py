@@ -27,7 +27,7 @@ from torch import Tensor
 from unperturb.data.pictures import Picture, Pixels, decode
 from unperturb.data.sets import DataError, digest
 
-VERSION = 2  # of the cache's layout and of the decoding; part of every key
+VERSION = 3  # of the cache's layout and of the decoding; part of every key
 CHUNK = 512  # pictures decoded at a time, fewer where they are large
 CHUNK_BYTES = 256 * 1024**2
 BLOCK = 16 * 1024**2  # bytes of a file that share a digest
@@ -107,7 +107,7 @@ def write(
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder.parent)
     with disk(folder), _lock(folder):
-        if read(folder):
+        if read(folder, whole=True):  # a look at some blocks could miss the damage that brought us here
             return  # another process was faster
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:

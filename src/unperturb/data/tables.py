@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import itertools
 import json
@@ -20,6 +21,7 @@ from unperturb.data.sources import Found, choose_splits, split_of, stamp
 MAX_CLASSES = 100_000
 _IMAGES = ("image", "img", "picture", "photo")  # which column is meant where several hold pictures
 _LABELS = ("label", "labels", "fine_label", "class", "target")
+HUB_MARK = ".unperturb"  # in a folder for the hub that the program made
 _SAMPLE = 512  # first pictures whose sizes are looked at
 _MAX_BYTES = 256 * 1024**2  # of one picture
 _ROWS = 64  # read at a time
@@ -51,13 +53,16 @@ class Table:
 
 def _found(tables: Mapping[str, list[Table]], label: str | None, where: str, state: tuple[Any, ...]) -> Found:
     """The source that `tables`, by split, make up. label: the column of labels, None finds out."""
-    tables = dict(tables)
+    tables, notes = dict(tables), list[str]()
     image_of = {t.where: _image_column(t).name for part in tables.values() for t in part}
     label_of = {t.where: _label_column(t, label) for part in tables.values() for t in part}
     if "test" in tables and _withheld(tables["test"], label_of):
         del tables["test"]
+        told = "the labels of its test split are kept back"
         if "val" in tables:
             tables["test"] = tables.pop("val")
+            told += ", so its validation split is the test split"
+        notes = [told]
     whole = [t for part in tables.values() for t in part]
 
     @functools.cache
@@ -92,6 +97,7 @@ def _found(tables: Mapping[str, list[Table]], label: str | None, where: str, sta
         state,
         where,
         sum(t.rows for t in whole) if all(t.rows for t in whole) else 0,
+        notes,
     )
 
 
@@ -132,8 +138,13 @@ def _no_column(table: Table, said: str) -> DataError:
 def _withheld(tables: list[Table], label_of: Mapping[str, Column]) -> bool:
     """Whether the labels are kept back (-1), as those of many test splits on the hub are."""
     rows = itertools.chain.from_iterable(_rows(t, [label_of[t.where].name]) for t in tables)
-    (first,) = next(rows, (0,))
-    return first is None or first == -1
+    looked_at = 0
+    # Ends at the first label that is one: a single null is a fault, and told as such.
+    for (value,) in itertools.islice(rows, _SAMPLE):
+        if not (value is None or value == -1 or value != value):
+            return False
+        looked_at += 1
+    return looked_at > 0
 
 
 def _names_in_use(columns: list[tuple[Table, str]]) -> list[str]:
@@ -146,6 +157,8 @@ def _names_in_use(columns: list[tuple[Table, str]]) -> list[str]:
             n += 1
             if isinstance(label, str):
                 count[label] += 1
+            elif label is not None and not isinstance(label, int):
+                raise DataError(f"{table.where}, row {i}: label {label}; expected whole numbers, or names of classes")
             elif label is not None and label >= MAX_CLASSES:
                 raise DataError(
                     f"{table.where}, row {i}: label {label}; labels without names count from 0 to {MAX_CLASSES - 1:,}"
@@ -310,6 +323,10 @@ def _is_bytes(kind: Any) -> bool:
 
 def find_hub(name: str, config: str | None, test: str | None, label: str | None, hub_cache: Path, advice: str) -> Found:
     """The splits of a data set on the hub, streamed."""
+    if not hub_cache.exists():  # then it is ours, and `unperturb cache` may clear it
+        with contextlib.suppress(OSError):
+            hub_cache.mkdir(parents=True)
+            (hub_cache / HUB_MARK).touch()
     try:
         streams = dict(_open_hub(name, config, hub_cache))
         tables = {split: _hub_table(stream, name, split) for split, stream in streams.items()}

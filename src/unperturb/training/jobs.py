@@ -133,7 +133,9 @@ def _data_used(data: Splits) -> dict[str, Any]:
 
 
 def _of_data(plan: Any, data: Splits) -> Any:
-    """`plan` naming the data that it is given in place of its own."""
+    """`plan` naming the data that it is given in place of its own, and how that was read."""
+    if data.options:
+        return plan.model_copy(update={"dataset": data.source, **data.options})
     if data.source == plan.dataset and plan.size in (None, data.train.shape[1]):
         return plan
     return plan.model_copy(update={"dataset": data.source, "size": data.train.shape[1]})
