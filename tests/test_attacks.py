@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from unperturb import threats
 from unperturb.attacks import Attack, attacks, budget, create_attack
 from unperturb.attacks.apgd import Lead
-from unperturb.attacks.base import BallAttack, Best, MinimalAttack, NoGradientError, Problem, frozen
+from unperturb.attacks.base import BallAttack, Best, MinimalAttack
 from unperturb.attacks.losses import LOSSES, margin
+from unperturb.attacks.problem import NoGradientError, Problem
+from unperturb.modules import frozen
 from unperturb.registry import UnknownNameError
 
 # What keeps an attack small here. An attack that is not listed is taken with its defaults; one with a required option

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from unperturb.attacks import create_attack
 from unperturb.attacks.balls import l2_norm, project_
-from unperturb.attacks.base import Attack, Problem, Tally
+from unperturb.attacks.base import Attack
 from unperturb.attacks.losses import LOSSES, attack_loss, cross_entropy, dlr, margin
+from unperturb.attacks.problem import Problem, Tally
 
 SHAPE = (1, 8, 8)
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb.attacks.balls import l2_norm
-from unperturb.attacks.base import Attack, Problem, Tally
+from unperturb.attacks.base import Attack
 from unperturb.attacks.cw import CW
 from unperturb.attacks.ddn import DDN
 from unperturb.attacks.deepfool import DeepFool
 from unperturb.attacks.noise import Noise
+from unperturb.attacks.problem import Problem, Tally
 
 MINIMAL = [DeepFool(), DeepFool(norm="linf"), CW(steps=40, search_steps=4), DDN(steps=60)]
 IDS = ["deepfool-l2", "deepfool-linf", "cw", "ddn"]

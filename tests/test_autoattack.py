@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 import unperturb.attacks.autoattack
 from unperturb.attacks.apgd import Lead, checkpoints, rivals
-from unperturb.attacks.base import Problem, Tally, attacks, frozen
+from unperturb.attacks.base import attacks
 from unperturb.attacks.fab import onto_plane
 from unperturb.attacks.losses import cross_entropy, dlr, margin
+from unperturb.attacks.problem import Problem, Tally
+from unperturb.modules import frozen
 
 EPS = 0.15
 

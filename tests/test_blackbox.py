@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import unperturb.attacks.rays
-from unperturb.attacks.base import Problem, Tally, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.losses import margin
+from unperturb.attacks.problem import Problem, Tally
 from unperturb.attacks.square import Square, pyramids
 
 PIXELS = 3 * 5 * 4

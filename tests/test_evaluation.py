@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from unperturb import runs, threats
 from unperturb.attacks import Attack, attacks, create_attack
-from unperturb.attacks.base import Problem
 from unperturb.attacks.losses import cross_entropy
+from unperturb.attacks.problem import Problem
 from unperturb.classifiers import create_classifier, save_classifier
 from unperturb.config import read_recipe, recipe_names, resolve
 from unperturb.data import ImageSet, load_dataset

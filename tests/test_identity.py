@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from unperturb import runs, threats
 from unperturb.attacks import attacks, create_attack
-from unperturb.attacks.base import Attack, Problem
+from unperturb.attacks.base import Attack
+from unperturb.attacks.problem import Problem
 from unperturb.classifiers import classifiers, create_classifier, wrap
 from unperturb.data import ImageSet
 from unperturb.defenses import Defense, Protected, create_defense, defenses

@@ -49,7 +49,7 @@ FLOORS = {
 ACROSS = {("config", "registry"), ("__init__", "catalog")}
 # Inside a room: what siblings may import, or the order of the room's files from the bottom up.
 SHARED = {
-    "attacks": {"balls", "base", "losses"},
+    "attacks": {"balls", "base", "losses", "problem"},
     "defenses": {"base", "games", "networks"},
     "classifiers": {"base"},
 }
@@ -260,7 +260,7 @@ HOUSE = {
         (
             "attacks/base.py",
             "from unperturb.attacks import pgd",
-            "imports attacks.pgd: attacks/ shares balls, base, losses only",
+            "imports attacks.pgd: attacks/ shares balls, base, losses, problem only",
         ),
         (
             "training/pairs.py",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unperturb import threats
 from unperturb.attacks import create_attack
-from unperturb.attacks.base import NoGradientError
+from unperturb.attacks.problem import NoGradientError
 from unperturb.classifiers import Normalize, create_classifier, twin, wrap
 from unperturb.contract import budget, check_images
 from unperturb.defenses import Defense, Protected, create_defense

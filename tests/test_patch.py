@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb import draws
-from unperturb.attacks.base import Problem, Tally, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.patch import PatchAttack
+from unperturb.attacks.problem import Problem, Tally
 
 
 class Linear(nn.Module):

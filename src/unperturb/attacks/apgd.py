@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.balls import Norm, l2_norm, projection
-from unperturb.attacks.base import BallAttack, Best, Problem, attacks
+from unperturb.attacks.base import BallAttack, Best, attacks
 from unperturb.attacks.losses import LossFunction, attack_loss, margin
+from unperturb.attacks.problem import Problem
 
 _MOMENTUM = 0.75  # alpha of algorithm 1: the weight of the new step against the last one
 _FEWER = 0.95  # images leave together, when so few are left: each parting copies the others

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from unperturb.attacks.apgd import APGD, APGDT, mean_logits, rivals
 from unperturb.attacks.balls import project_
-from unperturb.attacks.base import BallAttack, Best, Problem, attacks
+from unperturb.attacks.base import BallAttack, Best, attacks
 from unperturb.attacks.fab import FAB
 from unperturb.attacks.losses import attack_loss, cross_entropy, margin
+from unperturb.attacks.problem import Problem
 from unperturb.attacks.square import Square
 
 # A rung of the cascade: (its member's name, the images still standing and their rivals (N, M) -> images).

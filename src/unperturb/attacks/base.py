@@ -7,8 +7,6 @@ counts passes, keeps randomness per image and makes wrong answers of logits that
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, final
 
@@ -17,249 +15,18 @@ from torch import Tensor
 
 from unperturb import draws
 from unperturb.attacks.balls import Norm, column, l2_norm, project_
-from unperturb.attacks.losses import LOSSES, LossFunction, margin
+from unperturb.attacks.losses import LOSSES
+from unperturb.attacks.problem import Model, Problem, Progress, Tally, not_finite
 from unperturb.contract import budget, check_images, check_labels
 from unperturb.modules import frozen, logits_of
 from unperturb.registry import Registry
 
 attacks: Registry[Attack] = Registry("attack")
 
-Model = Callable[[Tensor], Tensor]
-Progress = Callable[[int], None]
-
-
-class NoGradientError(ValueError):
-    """The attacked model gives an attack by gradients none."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the attacked model gives no gradient (it works under no_grad, on detached values or on integers), so an "
-            "attack by gradients would stand still and look like robustness: attack it by queries (square, rays), or "
-            "give its hidden step a stand-in (knowledge 'bpda', unperturb.threats.BPDA)"
-        )
-
 
 def create_attack(name: str, **options: Any) -> Attack:
     """The attack registered as `name` with these settings; raises `UnknownNameError` for a name or option it lacks."""
     return attacks.create(name, **options)
-
-
-# The problem --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Tally:
-    """What an attack spent: batch passes, and per image `(N,)`.
-
-    queries: forward passes. gradients: how often a gradient was asked for, zero_gradients: how often it was exactly
-    zero. nonfinite: passes whose logits were not finite. classes: K, once the model has answered.
-    """
-
-    forwards: int = 0
-    backwards: int = 0
-    queries: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    zero_gradients: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    gradients: Tensor = field(init=False)
-    nonfinite: Tensor = field(init=False)
-    classes: int | None = None
-    felled_by: list[str] = field(default_factory=list)
-    progress: Progress | None = None
-
-    def __post_init__(self) -> None:
-        self.gradients, self.nonfinite = torch.zeros_like(self.queries), torch.zeros_like(self.queries)
-
-    @property
-    def zero_gradient(self) -> Tensor:
-        """`(N,)`: the share, in [0, 1], of an image's gradients that was zero; 0 where none was asked for."""
-        return self.zero_gradients / self.gradients.clamp(min=1)
-
-    def warn(self, watched: Tensor) -> None:
-        """Warn of images with logits that are not finite, and of those of `watched` `(N,)` that gave hardly a gradient.
-
-        watched: whose gradients matter: an image that has fallen needs none, nor one whose logits were no numbers.
-        """
-        count = len(self.queries)
-        if count and (bad := int((self.nonfinite > 0).sum())):
-            warnings.warn(
-                f"the logits of {bad} of {count} images were NaN or infinite: these count as wrong answers",
-                stacklevel=3,
-            )
-        watched = watched & (self.nonfinite == 0)
-        if count and (still := int(((self.zero_gradient >= 0.5) & watched).sum())) > count / 10:
-            warnings.warn(
-                f"the gradient of {still} of {count} images was exactly zero in at least half of the passes: the model "
-                "hides it (by saturation or steps), and that they stand proves little. Try loss='margin', an attack by "
-                "queries (square, rays), or a stand-in (knowledge 'bpda')",
-                stacklevel=3,
-            )
-
-
-@dataclass
-class Problem:
-    """A batch to be attacked: the model, the images, and what the attacker wants of them.
-
-    `labels` are the classes to leave, or with `targeted` the classes to reach. `take(rows)` is the same problem for
-    some of the images; the tally is shared.
-    """
-
-    model: Model
-    images: Tensor
-    labels: Tensor
-    targeted: bool
-    index: Tensor
-    seed: int
-    tally: Tally
-    rows: Tensor
-    _denial: Tensor | None = field(default=None, init=False, repr=False)
-
-    def take(self, rows: Tensor) -> Problem:
-        """The problem for the images at `rows` (positions or a mask)."""
-        return Problem(
-            self.model,
-            self.images[rows],
-            self.labels[rows],
-            self.targeted,
-            self.index[rows],
-            self.seed,
-            self.tally,
-            self.rows[rows],
-        )
-
-    def _forward(self, x: Tensor) -> Tensor:
-        """Logits, float32; an image's that are not all finite give way to a denial of its label, which is wrong
-        for who is to leave it and no success for who is to reach it."""
-        logits = logits_of(self.model, x)
-        classes = logits.shape[1]
-        if self.tally.classes is None:
-            _check_classes(self.labels, classes)
-            self.tally.classes = classes
-        elif classes != self.tally.classes:
-            raise ValueError(f"the attacked model returned {classes} classes, and {self.tally.classes} before")
-        if self._denial is None:
-            self._denial = _denials(self.labels, classes)
-        bad = _not_finite(logits)
-        self.tally.forwards += 1
-        self._count(self.tally.queries)
-        self._count(self.tally.nonfinite, bad)
-        if self.tally.progress is not None:
-            self.tally.progress(self.tally.forwards)
-        return torch.where(bad[:, None], self._denial, logits)
-
-    def _count(self, counts: Tensor, by: Tensor | int = 1) -> None:
-        """Add `by` to the `counts` of this problem's images."""
-        if len(self.rows) == len(counts):
-            counts += by
-        else:
-            counts[self.rows] += by
-
-    @torch.no_grad()
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits `(N, K)`, no gradient: one forward pass."""
-        return self._forward(x)
-
-    def fooled(self, logits: Tensor) -> Tensor:
-        """`(N,)` bool: the attacker has what it wants."""
-        hit = logits.argmax(1) == self.labels
-        return hit if self.targeted else ~hit
-
-    def clearly_fooled(self, logits: Tensor) -> Tensor:
-        """`fooled` by more than float32 rounding, which another batch shape could undo; for minimal-norm attacks."""
-        return self.value(logits, margin) > self.rounding(logits)
-
-    def rounding(self, logits: Tensor) -> Tensor:
-        """`(N,)`: what float32 may do to a margin: of the two logits that it compares, not of one that is masked."""
-        label = self.labels[:, None]
-        rival = logits.scatter(1, label, -torch.inf).amax(1)
-        return 1e-5 * torch.maximum(rival.abs(), logits.gather(1, label).squeeze(1).abs())
-
-    def value(self, logits: Tensor, loss: LossFunction) -> Tensor:
-        """What the attacker maximizes, `(N,)`: the loss, or minus the loss towards the target."""
-        value = loss(logits, self.labels)
-        return -value if self.targeted else value
-
-    @torch.enable_grad()
-    def gradient(self, x: Tensor, loss: LossFunction) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward and one backward pass: (value `(N,)`, its gradient `(N, C, H, W)`, logits `(N, K)`).
-
-        The loss is summed, so an image's gradient does not depend on the rest of the batch.
-        """
-        x = x.detach().requires_grad_()
-        logits = self._forward(x)
-        value = self.value(logits, loss)
-        gradient = _input_gradient(value.sum(), x)
-        self.tally.backwards += 1
-        self._count(self.tally.gradients)
-        self._count(self.tally.zero_gradients, gradient.flatten(1).abs().amax(1) == 0)
-        return value.detach(), gradient, logits.detach()
-
-    @torch.enable_grad()
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """One forward pass kept for `backward`: (the point to differentiate at, logits `(N, K)`)."""
-        point = x.detach().requires_grad_()
-        return point, self._forward(point)
-
-    def backward(self, point: Tensor, logits: Tensor, weights: Tensor, *, keep: bool = False) -> Tensor:
-        """One backward pass: the gradient at `point` of each image's logits times its `weights` `(N, K)`.
-
-        keep: another backward pass through the same forward pass follows.
-        """
-        gradient = _input_gradient(logits, point, weights, keep=keep)
-        self.tally.backwards += 1
-        asked = weights.count_nonzero(1) > 0  # a gradient that nobody wanted is zero for no fault of the model's
-        self._count(self.tally.gradients, asked)
-        self._count(self.tally.zero_gradients, asked & (gradient.flatten(1).abs().amax(1) == 0))
-        return gradient
-
-    def uniform(self, step: int, low: float = -1.0, high: float = 1.0) -> Tensor:
-        """Uniform noise shaped like the images, each image's its own."""
-        return draws.uniform(self.seed, self.index, step, self.images.shape[1:]).mul_(high - low).add_(low)
-
-    def normal(self, step: int) -> Tensor:
-        """Standard normal noise shaped like the images, each image's its own."""
-        return draws.normal(self.seed, self.index, step, self.images.shape[1:])
-
-    def random_start(self, eps: float, norm: Norm, step: int) -> Tensor:
-        """Uniform in the ball of radius `eps` around the images, projected into [0, 1]."""
-        if norm == "linf":
-            delta = self.uniform(step) * eps
-        else:
-            direction = self.normal(step)
-            radius = draws.uniform(self.seed, self.index, step + (1 << 40), (1,)).squeeze(1)
-            radius = eps * radius ** (1.0 / direction[0].numel())
-            delta = direction * column(radius / l2_norm(direction).clamp(min=1e-30), direction)
-        return project_(self.images + delta, self.images, eps, norm)
-
-
-def _input_gradient(of: Tensor, x: Tensor, weights: Tensor | None = None, *, keep: bool = False) -> Tensor:
-    """The gradient of `of` at `x`, in memory of its own, 0 where it is not finite; raises `NoGradientError`."""
-    if not of.requires_grad:
-        raise NoGradientError
-    (gradient,) = torch.autograd.grad(of, x, weights, retain_graph=keep, allow_unused=True)
-    if gradient is None:
-        raise NoGradientError
-    # A model that begins by summing pixels gives one number, expanded: it cannot be worked on in place.
-    gradient = gradient.clone() if 0 in gradient.stride() else gradient
-    # A pixel that is NaN once would be NaN in every step after.
-    return gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _check_classes(labels: Tensor, classes: int) -> None:
-    if len(labels) and int(labels.max()) >= classes:
-        raise ValueError(f"label {int(labels.max())} is out of range: the model has {classes} classes")
-
-
-def _not_finite(logits: Tensor) -> Tensor:
-    """`(N,)` bool: an image whose logits `(N, K)` are not all finite."""
-    return (logits.detach() * 0).sum(1) != 0  # of NaN and infinity 0 times is NaN, which equals nothing
-
-
-def _denials(labels: Tensor, classes: int) -> Tensor:
-    """Logits `(N, K)` that say: anything but the label. No two are equal, so that no loss divides by zero."""
-    steps = torch.arange(classes, dtype=torch.float32, device=labels.device) / -classes
-    return steps.repeat(len(labels), 1).scatter_(1, labels[:, None], -1.0)
-
-
-# The attack ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -376,7 +143,7 @@ class Attack:
         with torch.inference_mode(False), frozen(model), torch.no_grad():
             for shown in (x, (x * 255).round() / 255):
                 logits = logits_of(model, shown)
-                bad = _not_finite(logits)
+                bad = not_finite(logits)
                 tally.nonfinite += bad
                 success.append(torch.where(bad, not problem.targeted, problem.fooled(logits)))
         tally.warn(~success[0])

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.balls import l2_norm
-from unperturb.attacks.base import Best, MinimalAttack, Problem, attacks
+from unperturb.attacks.base import Best, MinimalAttack, attacks
 from unperturb.attacks.losses import margin
+from unperturb.attacks.problem import Problem
 
 _CHECKS = 10  # how often per search step the loss is asked whether it still falls
 _SHARPNESS = 40.0  # of the smooth maximum over rivals, times the label's lead on the clean image

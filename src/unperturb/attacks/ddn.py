@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.balls import l2_norm
-from unperturb.attacks.base import Best, MinimalAttack, Problem, attacks
+from unperturb.attacks.base import Best, MinimalAttack, attacks
 from unperturb.attacks.losses import margin
+from unperturb.attacks.problem import Problem
 
 
 def log_odds(logits: Tensor, labels: Tensor) -> Tensor:

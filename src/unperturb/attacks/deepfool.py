@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.balls import Norm
-from unperturb.attacks.base import MinimalAttack, Problem, attacks
+from unperturb.attacks.base import MinimalAttack, attacks
 from unperturb.attacks.losses import margin
+from unperturb.attacks.problem import Problem
 
 # The least step, L2 and per pixel. Without it float32 steps shrink to nothing just short of the boundary.
 _LEAST = {"l2": 1e-4, "linf": 1e-5}

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from unperturb.attacks.apgd import Lead, rivals
 from unperturb.attacks.balls import Norm
-from unperturb.attacks.base import Best, MinimalAttack, Problem, attacks
+from unperturb.attacks.base import Best, MinimalAttack, attacks
 from unperturb.attacks.losses import LossFunction, margin
+from unperturb.attacks.problem import Problem
 from unperturb.contract import budget
 
 

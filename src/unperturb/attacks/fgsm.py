@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unperturb.attacks.base import BallAttack, Problem, attacks
+from unperturb.attacks.base import BallAttack, attacks
 from unperturb.attacks.losses import attack_loss
+from unperturb.attacks.problem import Problem
 
 
 @attacks.register("fgsm")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.balls import l2_norm
-from unperturb.attacks.base import BallAttack, Best, Problem, attacks
+from unperturb.attacks.base import BallAttack, Best, attacks
 from unperturb.attacks.losses import attack_loss
+from unperturb.attacks.problem import Problem
 
 
 @attacks.register("noise")

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unperturb import draws
-from unperturb.attacks.base import Attack, Best, Problem, attacks
+from unperturb.attacks.base import Attack, Best, attacks
 from unperturb.attacks.losses import LOSSES, LossFunction, attack_loss
+from unperturb.attacks.problem import Problem
 
 _MOMENTUM = 0.9
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from unperturb.attacks.balls import projection
-from unperturb.attacks.base import BallAttack, Best, Problem, attacks
+from unperturb.attacks.base import BallAttack, Best, attacks
 from unperturb.attacks.losses import attack_loss
+from unperturb.attacks.problem import Problem
 from unperturb.contract import budget
 
 

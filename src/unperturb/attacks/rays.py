@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import MinimalAttack, Problem, attacks
+from unperturb.attacks.base import MinimalAttack, attacks
+from unperturb.attacks.problem import Problem
 from unperturb.contract import budget
 
 _CORNERS = 64

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from unperturb import draws
 from unperturb.attacks.balls import l2_norm
-from unperturb.attacks.base import BallAttack, Problem, attacks
+from unperturb.attacks.base import BallAttack, attacks
 from unperturb.attacks.losses import margin
+from unperturb.attacks.problem import Problem
 
 # The share of pixels under the square is halved after so many of 10,000 queries (after 500 in the
 # authors' code alone).
