@@ -67,6 +67,14 @@ def test_weights_from_a_file(name: str, here: Path, tiny_digits: Splits) -> None
     assert torch.equal(loaded.net.layer.weight, weights["layer.weight"])
 
 
+def test_weights_that_are_not_numbers_are_refused(here: Path, tiny_digits: Splits) -> None:
+    save_file(
+        {"layer.weight": torch.full((10, 64), torch.nan), "layer.bias": torch.zeros(10)}, here / "nan.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"nan\.safetensors holds weights that are NaN or infinite \(layer\.weight\)"):
+        import_classifier("own_nets:Linear", tiny_digits.train, weights=here / "nan.safetensors")
+
+
 class Bomb:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (Path.touch, (Path("ran"),))  # type: ignore[return-value]

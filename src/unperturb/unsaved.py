@@ -124,6 +124,11 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     if wrong:
         some = ", ".join(sorted(wrong)[:3]) + (", ..." if len(wrong) > 3 else "")
         raise ValueError(f"{path} does not hold the weights of this model ({len(wrong)} of {len(own)} differ: {some})")
+    broken = [k for k, _ in model.named_parameters() if not state[k].isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{path} holds weights that are NaN or infinite ({', '.join(sorted(broken)[:3])}); make it again"
+        )
     model.load_state_dict(state)
 
 
