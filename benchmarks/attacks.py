@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from attacks_cases import NETS, SPENT, Case, Field, cases, line_up, prepare
 from attacks_peers import MODULES, PEERS, Makers, Run
-from attacks_report import OURS, TWIN, loses, marks, plot, print_table
+from attacks_report import FUSED, OURS, loses, marks, plot, print_table
 from unperturb.attacks.base import BallAttack
 from unperturb.attacks.deepfool import DeepFool
 from unperturb.attacks.jsma import JSMA
@@ -129,7 +129,7 @@ def contenders(
     """Those who take part, ready to run, or why they do not; `attack` is the name of the case."""
     found: dict[str, Run | str] = {
         OURS: lambda x, y, t: case.attack(net, x, y, targets=t if case.aimed else None),
-        TWIN: lambda x, y, t: case.attack(fast, x, y, targets=t if case.aimed else None),
+        FUSED: lambda x, y, t: case.attack(fast, x, y, targets=t if case.aimed else None),
     }
     for name, makers in peers.items():
         maker = makers.get(type(case.attack).__name__)

@@ -28,8 +28,8 @@ from unperturb.attacks.patch import PatchAttack
 from unperturb.attacks.pgd import PGD
 from unperturb.attacks.rays import RayS
 from unperturb.attacks.square import Square
-from unperturb.classifiers import Classifier, create_classifier, load_classifier, twin
-from unperturb.classifiers.twin import Twin
+from unperturb.classifiers import Classifier, create_classifier, fused_copy, load_classifier
+from unperturb.classifiers.fused_copy import FusedCopy
 from unperturb.data import ImageSet, Splits, load_dataset
 from unperturb.runs import read_json
 
@@ -87,11 +87,11 @@ SPENT = ("cw-9x100-abort", "apgd-t", "apgd-t-first", "fab-t", "fab-t-first", "sq
 
 @dataclass(frozen=True)
 class Field:
-    """A model, its twin, the images to attack, and the peers set up for it."""
+    """A model, its fused copy, the images to attack, and the peers set up for it."""
 
     name: str
     net: Classifier
-    fast: Twin
+    fast: FusedCopy
     images: Tensor
     labels: Tensor
     classes: int
@@ -148,7 +148,8 @@ def line_up(options: argparse.Namespace) -> list[tuple[str, Callable[[], tuple[C
 
 
 def prepare(name: str, make: Callable[[], tuple[Classifier, Splits]], options: argparse.Namespace) -> Field:
-    """The model, its images, its twin, and the peers that take part; those that cannot are named with their error."""
+    """The model, its images, its fused copy, and the peers that take part; those that cannot are named with their
+    error."""
     net, data = make()
     assert net.spec is not None
     net = net.eval().requires_grad_(not options.freeze)
@@ -160,4 +161,4 @@ def prepare(name: str, make: Callable[[], tuple[Classifier, Splits]], options: a
             peers[library] = PEERS[library](net, images, data.test.classes)
         except Exception as error:
             options.absent[library] = f"{type(error).__name__}: {error}"[:300]
-    return Field(name, net, twin(net, images), images, labels, data.test.classes, peers)
+    return Field(name, net, fused_copy(net, images), images, labels, data.test.classes, peers)

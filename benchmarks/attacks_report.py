@@ -7,10 +7,10 @@ from typing import Any
 
 Row = dict[str, Any]
 
-OURS, TWIN = "ours", "ours, twin"
+OURS, FUSED = "ours", "ours, fused copy"
 COLORS = {  # Okabe and Ito's, told apart by the color-blind
     OURS: "#0072b2",
-    TWIN: "#56b4e9",
+    FUSED: "#56b4e9",
     "torchattacks": "#d55e00",
     "foolbox": "#e69f00",
     "ART": "#999999",
@@ -38,7 +38,7 @@ def loses(rows: list[Row]) -> list[str]:
     for (model, attack), line in by_attack(rows).items():
         ours = line[OURS]
         for name, row in line.items():
-            if name in (OURS, TWIN):
+            if name in (OURS, FUSED):
                 continue
             where, why = f"{attack} on {model}, against {name}", []
             if row["times_ours"] < 1:
@@ -69,12 +69,12 @@ def marks(record: dict[str, Any]) -> list[dict[str, Any]]:
         where, ours, peers = (
             f"{attack} on {model}",
             line[OURS],
-            {k: v for k, v in line.items() if k not in (OURS, TWIN)},
+            {k: v for k, v in line.items() if k not in (OURS, FUSED)},
         )
         overhead = ours["overhead"]["median"]
         mark("overhead, at most", where, overhead, 1.3 if attack == "jsma" else 1.08)
-        if attack != "jsma" and TWIN in line and models[model]["folded"]:
-            mark("overhead with the twin, below", where, line[TWIN]["overhead"]["median"], 0.85)
+        if attack != "jsma" and FUSED in line and models[model]["folded"]:
+            mark("overhead with the fused copy, below", where, line[FUSED]["overhead"]["median"], 0.85)
         if peers:
             best = max(row["images_per_second"] for row in peers.values())
             mark("seconds, at most the best peer's", where, ours["seconds"]["median"], ours["n"] / best)
@@ -176,7 +176,7 @@ def _panel(axes: Any, model: str, attacks: dict[str, dict[str, Row]]) -> None:
             spread = [[value["median"] - value["min"]], [value["max"] - value["median"]]]
             axes.bar(at, value["median"] - 1, 0.9, bottom=1, color=COLORS[name], label=name)
             axes.errorbar(at, value["median"], spread, fmt="none", ecolor="#222222", elinewidth=1, capsize=2)
-            if name not in (OURS, TWIN):
+            if name not in (OURS, FUSED):
                 times = row["times_ours"]
                 axes.annotate(
                     f"{times:.0f}x" if times >= 9.95 else f"{times:.2f}x",

@@ -26,8 +26,8 @@ from unperturb.attacks.base import create_attack
 from unperturb.classifiers import create_classifier, load_classifier, save_classifier
 from unperturb.data import ImageSet, load_dataset
 from unperturb.devices import pick_device
-from unperturb.draws import permutation
 from unperturb.intervals import wilson
+from unperturb.per_image_rng import permutation
 from unperturb.runs import environment, write_json
 
 HERE = Path(__file__).resolve().parent
@@ -83,9 +83,9 @@ def stands(net: nn.Module, images: Tensor, labels: Tensor, size: int) -> Tensor:
     return torch.cat([net(x).argmax(1) == y for x, y in zip(images.split(size), labels.split(size))])
 
 
-def describe(standing: Tensor, seconds: float, cpu_seconds: float) -> dict[str, Any]:
+def describe(active: Tensor, seconds: float, cpu_seconds: float) -> dict[str, Any]:
     """Robust accuracy with its interval, and the time it took: on the clock, and of all threads of the processor."""
-    n, right = len(standing), int(standing.sum())
+    n, right = len(active), int(active.sum())
     low, high = wilson(right, n)
     return {
         "robust_accuracy": right / n,
@@ -145,11 +145,11 @@ def main() -> None:
         "peer": "torchattacks 3.5.1" + (", its own steps" if options.as_shipped else ", our steps and queries"),
     }
     for seed in options.seeds:
-        felled_by: list[str] = []
+        broken_by: list[str] = []
 
-        def ours(rows: Tensor, seed: int = seed, felled_by: list[str] = felled_by) -> Tensor:
+        def ours(rows: Tensor, seed: int = seed, broken_by: list[str] = broken_by) -> Tensor:
             result = attack.run(net, images[rows], labels[rows], index=index[rows], seed=seed)
-            felled_by += result.felled_by
+            broken_by += result.broken_by
             return result.images
 
         def theirs(rows: Tensor, seed: int = seed) -> Tensor:
@@ -165,7 +165,7 @@ def main() -> None:
             distance = (found - images).flatten(1).norm(dim=1, p=torch.inf if options.norm == "linf" else 2)
             record[who] = describe(runs[who], seconds, cpu_seconds) | {"largest_distance": float(distance.max())}
             if run is ours:
-                record[who]["felled_by"] = {n or "none": felled_by.count(n) for n in sorted(set(felled_by))}
+                record[who]["broken_by"] = {n or "none": broken_by.count(n) for n in sorted(set(broken_by))}
             print(who, record[who], flush=True)
             write_json(options.out, head | verdict(runs, record, options.seeds) | {"environment": environment()})
     print(f"wrote {options.out}")

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.base import create_attack
-from unperturb.classifiers import load_classifier, twin
-from unperturb.contract import budget
+from unperturb.classifiers import fused_copy, load_classifier
 from unperturb.data import load_dataset
 from unperturb.defenses.base import load_defense
 from unperturb.defenses.defense_gan import DefenseGAN
 from unperturb.devices import FlopCounter
 from unperturb.intervals import wilson
 from unperturb.runs import environment, write_atomically, write_json
+from unperturb.validation import budget
 
 STEPS = (5, 10, 25, 50, 100, 200, 400)
 STARTS = (1, 2, 5, 10, 20)
@@ -121,7 +121,7 @@ def main() -> None:
         parser.error(f"{arguments.defense} holds a {type(defense).__name__}, not a Defense-GAN")
     data = load_dataset(arguments.dataset).val.subset(arguments.n, seed=0)
     images, labels = data.batch(torch.arange(len(data)))
-    classifier = twin(load_classifier(arguments.classifier), images[:2], channels_last=True)
+    classifier = fused_copy(load_classifier(arguments.classifier), images[:2], channels_last=True)
     eps = budget(arguments.eps)
     seen = {
         "clean": images,

@@ -16,7 +16,16 @@ Line = dict[str, str]
 Table = dict[str, Line]
 
 DEFENSES = ["undefended", "median", "jpeg", "bit_depth", "total_variation", "magnet", "defense_gan", "ape_gan"]
-DEFENSES += ["denoised_smoothing", "hgd", "distilled", "adversarial", "adversarial_large", "paper", "protect", "finish"]
+DEFENSES += [
+    "denoised_smoothing",
+    "hgd",
+    "distilled",
+    "adversarial",
+    "adversarial_large",
+    "paper",
+    "protect",
+    "finetune",
+]
 CLASSIFIERS = ("undefended", "distilled", "adversarial", "adversarial_large")  # no image comes back from these
 OBLIVIOUS = {
     "fgsm": "FGSM",

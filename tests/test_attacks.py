@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from unperturb import threats
 from unperturb.attacks import Attack, attacks, budget, create_attack
-from unperturb.attacks.apgd import Lead
+from unperturb.attacks.apgd import TargetedLoss
 from unperturb.attacks.base import BallAttack, Best, MinimalAttack
+from unperturb.attacks.context import AttackContext, NoGradientError
 from unperturb.attacks.losses import LOSSES, margin
-from unperturb.attacks.problem import NoGradientError, Problem
 from unperturb.modules import frozen
 from unperturb.registry import UnknownNameError
 
@@ -380,9 +380,9 @@ LOOKING = [
 every_way_to_look = pytest.mark.parametrize(
     ("name", "norm", "options"), LOOKING, ids=["-".join(map(str, (n, p, *o.values()))) for n, p, o in LOOKING]
 )
-# What may be maximized besides a loss: minus a distance (order, power), the lead (rival, scaled) of one class.
+# What may be maximized besides a loss: minus a distance (order, power), the lead (target_class, scaled) of one class.
 NEARNESS = ((2, 1), (2, 2), (math.inf, 1))
-LEADS = [(rival, scaled) for rival in range(CLASSES) for scaled in (False, True)]
+LEADS = [(target_class, scaled) for target_class in range(CLASSES) for scaled in (False, True)]
 
 
 @every_way_to_look
@@ -393,18 +393,18 @@ def test_a_success_that_was_met_is_returned_and_no_other_is_claimed(
     met: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def watch(method: str, position: int) -> None:
-        original = getattr(Problem, method)
+        original = getattr(AttackContext, method)
 
-        def watched(self: Problem, x: Tensor, *args: Any) -> Any:
+        def watched(self: AttackContext, x: Tensor, *args: Any) -> Any:
             answer = original(self, x, *args)
             met.append((self.rows, x.detach().clone(), (answer if position < 0 else answer[position]).detach()))
             return answer
 
-        monkeypatch.setattr(Problem, method, watched)
+        monkeypatch.setattr(AttackContext, method, watched)
 
     for method, position in (("logits", -1), ("gradient", 2), ("forward", 1)):
         watch(method, position)
-    more = {"noise": {"draws": 3}, "apgd": {"steps": 12}, "apgd-t": {"steps": 12}}.get(name, {})
+    more = {"noise": {"num_trials": 3}, "apgd": {"steps": 12}, "apgd-t": {"steps": 12}}.get(name, {})
     attack = of(name, norm, **more, **options)
     fell = 0
     for seed in range(3):
@@ -445,7 +445,7 @@ def test_the_best_that_is_kept_has_the_value_that_the_model_gives_it(
         kept.clear()
         model = Bent(seed)
         images = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-        more = {"noise": {"draws": 3}, "apgd": {"steps": 12}, "apgd-t": {"steps": 12}}.get(name, {})
+        more = {"noise": {"num_trials": 3}, "apgd": {"steps": 12}, "apgd-t": {"steps": 12}}.get(name, {})
         make(name, **{**more, **small, **({"norm": norm} if norm else {}), **options})(
             model, images, model(images).argmax(1), seed=seed
         )
@@ -457,7 +457,10 @@ def test_the_best_that_is_kept_has_the_value_that_the_model_gives_it(
             logits = model(best.images)
             for label in torch.arange(CLASSES)[:, None].expand(-1, len(logits)):
                 said += [loss(logits, label)[:, None] for loss in LOSSES.values()]
-                said += [Lead(torch.full_like(label, r), False, scaled)(logits, label)[:, None] for r, scaled in LEADS]
+                said += [
+                    TargetedLoss(torch.full_like(label, r), False, scaled)(logits, label)[:, None]
+                    for r, scaled in LEADS
+                ]
             off = (torch.cat(said, 1) - best.value[:, None]).abs().amin(1)
             assert bool((off[met] < 1e-5).all())
 
@@ -465,7 +468,7 @@ def test_the_best_that_is_kept_has_the_value_that_the_model_gives_it(
 @every_attack
 def test_what_needs_a_gradient_says_so(name: str, norm: str | None) -> None:
     images, labels = batch()
-    result = of(name, norm, **({"draws": 3} if name == "noise" else {})).run(Linear(), images, labels)
+    result = of(name, norm, **({"num_trials": 3} if name == "noise" else {})).run(Linear(), images, labels)
     assert attacks[name].needs_gradient == (result.backwards > 0)  # type: ignore[attr-defined]
 
 
@@ -488,10 +491,10 @@ def test_no_image_leaves_at_its_first_success_where_the_model_is_random(name: st
         with pytest.raises(ValueError, match="a random model's answer is a draw; attack it with a budget instead"):
             attack.for_random_model()
         return
-    attack = attack.for_random_model(eot=2)
+    attack = attack.for_random_model(eot_samples=2)
     images, _ = batch()
     result = attack.run(Drawn(1.0), images, Linear()(images).argmax(1))
-    if name == "autoattack":  # an image leaves between two climbs, by the mean of `eot` draws
+    if name == "autoattack":  # an image leaves between two climbs, by the mean of `eot_samples` draws
         asked = 2 * (SETTINGS[name]["steps"] + 1)
         assert set(result.queries.tolist()) <= {2, 2 + asked + 2, 2 + 2 * (asked + 2)}
     else:
@@ -554,9 +557,9 @@ def test_every_adapter_fits_every_gradient_attack(name: str, norm: str | None) -
 
     for seen in (
         nn.Sequential(threats.BPDA(copied), model),
-        nn.Sequential(threats.BPDA(copied, stand_in=lambda x: 1.0 * x), model),
-        threats.EOT(model, draws=2),
-        threats.EOT(model, draws=2, seed=7),
+        nn.Sequential(threats.BPDA(copied, surrogate_backward=lambda x: 1.0 * x), model),
+        threats.EOT(model, eot_samples=2),
+        threats.EOT(model, eot_samples=2, seed=7),
     ):
         torch.testing.assert_close(attack(seen, images, labels), plain.images, rtol=0, atol=2e-5)
 

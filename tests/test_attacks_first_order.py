@@ -16,10 +16,10 @@ from scipy import optimize, stats
 from torch import Tensor, nn
 
 from unperturb.attacks import create_attack
-from unperturb.attacks.balls import l2_norm, project_
 from unperturb.attacks.base import Attack
+from unperturb.attacks.context import AttackContext, QueryCounter
 from unperturb.attacks.losses import LOSSES, attack_loss, cross_entropy, dlr, margin
-from unperturb.attacks.problem import Problem, Tally
+from unperturb.attacks.projections import l2_norm, project_
 
 SHAPE = (1, 8, 8)
 
@@ -54,9 +54,11 @@ def images_of(n: int = 8, low: float = 0.0, high: float = 1.0, seed: int = 1) ->
     return low + (high - low) * torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def problem_of(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Problem:
+def context_of(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> AttackContext:
     rows, zeros = torch.arange(len(images)), torch.zeros(len(images), dtype=torch.int64)
-    return Problem(model, images, labels, False, rows, 0, Tally(queries=zeros, zero_gradients=zeros.clone()), rows)
+    return AttackContext(
+        model, images, labels, False, rows, 0, QueryCounter(queries=zeros, zero_gradients=zeros.clone()), rows
+    )
 
 
 # Losses --------------------------------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def test_linf_projection() -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_random_start_is_uniform_in_the_ball(norm: Any) -> None:
     images = torch.full((400, *SHAPE), 0.5)
-    delta = problem_of(Linear(), images, torch.zeros(400, dtype=torch.int64)).random_start(0.1, norm, 0) - images
+    delta = context_of(Linear(), images, torch.zeros(400, dtype=torch.int64)).random_start(0.1, norm, 0) - images
     if norm == "linf":
         assert stats.kstest(delta.flatten() / 0.1, stats.uniform(-1, 2).cdf).pvalue > 1e-3
         return
@@ -299,7 +301,7 @@ def test_a_success_is_not_given_up_for_a_higher_loss(name: str) -> None:
     if name in ("pgd", "apgd"):
         options["random_start"] = False
     recording = Recording(unsure)
-    options.update({"draws": 40} if name == "noise" else {"steps": 4})
+    options.update({"num_trials": 40} if name == "noise" else {"steps": 4})
     result = create_attack(name, **options).run(recording, images, labels)
     losses = torch.stack([cross_entropy(z, labels) for z in recording.said[:-2]])
     fooled = torch.stack([z.argmax(1) != labels for z in recording.said[:-2]])
@@ -333,7 +335,7 @@ def test_towards_a_target_that_ranks_third_dlr_has_a_slope(name: str) -> None:
     targets = model(images).topk(3).indices[:, 2]
     labels = model(images).argmax(1)
     options: dict[str, Any] = {"area": 0.5} if name == "patch" else {"eps": 0.02}
-    options.update({"queries": 2, "version": "rand", "eot": 1} if name == "autoattack" else {"loss": "dlr"})
+    options.update({"queries": 2, "version": "rand", "eot_samples": 1} if name == "autoattack" else {"loss": "dlr"})
     if name not in ("fgsm", "noise"):
         options["steps"] = 4
     result = create_attack(name, **options).run(model, images, labels, targets=targets)
@@ -397,12 +399,12 @@ def test_which_class_is_aimed_at() -> None:
     images = images_of(600)
     logits = model(images)
     labels = logits.argmax(1)
-    attack, problem = create_attack("fgsm", eps=0.1, targets="least_likely"), problem_of(model, images, labels)
-    assert torch.equal(attack._choose_targets(problem, None), logits.argmin(1))
-    problem.labels = logits.argmin(1)  # the least likely class is the true one: the next
-    assert torch.equal(attack._choose_targets(problem, None), logits.argsort(1)[:, 1])
-    problem.labels = labels
-    chosen = create_attack("fgsm", eps=0.1, targets="random")._choose_targets(problem, None)
+    attack, context = create_attack("fgsm", eps=0.1, targets="least_likely"), context_of(model, images, labels)
+    assert torch.equal(attack._choose_targets(context, None), logits.argmin(1))
+    context.labels = logits.argmin(1)  # the least likely class is the true one: the next
+    assert torch.equal(attack._choose_targets(context, None), logits.argsort(1)[:, 1])
+    context.labels = labels
+    chosen = create_attack("fgsm", eps=0.1, targets="random")._choose_targets(context, None)
     ahead = (chosen - labels) % 5
     assert stats.chisquare(torch.bincount(ahead, minlength=5)[1:].numpy()).pvalue > 1e-3
     assert not bool((ahead == 0).any())
@@ -509,8 +511,8 @@ def test_momentum_of_a_zero_gradient_is_not_nan() -> None:
 class Gradient(Attack):
     """Shows the gradient that an attack is given."""
 
-    def perturb(self, problem: Problem) -> Tensor:
-        _, gradient, _ = problem.gradient(problem.images, cross_entropy)
+    def perturb(self, context: AttackContext) -> Tensor:
+        _, gradient, _ = context.gradient(context.images, cross_entropy)
         return 0.5 + gradient / 4
 
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unperturb.attacks.balls import l2_norm
 from unperturb.attacks.base import Attack
+from unperturb.attacks.context import AttackContext, QueryCounter
 from unperturb.attacks.cw import CW
 from unperturb.attacks.ddn import DDN
 from unperturb.attacks.deepfool import DeepFool
 from unperturb.attacks.noise import Noise
-from unperturb.attacks.problem import Problem, Tally
+from unperturb.attacks.projections import l2_norm
 
 MINIMAL = [DeepFool(), DeepFool(norm="linf"), CW(steps=40, search_steps=4), DDN(steps=60)]
 IDS = ["deepfool-l2", "deepfool-linf", "cw", "ddn"]
@@ -53,11 +53,11 @@ def closed_form(model: Linear, x: Tensor, labels: Tensor, norm: str = "l2") -> T
     return (gap / length).scatter(1, labels[:, None], torch.inf)
 
 
-def nearest_in_box(model: Linear, x: Tensor, label: Tensor, rival: Tensor) -> Tensor:
-    """Least L2 distance `(N,)` at which `rival` meets `label` inside [0, 1]: bisection over the multiplier."""
-    slope = (model.weight[rival] - model.weight[label]).detach().double()
+def nearest_in_box(model: Linear, x: Tensor, label: Tensor, target_class: Tensor) -> Tensor:
+    """Least L2 distance `(N,)` at which `target_class` meets `label` inside [0, 1]: bisection over the multiplier."""
+    slope = (model.weight[target_class] - model.weight[label]).detach().double()
     flat, logits = x.flatten(1).double(), model(x).detach().double()
-    gap = (logits.gather(1, label[:, None]) - logits.gather(1, rival[:, None])).squeeze(1)
+    gap = (logits.gather(1, label[:, None]) - logits.gather(1, target_class[:, None])).squeeze(1)
     low, high = torch.zeros_like(gap), torch.full_like(gap, 1e4)
     for _ in range(80):
         middle = (low + high) / 2
@@ -439,17 +439,17 @@ def test_noise_meets_the_model_only_to_choose_among_draws() -> None:
     labels = model(images).argmax(1)
     one = Noise(eps=0.3).run(model, images, labels)
     assert (one.forwards, one.backwards) == (0, 0)
-    many = Noise(eps=0.3, draws=20).run(model, images, labels)
+    many = Noise(eps=0.3, num_trials=20).run(model, images, labels)
     assert (many.forwards, many.backwards) == (20, 0)
     rows = torch.arange(16)
-    problem = Problem(model, images, labels, False, rows, 0, Tally(), rows)
-    draws = torch.stack([Noise(eps=0.3)._draw(problem, d) for d in range(20)])
-    logits = torch.stack([model(d) for d in draws])
+    context = AttackContext(model, images, labels, False, rows, 0, QueryCounter(), rows)
+    trials = torch.stack([Noise(eps=0.3)._draw(context, d) for d in range(20)])
+    logits = torch.stack([model(d) for d in trials])
     losses = torch.stack([F.cross_entropy(z, labels, reduction="none") for z in logits])
     fooled = logits.argmax(2) != labels  # a success before any higher loss
     losses = torch.where(fooled | ~fooled.any(0), losses, -torch.inf)
-    assert torch.equal(draws[0], one.images)
-    assert torch.equal(many.images, draws[losses.argmax(0), rows])
+    assert torch.equal(trials[0], one.images)
+    assert torch.equal(many.images, trials[losses.argmax(0), rows])
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_noise_meets_the_model_only_to_choose_among_draws() -> None:
         (lambda: CW(steps=0), "steps"),
         (lambda: DDN(gamma=1.5), "gamma"),
         (lambda: Noise(eps=0.1, kind="pink"), "kind must be"),  # type: ignore[arg-type]
-        (lambda: Noise(eps=0.1, draws=0), "draws"),
+        (lambda: Noise(eps=0.1, num_trials=0), "num_trials"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make: Any, said: str) -> None:

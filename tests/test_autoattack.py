@@ -14,11 +14,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import unperturb.attacks.autoattack
-from unperturb.attacks.apgd import Lead, checkpoints, rivals
+from unperturb.attacks.apgd import TargetedLoss, checkpoints, target_classes
 from unperturb.attacks.base import attacks
+from unperturb.attacks.context import AttackContext, QueryCounter
 from unperturb.attacks.fab import onto_plane
 from unperturb.attacks.losses import cross_entropy, dlr, margin
-from unperturb.attacks.problem import Problem, Tally
 from unperturb.modules import frozen
 
 EPS = 0.15
@@ -87,9 +87,11 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
     return net, x[known], y[known]
 
 
-def problem(model: Any, x: Tensor, y: Tensor, targeted: bool = False) -> Problem:
+def context_of(model: Any, x: Tensor, y: Tensor, targeted: bool = False) -> AttackContext:
     counts, rows = torch.zeros_like(y), torch.arange(len(y))
-    return Problem(model, x, y, targeted, rows, 0, Tally(queries=counts, zero_gradients=counts.clone()), rows)
+    return AttackContext(
+        model, x, y, targeted, rows, 0, QueryCounter(queries=counts, zero_gradients=counts.clone()), rows
+    )
 
 
 # Losses ---------------------------------------------------------------------------------------------------------------
@@ -106,9 +108,9 @@ def test_dlr_is_the_papers_ratio_and_blind_to_scale() -> None:
 
 def test_targeted_dlr_is_the_papers_ratio_and_falls_back_under_four_classes() -> None:
     z, y, t = torch.tensor([[3.0, -1.0, 1.0, 0.5]]), torch.tensor([0]), torch.tensor([3])
-    loss = Lead(t, False, scaled=True)
+    loss = TargetedLoss(t, False, scaled=True)
     torch.testing.assert_close(loss(z, y), torch.tensor([-(3.0 - 0.5) / (3.0 - 0.5 * (0.5 - 1.0))]))
-    loss = Lead(torch.tensor([1]), False, scaled=True)
+    loss = TargetedLoss(torch.tensor([1]), False, scaled=True)
     torch.testing.assert_close(loss(z[:, :3], y), torch.tensor([-4.0]))
     torch.testing.assert_close(loss(z[:, :2], y), torch.tensor([-4.0]))
 
@@ -177,9 +179,12 @@ def test_apgd_t_reaches_the_best_class_of_a_linear_model(classes: int, loss: str
 
 
 @pytest.mark.parametrize(
-    ("name", "loss", "judge"), [("apgd", "cross_entropy", "ce"), ("apgd", "dlr", "dlr"), ("apgd-t", "dlr", "margin")]
+    ("name", "loss", "selection"),
+    [("apgd", "cross_entropy", "ce"), ("apgd", "dlr", "dlr"), ("apgd-t", "dlr", "margin")],
 )
-def test_the_whole_budget_is_spent_and_the_highest_loss_returned(digits: Any, name: str, loss: str, judge: str) -> None:
+def test_the_whole_budget_is_spent_and_the_highest_loss_returned(
+    digits: Any, name: str, loss: str, selection: str
+) -> None:
     net, x, y = digits
     x, y = x[:8], y[:8]
     measure = {
@@ -191,7 +196,7 @@ def test_the_whole_budget_is_spent_and_the_highest_loss_returned(digits: Any, na
 
     def watched(images: Tensor) -> Tensor:
         logits = net(images)
-        met.append(measure[judge](logits.detach()))
+        met.append(measure[selection](logits.detach()))
         return logits
 
     attack = attacks.create(name, eps=EPS, loss=loss, steps=20)
@@ -201,7 +206,7 @@ def test_the_whole_budget_is_spent_and_the_highest_loss_returned(digits: Any, na
     assert result.queries.tolist() == [passes] * 8
     assert result.backwards == (20 if name == "apgd" else 180)
     highest = torch.stack(met[:passes]).amax(0)
-    torch.testing.assert_close(measure[judge](net(result.images)), highest, atol=1e-5, rtol=0)
+    torch.testing.assert_close(measure[selection](net(result.images)), highest, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["apgd", "apgd-t", "fab-t"])
@@ -234,17 +239,17 @@ def test_what_a_climb_claims_is_what_the_model_says_of_its_images(norm: str, eps
     for seed in range(2):
         model, x = Bent(seed), images_on_the_box(16, seed)
         y = model(x).argmax(1)
-        asked = problem(model, x, y)
+        asked = context_of(model, x, y)
         apgd, apgd_t = attacks.create("apgd", **settings, restarts=2), attacks.create("apgd-t", **settings)
         fab = attacks.create("fab-t", **{**settings, "steps": 5}, restarts=2)
-        aims = rivals(asked, model(x), 2).unbind(1)
+        classes = target_classes(asked, model(x), 2).unbind(1)
         found = [apgd.search(asked, dlr, 0, margin), apgd.restart(asked, cross_entropy, 0, margin)]
-        found += [apgd_t.aim(asked, aim, number) for number, aim in enumerate(aims)]
+        found += [apgd_t.attack_target(asked, target_class, number) for number, target_class in enumerate(classes)]
         for best in found:
             said = margin(model(best.images), y)
             wrong += int(((said - best.value).abs() > 1e-5).sum()) + int((best.fooled != (said > 0)).sum())
-        for number, aim in enumerate(aims):
-            images, distance = fab.aim(asked, aim, number)
+        for number, target_class in enumerate(classes):
+            images, distance = fab.attack_target(asked, target_class, number)
             size = torch.linalg.vector_norm((images - x).flatten(1), 2 if norm == "l2" else torch.inf, dim=1)
             hit = margin(model(images), y) > 0
             wrong += int((hit != (distance < torch.inf)).sum()) + int(((size - distance).abs() > 1e-6)[hit].sum())
@@ -262,14 +267,14 @@ def test_first_success_of_a_targeted_attack_reaches_the_target(digits: Any) -> N
 
 def test_eot_averages_over_draws(digits: Any) -> None:
     # The gradient's sign flips with the draw: one draw says +-1 at random, the mean of many says +1.
-    draws = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def noisy(x: Tensor) -> Tensor:
-        slope = 1.0 + 2.0 * torch.randn(1, generator=draws)
+        slope = 1.0 + 2.0 * torch.randn(1, generator=generator)
         return torch.stack([-slope * x.flatten(1).sum(1), slope * x.flatten(1).sum(1)], 1)
 
     x, y = torch.full((2, 1, 4, 4), 0.5), torch.zeros(2, dtype=torch.int64)
-    attack = attacks.create("apgd", eps=0.1, loss="margin", steps=8, eot=100, random_start=False)
+    attack = attacks.create("apgd", eps=0.1, loss="margin", steps=8, eot_samples=100, random_start=False)
     result = attack.run(noisy, x, y)
     assert result.forwards == 9 * 100
     assert result.backwards == 8 * 100
@@ -390,13 +395,13 @@ def test_few_classes(norm: str, classes: int) -> None:
     y = model(x).argmax(1)
     eps = 0.1 if norm == "linf" else 0.4
     for version in ("standard", "rand"):
-        attack = attacks.create("autoattack", norm=norm, eps=eps, version=version, steps=20, queries=50, eot=2)
+        attack = attacks.create("autoattack", norm=norm, eps=eps, version=version, steps=20, queries=50, eot_samples=2)
         result = attack.run(model, x, y)
         others = torch.stack(
             [torch.where(y == j, -torch.inf, margin_bound(model, x, y, j, eps, norm)) for j in range(classes)]
         )
         assert result.success.tolist() == (others.amax(0) > 0).tolist()
-        assert [bool(name) for name in result.felled_by] == result.success.tolist()
+        assert [bool(name) for name in result.broken_by] == result.success.tolist()
         # Alone it comes to the same height; near the top of a sphere last bits move the point, not the margin.
         one = attack(model, x[:1], y[:1])
         torch.testing.assert_close(
@@ -424,12 +429,12 @@ def test_the_cascade_names_who_felled_whom_and_no_member_fells_more(digits: Any)
     y = torch.cat([(y[:1] + 1) % 10, y[1:]])  # the first image is misclassified as it is
     settings = {"steps": 15}
     cascade = attacks.create("autoattack", eps=EPS, queries=100, **settings).run(net, x, y)
-    assert cascade.felled_by[0] == "clean"
+    assert cascade.broken_by[0] == "clean"
     assert torch.equal(cascade.images[0], x[0])
-    assert set(cascade.felled_by) >= {"clean", "apgd-ce", ""}
-    assert [bool(name) for name in cascade.felled_by] == cascade.success.tolist()
+    assert set(cascade.broken_by) >= {"clean", "apgd-ce", ""}
+    assert [bool(name) for name in cascade.broken_by] == cascade.success.tolist()
     assert (cascade.images - x).abs().max() <= EPS + 1e-6
-    fell_first = torch.tensor([name == "apgd-ce" for name in cascade.felled_by])
+    fell_first = torch.tensor([name == "apgd-ce" for name in cascade.broken_by])
     assert cascade.queries[fell_first].max() < cascade.queries[~cascade.success].min()
     for name, options in (("apgd", settings), ("apgd-t", settings), ("fab-t", settings), ("square", {"queries": 100})):
         alone = attacks.create(name, eps=EPS, **options).run(net, x, y)
@@ -439,10 +444,10 @@ def test_the_cascade_names_who_felled_whom_and_no_member_fells_more(digits: Any)
 def test_few_queries_do_not_turn_a_survivor_into_a_clean_image(digits: Any) -> None:
     net, x, y = digits
     result = attacks.create("autoattack", eps=0.02, steps=5, queries=5).run(net, x, y)
-    standing = torch.tensor([name == "" for name in result.felled_by])
-    assert standing.sum() > 20
+    active = torch.tensor([name == "" for name in result.broken_by])
+    assert active.sum() > 20
     with frozen(net), torch.no_grad():
-        assert (margin(net(result.images), y) > margin(net(x), y))[standing].all()
+        assert (margin(net(result.images), y) > margin(net(x), y))[active].all()
 
 
 # torchattacks' port of the reference ------------------------------------------------------------------------------
@@ -454,7 +459,7 @@ def test_no_member_leaves_more_standing_than_torchattacks(digits: Any, norm: str
     net, x, y = digits
     theirs_norm = {"linf": "Linf", "l2": "L2"}[norm]
 
-    def standing(images: Tensor) -> int:
+    def count_active(images: Tensor) -> int:
         with torch.no_grad():
             return int((net(images).argmax(1) == y).sum())
 
@@ -465,7 +470,7 @@ def test_no_member_leaves_more_standing_than_torchattacks(digits: Any, norm: str
     }
     for (name, steps), peer in peers.items():
         ours = attacks.create(name, norm=norm, eps=eps, steps=steps)(net, x, y)
-        a, b = standing(ours), standing(peer(x, y))
+        a, b = count_active(ours), count_active(peer(x, y))
         assert 5 <= a <= 35, "the test needs images that stand and images that fall"
         assert a <= b + 2, (name, a, b)
     # Two random searches: over several seeds, on average. In L2 theirs draws a window's corner in [0, height - side),
@@ -473,8 +478,8 @@ def test_no_member_leaves_more_standing_than_torchattacks(digits: Any, norm: str
     seeds, queries = range(3), 150
     square = attacks.create("square", norm=norm, eps=eps, queries=queries)
     peers_square = [torchattacks.Square(net, norm=theirs_norm, eps=eps, n_queries=queries, seed=seed) for seed in seeds]
-    a = sum(standing(square(net, x, y, seed=seed)) for seed in seeds)
-    b = sum(standing(peer(x, y)) for peer in peers_square)
+    a = sum(count_active(square(net, x, y, seed=seed)) for seed in seeds)
+    b = sum(count_active(peer(x, y)) for peer in peers_square)
     assert a <= b + 3 * len(seeds), ("square", a, b)
 
 

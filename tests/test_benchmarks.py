@@ -25,7 +25,7 @@ def test_the_attack_benchmark_runs_ours_beside_the_peers(tmp_path: Path) -> None
 
     record = json.loads(out.read_text(encoding="utf-8"))
     rows = {row["library"]: row for row in record["rows"]}
-    assert {"ours", "ours, twin", "torchattacks", "foolbox", "ART"} <= set(rows)
+    assert {"ours", "ours, fused copy", "torchattacks", "foolbox", "ART"} <= set(rows)
     assert record["environment"]["threads"] == 1
     assert record["models"][0]["images"] == [16, 1, 28, 28]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -42,7 +42,7 @@ def test_the_attack_benchmark_runs_ours_beside_the_peers(tmp_path: Path) -> None
     for name in ("torchattacks", "foolbox", "ART"):
         told = [line for line in record["loses"] if f"against {name}: slower" in line]
         assert len(told) == (rows[name]["times_ours"] < 1)
-    assert "ours, twin" in done.stdout
+    assert "ours, fused copy" in done.stdout
 
 
 @pytest.mark.slow

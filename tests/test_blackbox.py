@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import unperturb.attacks.rays
 from unperturb.attacks.base import attacks
+from unperturb.attacks.context import AttackContext, QueryCounter
 from unperturb.attacks.losses import margin
-from unperturb.attacks.problem import Problem, Tally
 from unperturb.attacks.square import Square, pyramids
 
 PIXELS = 3 * 5 * 4
@@ -38,9 +38,9 @@ def some_images(n: int, low: float = 0.0, high: float = 1.0) -> Tensor:
     return low + (high - low) * torch.rand(n, 3, 5, 4, generator=generator)
 
 
-def whole_problem(model: Any, x: Tensor, y: Tensor) -> Problem:
+def whole_context(model: Any, x: Tensor, y: Tensor) -> AttackContext:
     counts, rows = torch.zeros_like(y), torch.arange(len(y))
-    return Problem(model, x, y, False, rows, 0, Tally(queries=counts, zero_gradients=counts.clone()), rows)
+    return AttackContext(model, x, y, False, rows, 0, QueryCounter(queries=counts, zero_gradients=counts.clone()), rows)
 
 
 # Square ---------------------------------------------------------------------------------------------------------------
@@ -101,9 +101,9 @@ def test_square_linf_comes_near_the_optimum_of_a_linear_model_and_never_beyond()
         result = attacks.create("square", eps=eps, queries=500).run(model, x, y)
         reached = margin(model(result.images), y)
         assert (reached <= reachable + 1e-5).all()
-        standing = ~result.success
-        assert standing.any()
-        share = ((reached - start) / (reachable - start))[standing]
+        active = ~result.success
+        assert active.any()
+        share = ((reached - start) / (reachable - start))[active]
         assert share.min() > 0.9, share
 
 
@@ -112,13 +112,13 @@ def test_square_l2_spends_the_ball_and_raises_the_margin_far_beyond_its_start() 
     y = model(x).argmax(1)
     eps = 0.2  # never at the box, so that the optimum is along w
     result = attacks.create("square", norm="l2", eps=eps, queries=500).run(model, x, y)
-    standing = ~result.success
-    assert standing.sum() >= 5
+    active = ~result.success
+    assert active.sum() >= 5
     delta = (result.images - x).flatten(1)
     torch.testing.assert_close(delta.norm(dim=1), torch.full((10,), eps), atol=1e-4, rtol=0)
     w = model.w[1 - y] - model.w[y]
     cosine = (delta * w).sum(1) / delta.norm(dim=1) / w.norm(dim=1)
-    assert cosine[standing].min() > 0.4, cosine  # where it starts: 0.0 to 0.2; four seeds end at 0.50 to 0.54
+    assert cosine[active].min() > 0.4, cosine  # where it starts: 0.0 to 0.2; four seeds end at 0.50 to 0.54
     assert cosine.max() <= 1 + 1e-5
 
 
@@ -129,9 +129,9 @@ def test_square_windows_stay_in_the_image_and_shrink_by_the_papers_schedule() ->
         assert attack._share(limit) == 0.8 / 2**halvings
         assert attack._share(limit + 1) == 0.8 / 2 ** (halvings + 1)
     x = torch.full((300, 3, 5, 4), 0.5)
-    problem = whole_problem(None, x, torch.zeros(300, dtype=torch.int64))
+    context = whole_context(None, x, torch.zeros(300, dtype=torch.int64))
     for share in (0.8, 0.3, 0.01):
-        painted = attack._paint_linf(problem, x, 3, share) != x
+        painted = attack._paint_linf(context, x, 3, share) != x
         side = max(1, min(round(math.sqrt(share * 20)), 4))
         assert (painted.flatten(1).sum(1) == 3 * side * side).all()
         # Every place is met, the last row and column too.

@@ -15,10 +15,10 @@ from unperturb.classifiers import (
     Normalize,
     classifiers,
     create_classifier,
+    fused_copy,
     load_classifier,
     macs,
     save_classifier,
-    twin,
     wrap,
 )
 from unperturb.registry import UnknownNameError
@@ -150,7 +150,7 @@ def test_a_mirrored_net_judges_an_image_and_its_mirror_image_together() -> None:
     assert (one(images) - one(images.flip(-1))).abs().max() > 1e-3 * one(images).abs().max()
     torch.testing.assert_close(both(images), expected)
     torch.testing.assert_close(both(images.flip(-1)), expected)
-    assert twin(both).folded == twin(one).folded == 6
+    assert fused_copy(both).folded == fused_copy(one).folded == 6
     torch.testing.assert_close(both.train()(images), one.train()(images))  # learns as the plain net does
 
 

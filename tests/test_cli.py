@@ -218,7 +218,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 QUICK = ["--size", "8", "--device", "cpu", "--threads", "1"]
 TRAINING = ["--set", "training.epochs=0.01", "--set", "training.precision=float32", "--set", "training.batch=4"]
 TRAINING += ["--set", "training.memory_format=contiguous"]
-FILTER = ["train", "median-digits", "--set", 'pairs.attacks=[{ name = "fgsm", eps = 0.1 }]', *QUICK]
+FILTER = ["train", "median-digits", "--set", 'adversarial_batches.attacks=[{ name = "fgsm", eps = 0.1 }]', *QUICK]
 
 
 def test_version_and_python_m() -> None:
@@ -243,9 +243,11 @@ def test_a_dry_run_says_what_is_missing_and_how_to_make_it(here: Path) -> None:
     assert "cost: 4 steps" in shown
     shown = called("evaluate", "compare-digits", *QUICK, "--dry-run", "--n", "2", "--attack", "fgsm-x", code=2)
     assert "Did you mean" in shown
-    shown = called("evaluate", "compare-digits", *QUICK, "--dry-run", "--n", "2", "--attack", "fgsm", "--eot", "3")
+    shown = called(
+        "evaluate", "compare-digits", *QUICK, "--dry-run", "--n", "2", "--attack", "fgsm", "--eot-samples", "3"
+    )
     assert shown.count("missing: ") == 5
-    assert "eot = 3\n" in shown
+    assert "eot_samples = 3\n" in shown
     assert "cost: 7 cells of 2 images" in shown
     shown = called("train-classifier", "distilled-digits", "--dry-run")
     assert "missing: runs/teacher-digits; train one with: unperturb train-classifier teacher-digits" in shown

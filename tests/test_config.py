@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from unperturb.config import KINDS, RecipeError, Thing, read_recipe, recipe_names, resolve, snapshot
+from unperturb.config import KINDS, ComponentConfig, RecipeError, read_recipe, recipe_names, resolve, snapshot
 from unperturb.data import load_dataset
 
 CLASSIFIER: dict[str, Any] = {
@@ -24,7 +24,7 @@ DEFENSE: dict[str, Any] = {
     "dataset": "digits",
     "classifiers": ["runs/a"],
     "defense": {"name": "paired_gan", "generator": {"name": "unet"}},
-    "pairs": {"attacks": [{"name": "fgsm", "eps": 0.1}, {"name": "pgd", "eps": 0.2}]},
+    "adversarial_batches": {"attacks": [{"name": "fgsm", "eps": 0.1}, {"name": "pgd", "eps": 0.2}]},
     "training": {"epochs": 1},
 }
 
@@ -44,8 +44,8 @@ def test_the_things_that_recipes_name_are_there() -> None:
     from unperturb.data import NAMES
     from unperturb.defenses import create_defense, defenses
     from unperturb.threats import KNOWLEDGE
+    from unperturb.training.adversarial_batches import Mixture
     from unperturb.training.objectives import objectives
-    from unperturb.training.pairs import Mixture
 
     for name in recipe_names():
         whole = read_recipe(name)
@@ -57,8 +57,8 @@ def test_the_things_that_recipes_name_are_there() -> None:
             elif recipe.kind == "defense":
                 assert recipe.defense.name in defenses, name
                 create_defense(recipe.defense.name, channels=1, **recipe.defense.options)
-                Mixture(recipe.pairs.attacks, recipe.seed)  # makes every attack
-                assert recipe.pairs.knowledge in KNOWLEDGE, name
+                Mixture(recipe.adversarial_batches.attacks, recipe.seed)  # makes every attack
+                assert recipe.adversarial_batches.knowledge in KNOWLEDGE, name
             else:
                 assert set(recipe.knowledge) <= set(KNOWLEDGE), name
                 for attack in recipe.attacks:
@@ -69,13 +69,13 @@ def test_the_things_that_recipes_name_are_there() -> None:
 def test_each_setting_has_a_sentence() -> None:
     def check(model: Any) -> None:
         for name, field in model.model_fields.items():
-            if name in ("kind", "pairs", "training", "classifier", "defense", "evaluation"):
+            if name in ("kind", "adversarial_batches", "training", "classifier", "defense", "evaluation"):
                 continue
             assert (field.description or "").endswith("."), f"{model.__name__}.{name}"
 
-    from unperturb.config import Augmentation, Pairs, Training
+    from unperturb.config import AdversarialBatchesConfig, Augmentation, Training
 
-    for model in (*KINDS.values(), Augmentation, Pairs, Training, Thing):
+    for model in (*KINDS.values(), Augmentation, AdversarialBatchesConfig, Training, ComponentConfig):
         check(model)
 
 
@@ -90,8 +90,8 @@ def test_an_unknown_key_gives_the_nearest() -> None:
     assert "mine: unknown key 'training.optimiser'. Did you mean 'training.optimizer'? Choices: " in said
     assert "mine: unknown key 'training.lear'." in said  # all that is wrong at once
     assert "unknown key 'datset'. Did you mean 'dataset'?" in wrong(CLASSIFIER, datset="mnist")
-    said = wrong(DEFENSE, pairs={**DEFENSE["pairs"], "augment": {"pads": 1}})
-    assert "unknown key 'pairs.augment.pads'. Did you mean 'pairs.augment.pad'?" in said
+    said = wrong(DEFENSE, adversarial_batches={**DEFENSE["adversarial_batches"], "augment": {"pads": 1}})
+    assert "unknown key 'adversarial_batches.augment.pads'. Did you mean 'adversarial_batches.augment.pad'?" in said
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_is_missing() -> None:
     assert "mine: classifier is missing" in wrong({k: v for k, v in CLASSIFIER.items() if k != "classifier"})
     assert "classifier.name is missing" in wrong(CLASSIFIER, classifier={"width": 3})
     assert "classifiers" in wrong(DEFENSE, classifiers=[])
-    assert "pairs.attacks" in wrong(DEFENSE, pairs={"attacks": []})
+    assert "adversarial_batches.attacks" in wrong(DEFENSE, adversarial_batches={"attacks": []})
 
 
 def test_a_wrong_kind() -> None:
@@ -133,7 +133,7 @@ def test_a_recipe_cannot_be_changed_in_use() -> None:
 
 
 def test_a_thing_keeps_options_that_others_check() -> None:
-    thing = Thing.model_validate({"name": "pgd", "eps": "8/255", "steps": [3, 8]})
+    thing = ComponentConfig.model_validate({"name": "pgd", "eps": "8/255", "steps": [3, 8]})
     assert (thing.name, thing.options) == ("pgd", {"eps": "8/255", "steps": [3, 8]})
     thing.options.clear()
     assert thing.options  # a copy: nobody edits a recipe by accident
@@ -146,7 +146,7 @@ kind = "defense"
 dataset = "digits"
 classifiers = ["runs/a", "runs/b"]
 defense = { name = "paired_gan", generator = { name = "unet", width = 8 } }
-[pairs]
+[adversarial_batches]
 attacks = [{ name = "fgsm", eps = 0.1 }, { name = "pgd", eps = 0.2 }]
 [training]
 epochs = 2
@@ -168,9 +168,9 @@ def test_overrides(file: str) -> None:
             "training.optimizer=sgd",  # a bare word
             "dataset='mnist'",
             "defense.generator.width=16",
-            "pairs.attacks.1.eps=8/255",  # a place in a list, and no number
-            "pairs.attacks.0.steps=[3, 8]",
-            "pairs.augment.flip=true",
+            "adversarial_batches.attacks.1.eps=8/255",  # a place in a list, and no number
+            "adversarial_batches.attacks.0.steps=[3, 8]",
+            "adversarial_batches.augment.flip=true",
             "classifiers.1=runs/c",
             "classifiers=['runs/d']",
             "training.epochs = 0.5",
@@ -179,8 +179,8 @@ def test_overrides(file: str) -> None:
     assert (recipe.training.lr, recipe.training.optimizer, recipe.training.epochs) == (1e-4, "sgd", 0.5)
     assert recipe.dataset == "mnist"
     assert recipe.defense.options == {"generator": {"name": "unet", "width": 16}}
-    assert [a.options for a in recipe.pairs.attacks] == [{"eps": 0.1, "steps": [3, 8]}, {"eps": "8/255"}]
-    assert recipe.pairs.augment.flip is True
+    assert [a.options for a in recipe.adversarial_batches.attacks] == [{"eps": 0.1, "steps": [3, 8]}, {"eps": "8/255"}]
+    assert recipe.adversarial_batches.augment.flip is True
     assert recipe.classifiers == ["runs/d"]
 
 
@@ -191,8 +191,11 @@ def test_overrides(file: str) -> None:
         ("=3", "an override reads key=value"),
         ("training.rate=0.1", "unknown key 'training.rate'"),
         ("trainig.lr=0.1", "unknown key 'trainig'. Did you mean 'training'?"),
-        ("pairs.attacks.2.eps=0.1", "'pairs.attacks.2.eps' is not a place in this recipe"),
-        ("pairs.attacks.first.eps=0.1", "'pairs.attacks.first.eps' is not a place in this recipe"),
+        ("adversarial_batches.attacks.2.eps=0.1", "'adversarial_batches.attacks.2.eps' is not a place in this recipe"),
+        (
+            "adversarial_batches.attacks.first.eps=0.1",
+            "'adversarial_batches.attacks.first.eps' is not a place in this recipe",
+        ),
         ("classifiers.5=a", "'classifiers.5' is not a place in this recipe"),
         ("dataset.name=mnist", "'dataset.name' is not a place in this recipe"),
         ("training.batch=many", "training.batch: Input should be a valid integer"),

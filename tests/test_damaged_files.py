@@ -16,7 +16,7 @@ from unperturb import runs
 from unperturb.classifiers import create_classifier, load_classifier, save_classifier
 from unperturb.config import RecipeError, read_recipe, resolve
 from unperturb.defenses import create_defense, load_defense, save_defense
-from unperturb.defenses.base import vary
+from unperturb.defenses.base import with_options
 from unperturb.runs import RunError
 from unperturb.training import jobs, loop
 
@@ -172,7 +172,7 @@ def test_what_a_training_cost(tmp_path: Path) -> None:
     assert refused_in_a_sentence(lambda: load_defense(tmp_path), path, path.read_bytes()) > TIMES / 2
     loaded = load_defense(tmp_path)
     assert loaded.outcome == runs.Outcome(**cost)  # type: ignore[arg-type]
-    assert vary(loaded, quality=20).outcome == loaded.outcome  # the same training
+    assert with_options(loaded, quality=20).outcome == loaded.outcome  # the same training
     path.unlink()
     assert load_defense(tmp_path).outcome is None
     save_defense(tmp_path, create_defense("jpeg"), {"outcome": cost})
@@ -189,7 +189,7 @@ RECIPE: dict[str, Any] = {
 
 def test_recipes_and_environments_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = resolve(RECIPE)
-    monkeypatch.setattr(jobs, "fastest", lambda _, *of: tuple(of))
+    monkeypatch.setattr(jobs, "autotune_precision", lambda _, *of: tuple(of))
 
     class Task:
         def networks(self) -> dict[str, Any]:

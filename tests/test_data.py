@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from unperturb import draws
+from unperturb import per_image_rng
 from unperturb.data import (
     DataError,
     ImageSet,
@@ -807,7 +807,7 @@ def test_known_copies_are_told_from_others() -> None:
 def naive(images: Tensor, index: Tensor, seed: int, step: int, pad: int, flip: bool, cutout: int) -> Tensor:
     """One image at a time, by padding, cropping, mirroring and blackening."""
     _, _, h, w = images.shape
-    u = draws.uniform(seed ^ sets._AUGMENT, index, step, (5,))
+    u = per_image_rng.uniform(seed ^ sets._AUGMENT, index, step, (5,))
     out = []
     for image, (uy, ux, uf, cy, cx) in zip(images.numpy(), u.tolist()):
         padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")

@@ -16,8 +16,17 @@ from unperturb import runs, threats
 from unperturb.classifiers import create_classifier
 from unperturb.config import read_recipe, resolve
 from unperturb.data import Splits
-from unperturb.defenses import Batch, Defense, Protected, create_defense, defenses, load_defense, save_defense, vary
-from unperturb.training import jobs, pairs
+from unperturb.defenses import (
+    Batch,
+    Defense,
+    Protected,
+    create_defense,
+    defenses,
+    load_defense,
+    save_defense,
+    with_options,
+)
+from unperturb.training import adversarial_batches, jobs
 
 # A defense that cannot be made from channels alone, or is large without, has small options here, one set a variant.
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
@@ -157,7 +166,7 @@ def test_judging_is_purifying_and_scoring(case: str) -> None:
     defense = made(case)
     images = images_for(defense)
     torch.manual_seed(7)
-    purified, scores = defense.judge(images, classifier())
+    purified, scores = defense.purify_and_score(images, classifier())
     assert torch.equal(purified, seeded(defense, images))
     assert scores.shape == (5, len(defense.thresholds))
     if not defense.random:
@@ -214,12 +223,12 @@ def test_what_hides_its_gradient_is_attacked_through_a_stand_in(case: str) -> No
     defense = made(case)
     images = images_for(defense).requires_grad_()
     torch.manual_seed(3)
-    seen = threats.target(classifier(), defense, "white_box", eot=1)(images)
+    seen = threats.target(classifier(), defense, "white_box", eot_samples=1)(images)
     (found,) = torch.autograd.grad(seen[:, 0].sum(), images)
     torch.manual_seed(3)
     restored = defense.purify(images).detach().requires_grad_()
     (at_restored,) = torch.autograd.grad(classifier()(restored)[:, 0].sum(), restored)
-    (expected,) = torch.autograd.grad(defense.stand_in(images), images, at_restored)
+    (expected,) = torch.autograd.grad(defense.surrogate_backward(images), images, at_restored)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -271,17 +280,17 @@ def test_thresholds_turn_away_the_share_that_was_asked_for() -> None:
 def test_varied() -> None:
     defense = made("defense_gan-hidden")
     images = images_for(defense)
-    again = vary(defense, steps=3, unroll=3)
+    again = with_options(defense, steps=3, unroll=3)
     assert again.differentiable
     assert not defense.differentiable
     assert again.spec == {"name": "defense_gan", "options": {**defense.spec["options"], "steps": 3, "unroll": 3}}  # type: ignore[index]
     assert not torch.equal(again.purify(images), defense.purify(images))
-    assert torch.equal(vary(again, steps=5, unroll=0).purify(images), defense.purify(images))
+    assert torch.equal(with_options(again, steps=5, unroll=0).purify(images), defense.purify(images))
     defense.calibrate(torch.rand(10, 1))
-    assert torch.equal(vary(defense, steps=2).thresholds, defense.thresholds)
-    assert vary(defense, detect=False).scores(images, classifier()).shape == (5, 0)
+    assert torch.equal(with_options(defense, steps=2).thresholds, defense.thresholds)
+    assert with_options(defense, detect=False).scores(images, classifier()).shape == (5, 0)
     with pytest.raises(ValueError, match="only a defense made by create_defense"):
-        vary(Defense())
+        with_options(Defense())
 
 
 # Trained --------------------------------------------------------------------------------------------------------------
@@ -307,7 +316,7 @@ def recipe(case: str, **training: Any) -> Any:
             "size": 8,
             "classifiers": ["unused"],
             "defense": {"name": name, **options},
-            "pairs": {"attacks": [{"name": "fgsm", "eps": 0.2}]},
+            "adversarial_batches": {"attacks": [{"name": "fgsm", "eps": 0.2}]},
             "training": {**fixed, **training},
         }
     )
@@ -346,13 +355,13 @@ def test_only_who_learns_from_pairs_pays_for_them(
     case: str, data: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    mixture = pairs.Mixture.__call__
+    mixture = adversarial_batches.Mixture.__call__
 
     def counted(self: Any, model: nn.Module, images: Tensor, *rest: Any) -> Tensor:
         asked.append(len(images))
         return mixture(self, model, images, *rest)
 
-    monkeypatch.setattr(pairs.Mixture, "__call__", counted)
+    monkeypatch.setattr(adversarial_batches.Mixture, "__call__", counted)
     task, _ = jobs.defense_task(recipe(case), data, [classifier()])
     batch = task.batch(0)
     assert asked == ([20] if task.defense.learns_from_pairs else [])
@@ -365,25 +374,25 @@ def test_only_who_learns_from_pairs_pays_for_them(
 
 def played(defense: Defense, batch: Batch) -> Iterator[tuple[str, dict[str, float]]]:
     torch.manual_seed(5)
-    for player, terms in list(defense.losses(batch, defense.networks())):
-        yield player, {k: float(v.detach()) for k, v in terms.items()}
+    for network, terms in list(defense.losses(batch, defense.networks())):
+        yield network, {k: float(v.detach()) for k, v in terms.items()}
 
 
 @pytest.mark.parametrize("case", LEARNED)
-def test_each_player_moves_alone(case: str) -> None:
+def test_each_network_moves_alone(case: str) -> None:
     defense = made(case).train()
     x_real = torch.rand(10, 1, 8, 8)
     x_adv = (x_real + 0.1 * torch.randn_like(x_real)).clamp(0, 1)
     batch = Batch(x_real, x_adv, torch.arange(10), classifier())
     seen = set()
-    for player, terms in defense.losses(batch, defense.networks()):
-        seen.add(player)
+    for name, terms in defense.losses(batch, defense.networks()):
+        seen.add(name)
         defense.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
-        for name, network in defense.networks().items():
+        for other, network in defense.networks().items():
             # Matrices and kernels: a bias before a batch norm, or at the end of a critic, has nothing to learn.
             moved = [p.grad is not None and bool(p.grad.any()) for p in network.parameters() if p.dim() > 1]
-            assert all(moved) if name == player else not any(moved), (player, name)
+            assert all(moved) if other == name else not any(moved), (name, other)
     assert seen == set(defense.networks())
 
 
@@ -403,13 +412,13 @@ def test_thresholds_come_from_held_out_images_in_front_of_every_classifier(data:
 
 
 def test_a_dear_defense_is_looked_at_on_few_images(data: Splits, tmp_path: Path) -> None:
-    task, twins = jobs.defense_task(recipe("defense_gan-hidden"), data, [classifier()])
+    task, fused = jobs.defense_task(recipe("defense_gan-hidden"), data, [classifier()])
     looked: list[int] = []
     task.defense.held_out = 10
     reconstruct = task.defense.reconstruct
     task.defense.reconstruct = lambda images: (looked.append(len(images)), reconstruct(images))[1]
-    jobs._defense_validation(recipe("defense_gan-hidden"), data, task, twins, torch.device("cpu"))()
-    jobs._calibrate(task.defense, data.val, twins, 0, torch.device("cpu"))
+    jobs._defense_validation(recipe("defense_gan-hidden"), data, task, fused, torch.device("cpu"))()
+    jobs._calibrate(task.defense, data.val, fused, 0, torch.device("cpu"))
     assert looked == [10, 10, 10]
 
 

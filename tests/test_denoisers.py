@@ -53,10 +53,10 @@ def test_the_guide_is_the_mean_distance_of_logits() -> None:
 def test_hgd_starts_as_the_identity_and_its_loss_is_that_of_the_bare_classifier() -> None:
     defense, given = guided(clean_share=0.5), batch()
     torch.testing.assert_close(defense.purify(given.x_adv), given.x_adv)
-    ((player, terms),) = defense.losses(given, defense.networks())
+    ((network, terms),) = defense.losses(given, defense.networks())
     far = (given.x_adv - given.x_real).flatten(1).sum(1).abs()  # 1 and 2 times this are the two logits' distances
     # Four attacked images and two clean ones, the latter at no distance yet.
-    assert player == "denoiser"
+    assert network == "denoiser"
     assert float(terms["guide"].detach()) == pytest.approx(float((3 * far).sum()) / (6 * 2), rel=1e-5)
     ((_, alone),) = guided(clean_share=0.0).losses(given, guided().networks())
     assert float(alone["guide"].detach()) == pytest.approx(float((3 * far).sum()) / (4 * 2), rel=1e-5)
@@ -101,11 +101,11 @@ def test_stability_asks_the_classifier_not_the_label() -> None:
 def test_its_losses_are_of_its_own_noise() -> None:
     defense, given = smoothing(sigma=0.3, weights={"stability": 2.0, "mse": 5.0}), batch()
     torch.manual_seed(3)
-    ((player, terms),) = defense.losses(given, defense.networks())
+    ((network, terms),) = defense.losses(given, defense.networks())
     torch.manual_seed(3)
     noisy = given.x_real + 0.3 * torch.randn_like(given.x_real)
     out = noisy.clamp(0, 1)  # the denoiser starts as the identity, cut to the range of images
-    assert player == "denoiser"
+    assert network == "denoiser"
     assert float(terms["mse"].detach()) == pytest.approx(5 * float((out - given.x_real).square().mean()), rel=1e-4)
     clean = Sums()(given.x_real).argmax(1)
     expected = nn.functional.cross_entropy(Sums()(out), clean)

@@ -15,10 +15,10 @@ import torch
 from typer.testing import CliRunner
 
 from unperturb import cli
-from unperturb.catalog import describe, recipes_page, to_toml
+from unperturb.available import describe, recipes_page, to_toml
 from unperturb.config import read_recipe, recipe_names, resolve
 from unperturb.devices import Speed
-from unperturb.training.rehearsal import flop_per_image
+from unperturb.training.profiling import flop_per_image
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,7 +73,7 @@ def small(line: str) -> list[str]:
     if verb == "prepare":
         words[0] = "digits"
     if verb in ("train", "train-classifier"):
-        keys = [*TRAINING, *(['pairs.attacks=[{ name = "fgsm", eps = 0.3 }]'] if verb == "train" else [])]
+        keys = [*TRAINING, *(['adversarial_batches.attacks=[{ name = "fgsm", eps = 0.3 }]'] if verb == "train" else [])]
         words += DIGITS + [word for key in keys for word in ("--set", key)] + ["--threads", "1", "--dry-run"]
     if verb == "evaluate":
         # On MNIST a table leaves "-mnist" out of the names.
@@ -136,7 +136,7 @@ def test_each_recipe_loads_and_overrides(name: str) -> None:
 
 def test_the_page_of_recipes_is_that_of_the_program() -> None:
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert page == recipes_page(), "run python -m unperturb.catalog > docs/recipes.md"
+    assert page == recipes_page(), "run python -m unperturb.available > docs/recipes.md"
     cells = [len(re.split(r"(?<!\\)\|", line)) for line in page.splitlines() if line.startswith("|")]
     assert set(cells) <= {5, 6}  # no `|` of a text has opened a column
 

@@ -85,7 +85,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "half an n": ({"n": 2.5}, "n must be a whole number"),
     "too large an n": ({"n": 7}, "n is 7, but test of toy holds 6 images; leave n out to take all"),
     "no batch": ({"batch": 0}, "batch must be a whole number of 1 or more"),
-    "no draws": ({"eot": 0}, "eot must be a whole number of 1 or more"),
+    "no draws": ({"eot_samples": 0}, "eot_samples must be a whole number of 1 or more"),
     "a seed below 0": ({"seed": -1}, "seed must be a whole number of 0 or more"),
     "a surrogate by name": ({"surrogate": "lenet"}, "surrogate must be an nn.Module"),
     "labels beyond": (

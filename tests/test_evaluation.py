@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from unperturb import runs, threats
 from unperturb.attacks import Attack, attacks, create_attack
+from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import cross_entropy
-from unperturb.attacks.problem import Problem
 from unperturb.classifiers import create_classifier, save_classifier
 from unperturb.config import read_recipe, recipe_names, resolve
 from unperturb.data import ImageSet, load_dataset
 from unperturb.defenses import Defense, Protected, create_defense, save_defense
 from unperturb.devices import Speed
-from unperturb.evaluation import adversarials, jobs, spent
+from unperturb.evaluation import adversarials, jobs, training_cost
 from unperturb.evaluation.adversarials import AdversarialStore, from_16_bit, to_16_bit
 from unperturb.evaluation.grid import Grid, run_grid, shown_rows
 from unperturb.evaluation.jobs import estimate, evaluate, grid_of, label_of, only, run_evaluation
@@ -97,8 +97,8 @@ def test_the_function_of_each_knowledge() -> None:
 class Seen(Attack):
     """Keeps the gradient that an attacker is given, scaled into [0, 1]."""
 
-    def perturb(self, problem: Problem) -> Tensor:
-        return problem.gradient(problem.images, cross_entropy)[1] / 100 + 0.5
+    def perturb(self, context: AttackContext) -> Tensor:
+        return context.gradient(context.images, cross_entropy)[1] / 100 + 0.5
 
 
 def test_the_white_box_gradient_goes_through_the_purifier_exactly() -> None:
@@ -236,8 +236,8 @@ def test_many_may_use_one_cache_at_once(tmp_path: Path) -> None:
     class Constant(Attack):
         value: float
 
-        def perturb(self, problem: Problem) -> Tensor:
-            return torch.full_like(problem.images, self.value)
+        def perturb(self, context: AttackContext) -> Tensor:
+            return torch.full_like(context.images, self.value)
 
     def use(number: int) -> list[float]:
         store, model = AdversarialStore(tmp_path, limit_gb=1e-6), Linear()  # hardly room for one: all clear away
@@ -345,15 +345,15 @@ def test_a_random_defense_is_averaged_over_as_many_draws_as_the_recipe_says(reci
     drawn = create_defense("denoised_smoothing", channels=1, denoiser={"width": 2}).eval()
     cell = grid(defenses={"drawn": drawn}).cells()[1]
     assert cell.knowledge == "white_box"
-    for draws in (20, 3):
-        function = grid(defenses={"drawn": drawn}, **({} if draws == 20 else {"eot": draws})).target(cell)
+    for samples in (20, 3):
+        function = grid(defenses={"drawn": drawn}, **({} if samples == 20 else {"eot_samples": samples})).target(cell)
         assert isinstance(function, threats.EOT)
-        assert function.draws == draws
-    assert grid_of(recipe, "cpu").eot == 20
-    assert grid_of(recipe.model_copy(update={"eot": 5}), "cpu").eot == 5
+        assert function.eot_samples == samples
+    assert grid_of(recipe, "cpu").eot_samples == 20
+    assert grid_of(recipe.model_copy(update={"eot_samples": 5}), "cpu").eot_samples == 5
     shipped = [read_recipe(name) for name in recipe_names()]
     shipped = [getattr(one, "evaluation", one) for one in shipped]
-    assert all((one.eot or 20) >= 20 for one in shipped if one.kind == "evaluation")
+    assert all((one.eot_samples or 20) >= 20 for one in shipped if one.kind == "evaluation")
 
 
 def test_no_attack_on_a_random_defense_stops_at_its_first_success() -> None:
@@ -561,9 +561,9 @@ def test_rows_that_were_copied_over_another_cells_are_refused(recipe: Any, tmp_p
 class Blank(Attack):
     """All white."""
 
-    def perturb(self, problem: Problem) -> Tensor:
-        problem.gradient(problem.images, cross_entropy)
-        return torch.ones_like(problem.images)
+    def perturb(self, context: AttackContext) -> Tensor:
+        context.gradient(context.images, cross_entropy)
+        return torch.ones_like(context.images)
 
 
 class Fragile(Linear):
@@ -633,8 +633,8 @@ def test_an_attack_without_a_budget_has_none_in_its_rows(tmp_path: Path) -> None
     class Unbounded(Attack):
         eps: float | None = None
 
-        def perturb(self, problem: Problem) -> Tensor:
-            return 1 - problem.images
+        def perturb(self, context: AttackContext) -> Tensor:
+            return 1 - context.images
 
     run_grid(grid(attacks={"inverse": (Unbounded(), ["oblivious"])}), tmp_path)
     assert runs.read_rows(tmp_path)["eps"].isna().all()
@@ -892,23 +892,23 @@ def test_what_a_folder_has_cost(where: str, tmp_path: Path) -> None:
     second = trained(tmp_path / "second", "defense", 0.25, where, start=first)
     teacher = trained(tmp_path / "teacher", "classifier", 1.0, where)
     pupil = trained(tmp_path / "pupil", "classifier", 2.0, where, objective={"teacher": "runs/elsewhere/teacher"})
-    assert spent.of_folder(first) == (0.5, 10.0)
-    assert spent.of_folder(second) == (0.75, 20.0)  # with what it started from
-    assert spent.of_folder(teacher) == (1.0, 10.0)
-    assert spent.of_folder(pupil) == (3.0, 20.0)  # the teacher has moved along with it
-    assert spent.of_folder(f"{first}+jpeg") == (0.5, 10.0)
-    assert spent.of_folder(f"{first}+{second}") == (1.25, 30.0)
-    assert spent.of_folder("median") == spent.of_folder("none") == (0.0, 0.0)
+    assert training_cost.of_folder(first) == (0.5, 10.0)
+    assert training_cost.of_folder(second) == (0.75, 20.0)  # with what it started from
+    assert training_cost.of_folder(teacher) == (1.0, 10.0)
+    assert training_cost.of_folder(pupil) == (3.0, 20.0)  # the teacher has moved along with it
+    assert training_cost.of_folder(f"{first}+jpeg") == (0.5, 10.0)
+    assert training_cost.of_folder(f"{first}+{second}") == (1.25, 30.0)
+    assert training_cost.of_folder("median") == training_cost.of_folder("none") == (0.0, 0.0)
     unknown = trained(tmp_path / "unknown", "classifier", None, where)
-    assert spent.of_folder(unknown) == (None, None)
-    assert spent.of_folder(f"{first}+{unknown}") == (None, None)
+    assert training_cost.of_folder(unknown) == (None, None)
+    assert training_cost.of_folder(f"{first}+{unknown}") == (None, None)
     orphan = trained(tmp_path / "orphan", "defense", 0.25, where, start="runs/gone")
-    assert spent.of_folder(orphan) == (None, None)
+    assert training_cost.of_folder(orphan) == (None, None)
     itself = trained(tmp_path / "itself", "defense", 0.25, where, start=str(tmp_path / "itself"))
-    assert spent.of_folder(itself) == (None, None)
+    assert training_cost.of_folder(itself) == (None, None)
     runs.write_json(tmp_path / "itself" / "recipe.json", ["not", "a", "recipe"])
     with pytest.raises(runs.RunError, match=r"recipe\.json"):
-        spent.of_folder(itself)
+        training_cost.of_folder(itself)
 
 
 def test_an_evaluation_keeps_what_its_defenses_have_cost(recipe: Any, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_what_stands_in_for_jpeg_is_nearly_jpeg(channels: int) -> None:
     x = images(channels=channels, size=16)
     for quality in (25, 75):
         jpeg = create_defense("jpeg", quality=quality)
-        exact, soft = jpeg.purify(x), jpeg.stand_in(x)
+        exact, soft = jpeg.purify(x), jpeg.surrogate_backward(x)
         assert soft.shape == x.shape
         assert float((soft - exact).abs().mean()) < 0.5 * float((x - exact).abs().mean())  # nearer than the identity
 
@@ -144,7 +144,7 @@ def test_a_white_box_attacker_always_has_a_gradient(name: str, options: dict[str
     logits = seen(x)
     torch.testing.assert_close(logits, classifier(defense.purify(x.detach())), rtol=0, atol=1e-6)
     (gradient,) = torch.autograd.grad(logits[:, 0].sum(), x)
-    by = defense.purify if defense.differentiable else defense.stand_in
+    by = defense.purify if defense.differentiable else defense.surrogate_backward
     (expected,) = torch.autograd.grad(by(x), x, classifier[1].weight[0].expand(3, -1).reshape(x.shape))
     torch.testing.assert_close(gradient, expected)
     assert float(gradient.abs().max()) > 1e-3
@@ -216,7 +216,7 @@ class Steps(Defense):
     def purify(self, images: Tensor) -> Tensor:
         return (images * 4).round() / 4
 
-    def stand_in(self, images: Tensor) -> Tensor:
+    def surrogate_backward(self, images: Tensor) -> Tensor:
         return 3 * images
 
 
@@ -228,10 +228,10 @@ class Shift(Defense):
 
 
 def test_a_chain_that_is_differentiable_has_the_gradient_of_the_composition() -> None:
-    links = [create_defense("total_variation", weight=0.1, steps=3), create_defense("median"), Scale(0.5)]
-    chain, x = Pipeline(parts=links), images()
+    stages = [create_defense("total_variation", weight=0.1, steps=3), create_defense("median"), Scale(0.5)]
+    chain, x = Pipeline(parts=stages), images()
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    by_hand = 0.5 * links[1].purify(links[0].purify(b)).square()
+    by_hand = 0.5 * stages[1].purify(stages[0].purify(b)).square()
     assert torch.equal(chain.purify(a), by_hand)
     weights = torch.rand_like(x)
     found = torch.autograd.grad(chain.purify(a), a, weights)[0]
@@ -263,7 +263,7 @@ def test_the_gradient_through_a_chain_with_a_step_in_it() -> None:
 def test_chains_of_chains_are_one_chain() -> None:
     inner = Pipeline(parts=[Steps(), Scale(2.0)])
     outer, flat = Pipeline(parts=[Scale(0.3), inner]), Pipeline(parts=[Scale(0.3), Steps(), Scale(2.0)])
-    assert [type(link) for link in outer.links()] == [Scale, Steps, Scale]
+    assert [type(stage) for stage in outer.stages()] == [Scale, Steps, Scale]
     classifier, x = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)), images().requires_grad_()
     gradients = [
         torch.autograd.grad(threats.target(classifier, chain, "white_box")(x)[:, 1].sum(), x)[0]
@@ -271,8 +271,10 @@ def test_chains_of_chains_are_one_chain() -> None:
     ]
     assert torch.equal(*gradients)
     # Its stand-in, for who takes the chain as one: the exact value and, again, the same gradient.
-    torch.testing.assert_close(outer.stand_in(x), outer.purify(x))
-    torch.testing.assert_close(torch.autograd.grad(classifier(outer.stand_in(x))[:, 1].sum(), x)[0], gradients[0])
+    torch.testing.assert_close(outer.surrogate_backward(x), outer.purify(x))
+    torch.testing.assert_close(
+        torch.autograd.grad(classifier(outer.surrogate_backward(x))[:, 1].sum(), x)[0], gradients[0]
+    )
 
 
 def test_a_chain_is_random_if_any_link_is() -> None:
@@ -280,7 +282,7 @@ def test_a_chain_is_random_if_any_link_is() -> None:
     assert chain.random
     assert not chain.differentiable
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).eval()
-    seen = threats.target(classifier, chain, "white_box", eot=3)
+    seen = threats.target(classifier, chain, "white_box", eot_samples=3)
     assert isinstance(seen, threats.EOT)
     x = images()
     torch.manual_seed(5)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unperturb import runs, threats
 from unperturb.attacks import attacks, create_attack
 from unperturb.attacks.base import Attack
-from unperturb.attacks.problem import Problem
+from unperturb.attacks.context import AttackContext
 from unperturb.classifiers import classifiers, create_classifier, wrap
 from unperturb.data import ImageSet
 from unperturb.defenses import Defense, Protected, create_defense, defenses
@@ -76,8 +76,8 @@ def test_every_attack_is_known_by_its_record() -> None:
     assert all(is_known(attacks[name]) for name in attacks)  # type: ignore[arg-type]
 
     class Mine(Attack):
-        def perturb(self, problem: Problem) -> Tensor:
-            return problem.images
+        def perturb(self, context: AttackContext) -> Tensor:
+            return context.images
 
     assert not is_known(Mine)
     assert code() == code()
@@ -222,8 +222,8 @@ def test_what_a_folder_rebuilds_is_kept_for_another_time(tmp_path: Path) -> None
 def test_an_attack_of_ones_own_is_kept_no_longer_than_the_process(tmp_path: Path) -> None:
     def mine(value: float) -> Attack:
         class Mine(Attack):
-            def perturb(self, problem: Problem) -> Tensor:
-                return torch.full_like(problem.images, value)
+            def perturb(self, context: AttackContext) -> Tensor:
+                return torch.full_like(context.images, value)
 
         return Mine()
 

@@ -14,10 +14,10 @@ SOURCE = Path(unperturb.__file__).parent
 
 # A room is a file or a folder of the package; neighbours on a floor do not know each other.
 FLOORS = {
-    "draws": 1,
+    "per_image_rng": 1,
     "registry": 1,
     "config": 1,
-    "contract": 1,
+    "validation": 1,
     "modules": 2,
     "screen": 1,
     "devices": 2,
@@ -39,23 +39,23 @@ FLOORS = {
     "serve": 7,
     "app": 7,
     "demo": 7,
-    "catalog": 7,
+    "available": 7,
     "cache": 7,
     "cli": 8,
     "__main__": 9,
 }
 # Who may be imported across: the registry's one error serves the recipes too, and the package's face names what
 # stands beside it.
-ACROSS = {("config", "registry"), ("__init__", "catalog")}
+ACROSS = {("config", "registry"), ("__init__", "available")}
 # Inside a room: what siblings may import, or the order of the room's files from the bottom up.
 SHARED = {
-    "attacks": {"balls", "base", "losses", "problem"},
-    "defenses": {"base", "games", "networks"},
+    "attacks": {"projections", "base", "losses", "context"},
+    "defenses": {"base", "gan_losses", "networks"},
     "classifiers": {"base"},
 }
 ORDER = {
-    "training": ["pairs", "objectives", "muon", "rehearsal", "checkpoints", "loop", "jobs"],
-    "evaluation": ["identity", "adversarials", "spent", "checks", "grid", "behavior", "jobs"],
+    "training": ["adversarial_batches", "objectives", "muon", "profiling", "checkpoints", "loop", "jobs"],
+    "evaluation": ["identity", "adversarials", "training_cost", "checks", "grid", "behavior", "jobs"],
 }
 # An arrow from one attack to another: a cascade is made of its members.
 FAMILIES = {("attacks", "autoattack"): {"apgd", "fab", "square"}, ("attacks", "fab"): {"apgd"}}
@@ -203,7 +203,7 @@ def at_the_top(text: str) -> Iterator[tuple[int, str]]:
 
 def test_importing_the_package_or_its_verbs_imports_nothing_heavy() -> None:
     wrong = []
-    for name in ("__init__", "cli", "catalog", "demo"):
+    for name in ("__init__", "cli", "available", "demo"):
         for line, library in at_the_top((SOURCE / f"{name}.py").read_text(encoding="utf-8")):
             if library.split(".")[0] in HEAVY or library.startswith("unperturb"):
                 wrong.append(f"{name}.py:{line} imports {library}")
@@ -224,18 +224,18 @@ def test_heavy_libraries_wait_until_they_are_needed() -> None:
 
 HOUSE = {
     "__init__.py": "",
-    "draws.py": "",
+    "per_image_rng.py": "",
     "registry.py": "",
     "runs.py": "",
     "metrics.py": "",
     "threats.py": "from unperturb.defenses import base",
     "attacks/__init__.py": "from unperturb.attacks import base, pgd",
-    "attacks/base.py": "from unperturb import draws\nfrom unperturb.registry import Registry",
+    "attacks/base.py": "from unperturb import per_image_rng\nfrom unperturb.registry import Registry",
     "attacks/pgd.py": "from unperturb.attacks.base import Attack",
     "defenses/__init__.py": "from unperturb.defenses.base import Defense",
     "defenses/base.py": "",
     "training/__init__.py": "",
-    "training/pairs.py": "from unperturb.attacks.base import attacks",
+    "training/adversarial_batches.py": "from unperturb.attacks.base import attacks",
     "training/loop.py": "from unperturb import runs",
     "training/jobs.py": "from unperturb.training.loop import train",
     "report/__init__.py": "",
@@ -254,21 +254,25 @@ HOUSE = {
         ),
         ("runs.py", "import unperturb.training.loop", "runs.py:1 imports training.loop: up, from floor 2 to 5"),
         ("defenses/base.py", "from unperturb import attacks", "defenses/base.py:1 imports attacks: across floor 3"),
-        ("draws.py", "from unperturb import registry", "draws.py:1 imports registry: across floor 1"),
+        ("per_image_rng.py", "from unperturb import registry", "per_image_rng.py:1 imports registry: across floor 1"),
         ("attacks/pgd.py", "from unperturb.attacks import Attack", "imports attacks: its own face"),
         ("attacks/pgd.py", "from unperturb import Attack", "imports the package: nobody imports the face"),
         (
             "attacks/base.py",
             "from unperturb.attacks import pgd",
-            "imports attacks.pgd: attacks/ shares balls, base, losses, problem only",
+            "imports attacks.pgd: attacks/ shares base, context, losses, projections only",
         ),
         (
-            "training/pairs.py",
+            "training/adversarial_batches.py",
             "from unperturb.training.loop import train",
-            "up in training/: pairs < objectives < muon < rehearsal < checkpoints < loop",
+            "up in training/: adversarial_batches < objectives < muon < profiling < checkpoints < loop",
         ),
-        ("training/pairs.py", "from unperturb.evaluation import grid", "imports evaluation: across floor 5"),
-        ("utils.py", "from unperturb import draws", "utils stands on no floor"),
+        (
+            "training/adversarial_batches.py",
+            "from unperturb.evaluation import grid",
+            "imports evaluation: across floor 5",
+        ),
+        ("utils.py", "from unperturb import per_image_rng", "utils stands on no floor"),
     ],
 )
 def test_a_bad_arrow_is_named(file: str, text: str, said: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 
-from unperturb.defenses import Batch, ape_gan, create_defense, defense_gan, games, magnet
+from unperturb.defenses import Batch, ape_gan, create_defense, defense_gan, gan_losses, magnet
 from unperturb.defenses.ape_gan import ApeGAN
 from unperturb.defenses.defense_gan import Critic, DefenseGAN, LatentGenerator, _error
 from unperturb.defenses.magnet import AutoEncoder, MagNet
@@ -51,7 +51,7 @@ def test_content_by_hand() -> None:
 def test_what_apes_minimize(content: Any) -> None:
     defense, batch = apes(content=content).eval(), pairs()
     turns = list(defense.losses(batch, defense.networks()))
-    assert [player for player, _ in turns] == ["discriminator", "generator", "generator"]
+    assert [network for network, _ in turns] == ["discriminator", "generator", "generator"]
     x_fake = defense.purify(batch.x_adv)
     d_real, d_fake = defense.discriminator(batch.x_real), defense.discriminator(x_fake)
     # -log sigmoid(d) for what is real, -log sigmoid(-d) for what is not, and a mean of the two.
@@ -234,7 +234,9 @@ def test_networks_of_the_authors() -> None:
 def test_the_gradient_penalty_of_a_linear_critic() -> None:
     # Its slope is w everywhere: (|w| - 1)^2, whatever the images are.
     w = torch.randn(1, 8, 8)
-    found = games.gradient_penalty(lambda x: (x * w).flatten(1).sum(1), torch.rand(5, 1, 8, 8), torch.rand(5, 1, 8, 8))
+    found = gan_losses.gradient_penalty(
+        lambda x: (x * w).flatten(1).sum(1), torch.rand(5, 1, 8, 8), torch.rand(5, 1, 8, 8)
+    )
     assert float(found) == pytest.approx((float(w.norm()) - 1) ** 2, rel=1e-5)
 
 
@@ -246,22 +248,22 @@ def test_the_gradient_penalty_is_taken_between_the_pairs() -> None:
     def half(x: Tensor) -> Tensor:
         return x.square().flatten(1).sum(1) / 2
 
-    assert float(games.gradient_penalty(half, image, image).detach()) == pytest.approx(4, rel=1e-5)
-    lengths = [float(games.gradient_penalty(half, image[:1], -image[:1]).detach().sqrt()) for _ in range(200)]
+    assert float(gan_losses.gradient_penalty(half, image, image).detach()) == pytest.approx(4, rel=1e-5)
+    lengths = [float(gan_losses.gradient_penalty(half, image[:1], -image[:1]).detach().sqrt()) for _ in range(200)]
     # At share u of the way from x to -x the length is 3 |1 - 2u|: the penalty's root is ||3 |1 - 2u|| - 1|.
     u = (torch.arange(2000) + 0.5) / 2000
     expected = (3 * (1 - 2 * u).abs() - 1).abs()
     assert stats.kstest(lengths, expected.numpy()).pvalue > 1e-3
 
 
-def test_what_the_two_players_minimize() -> None:
+def test_what_the_two_networks_minimize() -> None:
     defense = gans(critic_steps=3)
     batch = pairs(7)
     shown: list[Tensor] = []
     defense.critic.shrink[0].register_forward_hook(lambda _, args, __: shown.append(args[0].detach()))
     torch.manual_seed(4)
     turns = list(defense.losses(batch, defense.networks()))
-    assert [player for player, _ in turns] == ["critic"] * 3 + ["generator"]
+    assert [network for network, _ in turns] == ["critic"] * 3 + ["generator"]
     real = torch.cat([shown[2 * k][:n] for k, n in enumerate((3, 2, 2))])
     assert torch.equal(real, batch.x_real)  # each update has a part of its own
     for k, n in enumerate((3, 2, 2)):
@@ -271,7 +273,7 @@ def test_what_the_two_players_minimize() -> None:
         (slope,) = torch.autograd.grad(defense.critic(between).sum(), between)
         expected = 10 * (slope.flatten(1).norm(dim=1) - 1).square().mean()
         torch.testing.assert_close(turns[k][1]["penalty"], expected)
-    torch.testing.assert_close(turns[3][1]["praise"], -defense.critic(shown[6]).mean())
+    torch.testing.assert_close(turns[3][1]["generator_loss"], -defense.critic(shown[6]).mean())
     assert len(list(gans().losses(pairs(2), gans().networks()))) == 3  # a part without images is left out
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from unperturb import threats
 from unperturb.attacks import create_attack
-from unperturb.attacks.problem import NoGradientError
-from unperturb.classifiers import Normalize, create_classifier, twin, wrap
-from unperturb.contract import budget, check_images
+from unperturb.attacks.context import NoGradientError
+from unperturb.classifiers import Normalize, create_classifier, fused_copy, wrap
 from unperturb.defenses import Defense, Protected, create_defense
 from unperturb.modules import ask, classes_of, deep_copy, frozen, logits_of, modules_of
+from unperturb.validation import budget, check_images
 
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
 PGD = create_attack("pgd", eps=0.2, steps=4, random_start=False)
@@ -104,7 +104,7 @@ def test_inference_mode_is_left() -> None:
     net = linear()
     with torch.inference_mode():
         found = PGD(net, IMAGES.clone(), LABELS.clone())
-        result = PGD.run(twin(net, IMAGES.clone()), IMAGES.clone(), LABELS.clone(), index=torch.arange(6))
+        result = PGD.run(fused_copy(net, IMAGES.clone()), IMAGES.clone(), LABELS.clone(), index=torch.arange(6))
         wrapped = PGD(wrap(net), IMAGES, LABELS)
     for images in (found, result.images, wrapped):
         torch.testing.assert_close(images, EXPECTED, rtol=0, atol=1e-6)
@@ -142,16 +142,16 @@ def test_no_gradient_is_an_error_and_not_robustness(how: Callable[..., Tensor], 
 def test_zero_gradients_are_told() -> None:
     net = linear()
     with pytest.warns(UserWarning, match="the gradient of 6 of 6 images was exactly zero"):
-        x, tally = PGD(lambda x: net((x * 4).round() / 4), IMAGES, LABELS), None
+        x, counter = PGD(lambda x: net((x * 4).round() / 4), IMAGES, LABELS), None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        x, tally = PGD.solve(lambda x: net((x * 4).round() / 4), IMAGES, LABELS)
+        x, counter = PGD.solve(lambda x: net((x * 4).round() / 4), IMAGES, LABELS)
         assert torch.equal(PGD(net, IMAGES, LABELS), EXPECTED)
     assert torch.equal(x, IMAGES)
-    assert tally.zero_gradients.tolist() == tally.gradients.tolist() == [4] * 6
-    assert tally.zero_gradient.tolist() == [1.0] * 6
-    _, tally = PGD.solve(net, IMAGES, LABELS)
-    assert tally.zero_gradient.tolist() == [0.0] * 6
+    assert counter.zero_gradients.tolist() == counter.gradients.tolist() == [4] * 6
+    assert counter.zero_gradient.tolist() == [1.0] * 6
+    _, counter = PGD.solve(net, IMAGES, LABELS)
+    assert counter.zero_gradient.tolist() == [0.0] * 6
 
 
 def test_a_gradient_that_nobody_asked_for_is_not_zero() -> None:
@@ -213,9 +213,9 @@ def test_one_logit_becomes_two(flat: bool) -> None:
         wrap(linear(), binary=True)(IMAGES)
 
 
-def test_a_twin_looks_at_what_it_returns() -> None:
+def test_a_fused_copy_looks_at_what_it_returns() -> None:
     with pytest.raises(ValueError, match="binary=True"):
-        twin(linear(1), IMAGES)(IMAGES)
+        fused_copy(linear(1), IMAGES)(IMAGES)
 
 
 def test_what_is_not_finite_is_no_class() -> None:
@@ -349,7 +349,7 @@ def around(net: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     yield lambda x: torch.stack([f(x) for f in (net, net)]).mean(0)
     yield lambda x, model=net: model(x)
     yield Around(nn.Identity(), lambda _, x: net(x))
-    yield threats.BPDA(lambda x: net(x), stand_in=lambda x: x.flatten(1)[:, :3])
+    yield threats.BPDA(lambda x: net(x), surrogate_backward=lambda x: x.flatten(1)[:, :3])
     yield lambda x: GLOBAL(x)
 
 
@@ -460,7 +460,7 @@ def test_weights_of_another_dtype(dtype: torch.dtype) -> None:
     plain = wrap(linear(), [0.5], [0.5])
     torch.testing.assert_close(logits_of(wrapped, IMAGES), plain(IMAGES), rtol=0.05, atol=0.05)
     for knowledge in ("white_box", "bpda"):
-        seen_by = threats.target(twin(net, IMAGES), create_defense("jpeg"), knowledge)
+        seen_by = threats.target(fused_copy(net, IMAGES), create_defense("jpeg"), knowledge)
         assert PGD(seen_by, IMAGES, LABELS).dtype == torch.float32
     Protected(net, Norm())(IMAGES)
     Protected(linear(), Norm().to(dtype))(IMAGES)
@@ -534,7 +534,12 @@ def holds_a_lock() -> nn.Module:
 def test_every_kind_of_module_is_attacked_as_it_is(make: Callable[[], nn.Module]) -> None:
     net = make()
     modes = [getattr(m, "training", None) for m in net.modules()] + [p.requires_grad for p in net.parameters()]
-    for model in (net, lambda x: net(x), twin(net, IMAGES, channels_last=True), Protected(net, create_defense("none"))):
+    for model in (
+        net,
+        lambda x: net(x),
+        fused_copy(net, IMAGES, channels_last=True),
+        Protected(net, create_defense("none")),
+    ):
         torch.testing.assert_close(PGD(model, IMAGES, LABELS), EXPECTED, rtol=0, atol=1e-5)
     if make is holds_a_lock:
         with pytest.raises(ValueError, match=r"cannot be copied \(cannot pickle '_thread.lock' object\)"):
@@ -545,12 +550,12 @@ def test_every_kind_of_module_is_attacked_as_it_is(make: Callable[[], nn.Module]
     assert again == modes
 
 
-def test_a_twin_of_what_cannot_be_copied_is_frozen_too() -> None:
+def test_a_fused_copy_of_what_cannot_be_copied_is_frozen_too() -> None:
     net = learning()
     net.lock = threading.Lock()  # type: ignore[assignment]
     before, modes = {k: v.clone() for k, v in net.state_dict().items()}, flags(net)
     x = IMAGES.clone().requires_grad_()
-    copy = twin(net, IMAGES)
+    copy = fused_copy(net, IMAGES)
     copy(x).sum().backward()
     assert x.grad is not None
     assert all(p.grad is None for p in net.parameters())
@@ -561,7 +566,7 @@ def test_a_twin_of_what_cannot_be_copied_is_frozen_too() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_quantized_model_gives_no_gradient_and_is_attacked_by_queries() -> None:
     net = torch.ao.quantization.quantize_dynamic(linear(), {nn.Linear}, dtype=torch.qint8)
-    for model in (net, wrap(net), twin(net, IMAGES)):
+    for model in (net, wrap(net), fused_copy(net, IMAGES)):
         with pytest.raises(NoGradientError):
             PGD(model, IMAGES, LABELS)
         assert SQUARE.run(model, IMAGES, LABELS).images.shape == IMAGES.shape

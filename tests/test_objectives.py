@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unperturb import draws, runs
+from unperturb import per_image_rng, runs
 from unperturb.attacks import create_attack
 from unperturb.classifiers import create_classifier, save_classifier
 from unperturb.config import Augmentation, read_recipe, resolve
 from unperturb.data import Splits
 from unperturb.training import jobs, loop
+from unperturb.training.adversarial_batches import Sampler
 from unperturb.training.objectives import (
     AdversarialClassifier,
     DistilledClassifier,
     NFGSMClassifier,
     PlainClassifier,
 )
-from unperturb.training.pairs import Sampler
 
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "digits")
 
@@ -46,8 +46,8 @@ def sampler(data: Splits, batch: int = 16) -> Sampler:
 
 
 def only(task: PlainClassifier, batch: Any) -> torch.Tensor:
-    ((player, terms),) = task.losses(batch, task.networks())
-    assert player == "classifier"
+    ((network, terms),) = task.losses(batch, task.networks())
+    assert network == "classifier"
     return terms["cross_entropy"].detach()
 
 
@@ -149,7 +149,7 @@ def test_nfgsm_by_hand(data: Splits) -> None:
     images, labels, index = sampler(data).images(2)
     found, same = task.batch(2)
     assert torch.equal(same, labels)
-    eta = 2 * 16 / 255 * (2 * draws.uniform(5 + 7_919, index, 2, (1, 8, 8)) - 1)
+    eta = 2 * 16 / 255 * (2 * per_image_rng.uniform(5 + 7_919, index, 2, (1, 8, 8)) - 1)
     start = (images + eta).clamp(0, 1).requires_grad_()
     F.cross_entropy(task.classifier(start), labels).backward()
     expected = (start.detach() + 16 / 255 * start.grad.sign()).clamp(0, 1)  # type: ignore[union-attr]
@@ -183,18 +183,18 @@ def test_perturbations_grow_along_the_ramp(data: Splits) -> None:
 # What is kept --------------------------------------------------------------------------------------------------------
 
 
-def test_the_judge_is_pgd_20_at_the_highest_budget(data: Splits) -> None:
+def test_the_val_attack_is_pgd_20_at_the_highest_budget(data: Splits) -> None:
     mixture = [{"name": "fgsm", "eps": "8/255"}, {"name": "pgd", "eps": [0.1, 0.2], "steps": 3}]
     of = {
         0.2: AdversarialClassifier(net(), sampler(data), attacks=mixture),
         0.1: NFGSMClassifier(net(), sampler(data), eps=0.1),
     }
     for eps, task in of.items():
-        assert task.judges() == {"pgd": create_attack("pgd", eps=eps, steps=20)}
-    judge = {"name": "fgsm", "eps": 0.3}
-    own = AdversarialClassifier(net(), sampler(data), attacks=mixture, judge=judge)
-    assert own.judges() == {"fgsm": create_attack("fgsm", eps=0.3)}
-    assert PlainClassifier(net(), sampler(data)).judges() == {}
+        assert task.val_attacks() == {"pgd": create_attack("pgd", eps=eps, steps=20)}
+    val_attack = {"name": "fgsm", "eps": 0.3}
+    own = AdversarialClassifier(net(), sampler(data), attacks=mixture, val_attack=val_attack)
+    assert own.val_attacks() == {"fgsm": create_attack("fgsm", eps=0.3)}
+    assert PlainClassifier(net(), sampler(data)).val_attacks() == {}
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class Noisy(up.Defense):
 @pytest.mark.parametrize("knowledge", ["white_box", "bpda"])
 def test_draws_of_a_purifier_that_works_in_place_do_not_pile_up(knowledge: str) -> None:
     images = torch.full((200, 1, 8, 8), 0.5)
-    logits = threats.target(NET, Noisy(), knowledge, eot=16)(images)
+    logits = threats.target(NET, Noisy(), knowledge, eot_samples=16)(images)
     one = 0.3 * NET[1].weight.norm(dim=1)  # of one draw; the mean of 16 spreads a quarter as far
     assert (logits.std(0) / one).sub(0.25).abs().max() < 0.1
     assert torch.equal(images, torch.full_like(images, 0.5))
@@ -108,8 +108,8 @@ def test_a_hook_on_all_modules_mixes_no_cells() -> None:
 class Shift(up.Attack):
     by: float = field(default=0.0, repr=False, compare=False)
 
-    def perturb(self, problem: Any) -> Tensor:
-        return (problem.images + self.by).clamp(0, 1)
+    def perturb(self, context: Any) -> Tensor:
+        return (context.images + self.by).clamp(0, 1)
 
 
 def test_two_attacks_that_read_alike_are_two() -> None:

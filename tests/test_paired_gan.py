@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unperturb.classifiers import create_classifier
-from unperturb.defenses import Batch, Protected, create_defense, games, load_defense, paired_gan, save_defense
+from unperturb.defenses import Batch, Protected, create_defense, gan_losses, load_defense, paired_gan, save_defense
 from unperturb.defenses.networks import ApeDiscriminator, ApeGenerator, UNet, discriminators, generators
 from unperturb.defenses.paired_gan import WEIGHTS, PairedGAN
 from unperturb.registry import UnknownNameError
@@ -74,11 +74,11 @@ def test_isomorphic_label_loss() -> None:
 def test_losses_of_the_game() -> None:
     # A logit of log 3 says real with 3/4, one of 0 with 1/2.
     sure, unsure = torch.tensor([math.log(3)]), torch.tensor([0.0])
-    assert float(games.adversarial(sure)) == pytest.approx(-math.log(3 / 4))
+    assert float(gan_losses.adversarial(sure)) == pytest.approx(-math.log(3 / 4))
     expected = (-math.log(3 / 4) - math.log(1 / 2)) / 2
-    assert float(games.discrimination(sure, unsure)) == pytest.approx(expected)
+    assert float(gan_losses.discrimination(sure, unsure)) == pytest.approx(expected)
     expected = (-math.log(1 / 2) - math.log(1 - 3 / 4)) / 2
-    assert float(games.discrimination(unsure, sure)) == pytest.approx(expected)
+    assert float(gan_losses.discrimination(unsure, sure)) == pytest.approx(expected)
 
 
 # What is minimized, and by whom --------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_label_reading(reading: str, terms: set[str], batch: Batch) -> None:
         torch.testing.assert_close(g_terms["label"], expected)
     if "adversarial" in terms:
         assert defense.discriminator is not None
-        expected = 0.3 * games.adversarial(defense.discriminator(x_fake))
+        expected = 0.3 * gan_losses.adversarial(defense.discriminator(x_fake))
         torch.testing.assert_close(g_terms["adversarial"], expected)
 
 
@@ -161,8 +161,8 @@ def test_default_weights_are_the_papers_pixel_losses(batch: Batch) -> None:
 @pytest.mark.parametrize("updates", [1, 2, 3])
 def test_generator_updates(updates: int, batch: Batch) -> None:
     defense = gan(discriminator=APE, weights={"repair": 1.0, "adversarial": 0.1}, generator_updates=updates)
-    assert [player for player, _ in played(defense, batch)] == ["discriminator"] + ["generator"] * updates
-    assert [player for player, _ in played(gan(), batch)] == ["generator"]
+    assert [network for network, _ in played(defense, batch)] == ["discriminator"] + ["generator"] * updates
+    assert [network for network, _ in played(gan(), batch)] == ["generator"]
 
 
 def test_a_later_update_sees_the_weights_of_the_one_before(batch: Batch) -> None:
@@ -200,15 +200,15 @@ def test_what_the_discriminator_sees(sees_clean: bool, batch: Batch) -> None:
     torch.testing.assert_close(seeing.shown[1], fake)
 
 
-def test_each_player_moves_alone(batch: Batch) -> None:
+def test_each_network_moves_alone(batch: Batch) -> None:
     defense = gan(discriminator=APE, weights=ONES)
     shake(defense.generator)  # at its first weights the last layer is zero, and nothing else has a gradient
-    for player, terms in defense.losses(batch, defense.networks()):
+    for name, terms in defense.losses(batch, defense.networks()):
         defense.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
-        for name, network in defense.networks().items():
+        for other, network in defense.networks().items():
             moved = [p.grad is not None and bool(p.grad.any()) for p in network.parameters()]
-            assert all(moved) if name == player else not any(moved), (player, name)
+            assert all(moved) if other == name else not any(moved), (name, other)
 
 
 @pytest.mark.parametrize(("share", "clean"), [(1.0, 6), (0.5, 3), (0.34, 2), (0.01, 1)])

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unperturb import draws
+from unperturb import per_image_rng
 from unperturb.attacks.base import attacks
+from unperturb.attacks.context import AttackContext, QueryCounter
 from unperturb.attacks.patch import PatchAttack
-from unperturb.attacks.problem import Problem, Tally
 
 
 class Linear(nn.Module):
@@ -29,9 +29,9 @@ def some_images(n: int, channels: int = 1, size: int = 8) -> Tensor:
     return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def problem_of(model: nn.Module, x: Tensor, y: Tensor) -> Problem:
+def context_of(model: nn.Module, x: Tensor, y: Tensor) -> AttackContext:
     counts, rows = torch.zeros_like(y), torch.arange(len(y))
-    return Problem(model, x, y, False, rows, 0, Tally(queries=counts, zero_gradients=counts.clone()), rows)
+    return AttackContext(model, x, y, False, rows, 0, QueryCounter(queries=counts, zero_gradients=counts.clone()), rows)
 
 
 @pytest.mark.parametrize("position", ["center", "random", (0, 5), (2, 1)])
@@ -61,9 +61,9 @@ def test_only_a_square_of_the_asked_area_changes_and_stays_in_the_image(
 
 def test_random_places_reach_every_corner_of_the_image() -> None:
     x = torch.zeros(400, 1, 6, 5)
-    problem = problem_of(Linear(), x, torch.zeros(400, dtype=torch.int64))
+    context = context_of(Linear(), x, torch.zeros(400, dtype=torch.int64))
     attack = PatchAttack(area=0.14)
-    mask, _ = attack._place(problem, attack.side(6, 5), 0)
+    mask, _ = attack._place(context, attack.side(6, 5), 0)
     assert (mask.flatten(1).sum(1) == 4).all()
     corners = {tuple(m.flatten().nonzero()[0].tolist()) for m in mask}
     assert len(corners) == 5 * 4
@@ -116,21 +116,21 @@ def test_the_highest_loss_met_is_returned() -> None:
 
 def test_a_quarter_turn_is_a_quarter_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     attack = PatchAttack(area=0.25, position="center", rotation=90)
-    problem = problem_of(Linear(), torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64))
+    context = context_of(Linear(), torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64))
     patch = torch.rand(1, 1, 4, 4)
     for number, turns in ((1.0, 1), (0.0, -1), (0.5, 0)):
-        monkeypatch.setattr(draws, "uniform", lambda *_, number=number: torch.full((1, 4), number))
-        pasted = attack._paste(problem, patch, attack._place(problem, 4, 0))[0, 0, 2:6, 2:6]
+        monkeypatch.setattr(per_image_rng, "uniform", lambda *_, number=number: torch.full((1, 4), number))
+        pasted = attack._paste(context, patch, attack._place(context, 4, 0))[0, 0, 2:6, 2:6]
         # Rows count downwards, so a positive angle turns clockwise.
         torch.testing.assert_close(pasted, torch.rot90(patch[0, 0], -turns), atol=1e-5, rtol=0)
 
 
 def test_turned_and_scaled_patches_keep_their_area_and_stay_whole() -> None:
     x = torch.zeros(200, 1, 40, 40)
-    problem = problem_of(Linear(), x, torch.zeros(200, dtype=torch.int64))
+    context = context_of(Linear(), x, torch.zeros(200, dtype=torch.int64))
     attack = PatchAttack(area=0.04, rotation=45, scale=(0.5, 1.5))
-    mask, _ = attack._place(problem, attack.side(40, 40), 7)
-    numbers = draws.uniform(0, problem.index, 7, (4,))
+    mask, _ = attack._place(context, attack.side(40, 40), 7)
+    numbers = per_image_rng.uniform(0, context.index, 7, (4,))
     expected = (8 * (0.5 + numbers[:, 3])) ** 2
     area = mask.flatten(1).sum(1)
     assert ((area - expected).abs() <= 0.15 * expected + 4).all()
@@ -142,13 +142,13 @@ def test_the_gradient_goes_through_the_pasting() -> None:
     y = torch.tensor([0, 1, 2, 0])
     for universal in (False, True):
         attack = PatchAttack(area=0.3, rotation=40, scale=(0.7, 1.3), universal=universal)
-        problem = problem_of(model, x, y)
-        where = attack._place(problem, 4, 3)
+        context = context_of(model, x, y)
+        where = attack._place(context, 4, 3)
         patch = torch.rand(1 if universal else 4, 3, 4, 4)
-        value, _, gradient = attack._gradient(problem, patch, where)
+        value, _, gradient = attack._gradient(context, patch, where)
 
         def total(p: Tensor, where: tuple[Tensor, Tensor] = where) -> Tensor:
-            return F.cross_entropy(model(attack._paste(problem, p, where)), y, reduction="sum")  # noqa: B023
+            return F.cross_entropy(model(attack._paste(context, p, where)), y, reduction="sum")  # noqa: B023
 
         torch.testing.assert_close(value.sum().float(), total(patch))
         push = torch.randn(patch.shape, generator=torch.Generator().manual_seed(2))
@@ -163,7 +163,7 @@ def test_eot_makes_one_patch_for_many_places() -> None:
         return torch.stack([torch.zeros_like(light), 20 * (light - 0.5)], 1)
 
     x, y = 0.3 * some_images(5, size=10), torch.zeros(5, dtype=torch.int64)
-    attack = attacks.create("patch", area=0.25, rotation=30, scale=(0.8, 1.2), eot=3, steps=25, universal=True)
+    attack = attacks.create("patch", area=0.25, rotation=30, scale=(0.8, 1.2), eot_samples=3, steps=25, universal=True)
     result = attack.run(bright, x, y)
     changed = result.images != x
     assert (result.images[changed] > 0.999).all()
@@ -175,7 +175,7 @@ def test_eot_makes_one_patch_for_many_places() -> None:
 def test_per_image_patches_do_not_depend_on_the_batch() -> None:
     model, x = Linear(3), some_images(5)
     y = model(x).argmax(1)
-    attack = attacks.create("patch", area=0.1, rotation=20, eot=2, steps=10)
+    attack = attacks.create("patch", area=0.1, rotation=20, eot_samples=2, steps=10)
     together = attack(model, x, y, seed=3)
     apart = torch.cat([attack(model, x[i : i + 1], y[i : i + 1], index=torch.tensor([i]), seed=3) for i in range(5)])
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
@@ -193,7 +193,7 @@ def test_settings_are_checked_and_side_never_exceeds_the_area() -> None:
         {"position": "left"},
         {"position": (1,)},
         {"scale": (2, 1)},
-        {"eot": -1},
+        {"eot_samples": -1},
         {"loss": "l1"},
     ):
         with pytest.raises(ValueError, match=next(iter(options))):

@@ -201,7 +201,7 @@ def test_a_filter_is_trained_by_the_same_verb(tmp_path: Path) -> None:
             "size": 8,
             "classifiers": ["unused"],
             "defense": {"name": "jpeg", "quality": 30},
-            "pairs": {"attacks": [{"name": "fgsm", "eps": 0.1}]},
+            "adversarial_batches": {"attacks": [{"name": "fgsm", "eps": 0.1}]},
             "training": {"steps": 1},
         }
     )
@@ -231,7 +231,7 @@ def test_a_pipeline_of_filters_is_a_recipe_too(tmp_path: Path) -> None:
             "size": 8,
             "classifiers": ["unused"],
             "defense": {"name": "pipeline", "parts": parts},
-            "pairs": {"knowledge": "white_box", "attacks": [{"name": "fgsm", "eps": 0.1}]},
+            "adversarial_batches": {"knowledge": "white_box", "attacks": [{"name": "fgsm", "eps": 0.1}]},
             "training": {"steps": 1},
         }
     )

@@ -64,7 +64,7 @@ def test_bpda_answers_exactly_and_differentiates_the_stand_in(linear: nn.Module)
     seen = threats.target(linear, Halve(), "bpda")
     assert torch.equal(seen(IMAGES), linear(IMAGES / 2))
     torch.testing.assert_close(gradient(seen, IMAGES), weight.expand_as(IMAGES))
-    thrice = threats.target(linear, Halve(), "bpda", stand_in=lambda x: 3 * x)
+    thrice = threats.target(linear, Halve(), "bpda", surrogate_backward=lambda x: 3 * x)
     torch.testing.assert_close(gradient(thrice, IMAGES), (3 * weight).expand_as(IMAGES))
 
 
@@ -91,21 +91,21 @@ def test_a_white_box_attacker_of_a_step_function_gets_the_stand_in(linear: nn.Mo
 
 
 def test_a_random_defense_is_averaged(linear: nn.Module) -> None:
-    one = threats.target(linear, Noisy(), "white_box", eot=1)
-    many = threats.target(linear, Noisy(), "white_box", eot=400)
+    one = threats.target(linear, Noisy(), "white_box", eot_samples=1)
+    many = threats.target(linear, Noisy(), "white_box", eot_samples=400)
     exact = linear(IMAGES)
     assert float((many(IMAGES) - exact).abs().mean()) < float((one(IMAGES) - exact).abs().mean()) / 4
 
 
 def test_eot_with_a_seed_repeats_itself_and_leaves_the_generator_alone(linear: nn.Module) -> None:
-    fixed = threats.EOT(threats.Protected(linear, Noisy()), draws=3, seed=7)
+    fixed = threats.EOT(threats.Protected(linear, Noisy()), eot_samples=3, seed=7)
     before = torch.random.get_rng_state()
     assert torch.equal(fixed(IMAGES), fixed(IMAGES))
     assert torch.equal(before, torch.random.get_rng_state())
-    fresh = threats.EOT(threats.Protected(linear, Noisy()), draws=3)
+    fresh = threats.EOT(threats.Protected(linear, Noisy()), eot_samples=3)
     assert not torch.equal(fresh(IMAGES), fresh(IMAGES))
     with pytest.raises(ValueError, match="at least one draw"):
-        threats.EOT(linear, draws=0)
+        threats.EOT(linear, eot_samples=0)
 
 
 def test_black_box_gives_answers_only(linear: nn.Module) -> None:

@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from unperturb import runs
 from unperturb.attacks import create_attack
 from unperturb.classifiers import create_classifier, load_classifier, save_classifier
-from unperturb.config import Augmentation, Thing, Training, resolve
+from unperturb.config import Augmentation, ComponentConfig, Training, resolve
 from unperturb.data import Splits, load_dataset
 from unperturb.defenses import create_defense, load_defense, save_defense
 from unperturb.devices import FlopCounter, Speed, pick_device, probe, set_threads
 from unperturb.registry import UnknownNameError
-from unperturb.training import checkpoints, jobs, loop, rehearsal
+from unperturb.training import checkpoints, jobs, loop, profiling
+from unperturb.training.adversarial_batches import Mixture, Sampler, _draw, hardest
 from unperturb.training.loop import DivergedError, learning_rate, total_steps, train
 from unperturb.training.muon import Muon, orthogonalized
 from unperturb.training.objectives import PlainClassifier
-from unperturb.training.pairs import Mixture, Sampler, _draw, hardest
 
 RATES = {(p, m): 10.0 for p in ("float32", "bfloat16") for m in ("contiguous", "channels_last")}
 KNOWN = functools.cache(lambda device="cpu": Speed(RATES))
@@ -89,7 +89,7 @@ def defense_recipe(classifier: str = "unused", **training: Any) -> Any:
                 "generator_updates": 2,
                 "weights": {"repair": 0.7, "label": 0.3, "recovery": 0.7, "isomorphic": 0.7},
             },
-            "pairs": {
+            "adversarial_batches": {
                 "knowledge": "white_box",
                 "attacks": [
                     {"name": "fgsm", "share": 0.4, "eps": [0.1, 0.3]},
@@ -421,7 +421,7 @@ def test_wrong_names_are_met_before_anything_is_trained(data: Splits, classifier
         ({"name": "fgms", "eps": 0.1}, "unknown attack 'fgms'. Did you mean 'fgsm'"),
         ({"name": "pgd", "eps": 0.1, "step": 3}, "option of attack 'pgd', 'step'. Did you mean 'steps'"),
     ):
-        values["pairs"]["attacks"] = [attack]
+        values["adversarial_batches"]["attacks"] = [attack]
         with pytest.raises(UnknownNameError, match=message):
             jobs.train_defense(resolve(values), classifier, data, out=tmp_path / "new", device="cpu")
     assert not (tmp_path / "new").exists()
@@ -574,9 +574,9 @@ def test_each_image_exactly_once_an_epoch(batch: int, world: int, data: Splits) 
 
 
 THINGS = [
-    Thing(name="fgsm", share=0.25, eps=[0.1, 0.3]),
-    Thing(name="pgd", share=0.25, eps=0.3, steps=[3, 8], alpha=0.01),
-    Thing(name="mim", share=0.5, eps=0.05),
+    ComponentConfig(name="fgsm", share=0.25, eps=[0.1, 0.3]),
+    ComponentConfig(name="pgd", share=0.25, eps=0.3, steps=[3, 8], alpha=0.01),
+    ComponentConfig(name="mim", share=0.5, eps=0.05),
 ]
 
 
@@ -599,7 +599,7 @@ def test_ranges_are_drawn_afresh_each_step() -> None:
     assert Mixture(THINGS, 3).at(17) == drawn[17]
     assert Mixture(THINGS, 4).at(17) != drawn[17]
     assert hardest(THINGS[1]) == ("pgd", {"eps": 0.3, "steps": 8, "alpha": 0.01})
-    ranged = Thing(name="pgd", eps=["2/255", "8/255"], steps=2)
+    ranged = ComponentConfig(name="pgd", eps=["2/255", "8/255"], steps=2)
     assert all(2 / 255 <= Mixture([ranged], 1).at(step)[0].eps <= 8 / 255 for step in range(9))  # type: ignore[attr-defined]
     assert hardest(ranged) == ("pgd", {"eps": 8 / 255, "steps": 2})
     assert [_draw(v, 0.5) for v in ([True, False], ["a", "b"], [0.1], [0, "1/2"])] == [
@@ -609,13 +609,13 @@ def test_ranges_are_drawn_afresh_each_step() -> None:
         0.25,
     ]
     with pytest.raises(ValueError, match=r"a range is \[low, high\]; got \[0.3, 0.1\]"):
-        Mixture([Thing(name="fgsm", eps=[0.3, 0.1])], 0)
+        Mixture([ComponentConfig(name="fgsm", eps=[0.3, 0.1])], 0)
     with pytest.raises(ValueError, match="share must be above 0"):
-        Mixture([Thing(name="fgsm", eps=0.1, share=0)], 0)
+        Mixture([ComponentConfig(name="fgsm", eps=0.1, share=0)], 0)
 
 
 def test_each_part_of_a_batch_meets_its_own_attack(classifier: nn.Module) -> None:
-    mixture = Mixture([Thing(name="fgsm", eps=0.2), Thing(name="pgd", eps=0.05, steps=2)], 1)
+    mixture = Mixture([ComponentConfig(name="fgsm", eps=0.2), ComponentConfig(name="pgd", eps=0.05, steps=2)], 1)
     images, labels, index = torch.rand(8, 1, 8, 8) * 0.5 + 0.25, torch.arange(8), torch.arange(8) + 100
     x_adv = mixture(classifier, images, labels, index, 4)
     torch.testing.assert_close(
@@ -666,13 +666,13 @@ def test_flop_counter_survives_a_gradient_at_the_input() -> None:
 
 def test_the_choice_of_precision_is_kept(data: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = classifier_recipe(steps=2, precision="auto", memory_format="auto")
-    monkeypatch.setattr(jobs, "fastest", lambda *_: ("float32", "channels_last"))
+    monkeypatch.setattr(jobs, "autotune_precision", lambda *_: ("float32", "channels_last"))
     _, outcome = jobs.train_classifier(recipe, data, out=tmp_path, device="cpu")
     assert (outcome.precision, outcome.memory_format) == ("float32", "channels_last")
     kept = runs.read_json(tmp_path / "recipe.json")["training"]
     assert (kept["precision"], kept["memory_format"]) == ("float32", "channels_last")
     # Resumed elsewhere, where another choice would be faster.
-    monkeypatch.setattr(jobs, "fastest", lambda _, *of: ("bfloat16", "contiguous") if "auto" in of else of)
+    monkeypatch.setattr(jobs, "autotune_precision", lambda _, *of: ("bfloat16", "contiguous") if "auto" in of else of)
     _, outcome = jobs.train_classifier(recipe, data, out=tmp_path, device="cpu", resume=True)
     assert (outcome.precision, outcome.memory_format) == ("float32", "channels_last")
 
@@ -680,11 +680,11 @@ def test_the_choice_of_precision_is_kept(data: Splits, tmp_path: Path, monkeypat
 def test_the_probe_decides_what_is_auto_and_nothing_else(data: Splits) -> None:
     task = small_task(data, 4)
     before = snapshot(task.classifier)
-    precision, layout = rehearsal.fastest(task)
+    precision, layout = profiling.autotune_precision(task)
     assert precision in ("float32", "bfloat16")
     assert layout in ("contiguous", "channels_last")
-    assert rehearsal.fastest(task, precision="bfloat16")[0] == "bfloat16"
-    assert rehearsal.fastest(task, memory_format="channels_last")[1] == "channels_last"
+    assert profiling.autotune_precision(task, precision="bfloat16")[0] == "bfloat16"
+    assert profiling.autotune_precision(task, memory_format="channels_last")[1] == "channels_last"
     assert all(torch.equal(v, before[k]) for k, v in task.classifier.state_dict().items())
     rates = probe("cpu", channels=2, size=4, batch=2).rates
     assert set(rates) == set(RATES)
@@ -735,7 +735,7 @@ def test_what_was_used_is_what_is_kept(data: Splits, classifier: nn.Module, tmp_
     data = data.with_class_names([str(9 - k) for k in range(10)])
     filter_ = {"name": "jpeg", "quality": 30}
     values = {**defense_recipe().model_dump(mode="json"), "dataset": "mnist", "size": None, "defense": filter_}
-    values["pairs"]["attacks"] = [{"name": "fgsm", "eps": ["2/255", "8/255"]}]
+    values["adversarial_batches"]["attacks"] = [{"name": "fgsm", "eps": ["2/255", "8/255"]}]
     recipe, own = resolve(values), Own()
     folder = tmp_path / "run"
     jobs.train_defense(recipe, [own, classifier], data, out=folder, device="cpu")
@@ -766,7 +766,9 @@ def test_what_was_used_is_what_is_kept(data: Splits, classifier: nn.Module, tmp_
 
 def test_a_run_folder_rebuilds_what_was_trained(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
     images, labels = data.val.batch(torch.arange(len(data.val)))
-    recipe = classifier_recipe(steps=40, batch=64, lr=0.01).model_copy(update={"classifier": Thing(name="convnet")})
+    recipe = classifier_recipe(steps=40, batch=64, lr=0.01).model_copy(
+        update={"classifier": ComponentConfig(name="convnet")}
+    )
     trained, outcome = jobs.train_classifier(recipe, data, out=tmp_path / "c", device="cpu")
     assert torch.equal(load_classifier(tmp_path / "c")(images), trained(images))
     assert outcome.validation["score"] == pytest.approx(float((trained(images).argmax(1) == labels).float().mean()))
@@ -821,7 +823,7 @@ def test_validation_judges_the_mixture_at_its_hardest(data: Splits, classifier: 
     right = {k: float((behind(x).argmax(1) == labels).float().mean()) for k, x in shown.items()}
     found = defense.outcome.validation
     for key, value in right.items():
-        assert found[key] == pytest.approx(value, abs=2.1 / len(images))  # the twin rounds otherwise
+        assert found[key] == pytest.approx(value, abs=2.1 / len(images))  # the fused copy rounds otherwise
     assert found["score"] == pytest.approx(sum(found[k] for k in right) / 3, abs=1e-4)
 
 
@@ -835,7 +837,7 @@ from unperturb.devices import Speed
 from unperturb.training import jobs, loop
 
 
-def fastest(task, *of):
+def autotune_precision(task, *of):
     if "auto" not in of:
         return of
     assert not int(os.environ.get("LOCAL_RANK", "0")), "each process chooses for itself"
@@ -843,7 +845,7 @@ def fastest(task, *of):
 
 
 rates = {("float32", "contiguous"): 10.0, ("float32", "channels_last"): 10.0}
-loop.probe, jobs.fastest = functools.cache(lambda device="cpu": Speed(rates)), fastest
+loop.probe, jobs.autotune_precision = functools.cache(lambda device="cpu": Speed(rates)), autotune_precision
 recipe, out = resolve(json.loads(sys.argv[1])), sys.argv[2]
 jobs.train_classifier(recipe, load_dataset("digits", size=8), out=out, device="cpu", devices=2)
 """
@@ -853,7 +855,7 @@ jobs.train_classifier(recipe, load_dataset("digits", size=8), out=out, device="c
 def test_two_processes_train_as_one(data: Splits, tmp_path: Path) -> None:
     fixed = {"optimizer": "sgd", "lr": 0.05, "steps": 3, "log_every": 1}
     recipe = classifier_recipe(**fixed, precision="auto", memory_format="auto")
-    recipe = recipe.model_copy(update={"classifier": Thing(name="convnet")})
+    recipe = recipe.model_copy(update={"classifier": ComponentConfig(name="convnet")})
     (tmp_path / "two.py").write_text(TWO)
     command = [sys.executable, str(tmp_path / "two.py"), recipe.model_dump_json(), str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)

@@ -145,4 +145,4 @@ def test_what_is_missing_and_what_stands_in_for_it(
     assert found["runs/digits-convnet"](images).shape == (2, 10)
     chain = found["runs/bit_depth-digits+jpeg"]
     assert isinstance(chain, Defense)
-    assert len(chain.links()) == 2
+    assert len(chain.stages()) == 2

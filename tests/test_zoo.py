@@ -10,7 +10,7 @@ import pytest
 from unperturb import zoo
 from unperturb.classifiers import classifiers, load_classifier
 from unperturb.defenses import load_defense
-from unperturb.evaluation import jobs, spent
+from unperturb.evaluation import jobs, training_cost
 from unperturb.registry import UnknownNameError
 from unperturb.runs import RunError
 
@@ -34,7 +34,7 @@ def test_the_zoo_is_found_from_inside_a_clone_and_by_a_package_that_runs_from_on
         assert zoo.find("zoo:mnist-lenet5") == there
     assert load_classifier("zoo:mnist-lenet5").spec == load_classifier(there).spec
     assert load_defense("zoo:protect-mnist").spec == load_defense(ROOT / "zoo" / "protect-mnist").spec
-    assert len(load_defense("zoo:protect-mnist+jpeg").links()) == 2
+    assert len(load_defense("zoo:protect-mnist+jpeg").stages()) == 2
     assert zoo.find("runs/x") == "runs/x"
 
 
@@ -57,23 +57,23 @@ def test_a_name_that_the_zoo_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tables_call_the_zoos_as_they_call_run_folders() -> None:
-    assert jobs._name("zoo:finish-mnist", "mnist") == jobs._name("runs/finish-mnist", "mnist") == "finish"
-    assert jobs._name("zoo:finish-mnist+jpeg", "mnist") == "finish+jpeg"
+    assert jobs._name("zoo:finetune-mnist", "mnist") == jobs._name("runs/finetune-mnist", "mnist") == "finetune"
+    assert jobs._name("zoo:finetune-mnist+jpeg", "mnist") == "finetune+jpeg"
 
 
 def test_what_the_zoos_have_cost_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     first, last = (
-        json.loads((ROOT / "zoo" / n / "training.json").read_text()) for n in ("protect-mnist", "finish-mnist")
+        json.loads((ROOT / "zoo" / n / "training.json").read_text()) for n in ("protect-mnist", "finetune-mnist")
     )
-    assert spent.of_folder("zoo:finish-mnist")[0] == pytest.approx(first["pflop"] + last["pflop"], rel=1e-4)
+    assert training_cost.of_folder("zoo:finetune-mnist")[0] == pytest.approx(first["pflop"] + last["pflop"], rel=1e-4)
     # A run that began with the zoo's weights has cost theirs too; away from the zoo nobody knows.
     (tmp_path / "defense.json").write_text("{}")
     (tmp_path / "training.json").write_text('{"pflop": 1.0, "seconds": 2.0}')
     (tmp_path / "recipe.json").write_text('{"start": "zoo:protect-mnist"}')
-    assert spent.of_folder(tmp_path)[0] == pytest.approx(1 + first["pflop"], rel=1e-4)
+    assert training_cost.of_folder(tmp_path)[0] == pytest.approx(1 + first["pflop"], rel=1e-4)
     monkeypatch.setattr(zoo, "folders", dict)
-    assert spent.of_folder(tmp_path) == spent.UNKNOWN
+    assert training_cost.of_folder(tmp_path) == training_cost.UNKNOWN
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ _WHERE = {
     "Protected": "defenses",
     "Splits": "data",
     "budget": "attacks",
-    "catalog": "catalog",
+    "list_available": "available",
     "compare": "report",
     "comparison_table": "report",
     "create_attack": "attacks",
@@ -42,9 +42,10 @@ __all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
     from unperturb.attacks import Attack, AttackResult, budget, create_attack
-    from unperturb.catalog import catalog
+    from unperturb.available import list_available
     from unperturb.classifiers import create_classifier, load_classifier, wrap
-    from unperturb.data import ImageSet, Splits, known_copy_note, load_dataset, prepare
+    from unperturb.data import ImageSet, Splits, known_copy_note, load_dataset
+    from unperturb.data.prepare import prepare
     from unperturb.defenses import Defense, Protected, create_defense, load_defense
     from unperturb.evaluation.jobs import evaluate, run_evaluation
     from unperturb.report import compare, comparison_table, table, write_report
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         value = getattr(import_module(f"unperturb.{_WHERE[name]}"), name)
-        globals()[name] = value  # `catalog` is a module and a function: the function is what is public
+        globals()[name] = value  # `list_available` is a module and a function: the function is what is public
         return value
     raise AttributeError(f"module 'unperturb' has no attribute {name!r}")
 

@@ -111,7 +111,7 @@ def _bar(what: str) -> Iterator[Callable[..., None]]:
 
 
 def _show_recipe(recipe: Any) -> None:
-    from unperturb.catalog import to_toml
+    from unperturb.available import to_toml
 
     say(to_toml(recipe))
 
@@ -181,11 +181,11 @@ def list_things(
     ] = None,
 ) -> None:
     """What there is by name: data sets, classifiers, attacks, defenses, kinds of knowledge, the zoo, recipes."""
-    from unperturb.catalog import catalog
+    from unperturb.available import list_available
     from unperturb.registry import unknown
     from unperturb.screen import width
 
-    found = catalog()
+    found = list_available()
     if what is not None and what not in found:
         raise unknown("thing to list", what, found)
     for kind, names in found.items():
@@ -205,7 +205,7 @@ def show(
     overrides: Overrides = None,
 ) -> None:
     """Print a recipe whole, with what it is for and what it needs: a file to begin your own with."""
-    from unperturb.catalog import VERBS, describe
+    from unperturb.available import VERBS, describe
     from unperturb.config import read_recipe
 
     resolved = read_recipe(recipe, overrides or [])
@@ -372,7 +372,7 @@ def evaluate(
     out: Out = None,
     overrides: Overrides = None,
     n: Number = None,
-    eot: Annotated[
+    eot_samples: Annotated[
         int | None, typer.Option(min=1, help="Draws that the gradient of a random defense is averaged over.")
     ] = None,
     classifier: Classifiers = None,
@@ -396,7 +396,10 @@ def evaluate(
     from unperturb.unsaved import stand_ins
 
     _threads(threads)
-    changes = [*(overrides or []), *(f"{k}={v}" for k, v in {"n": n, "eot": eot, "size": size}.items() if v)]
+    changes = [
+        *(overrides or []),
+        *(f"{k}={v}" for k, v in {"n": n, "eot_samples": eot_samples, "size": size}.items() if v),
+    ]
     cells = [defense or [], attack or [], knowledge or []]
     resolved = jobs.only(_with(read_recipe(recipe, changes, "evaluation"), classifier), *cells)
     out = out or Path("runs") / "-".join([Path(recipe).stem, *(name for part in cells for name in part)])

@@ -21,7 +21,7 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Thing(BaseModel):
+class ComponentConfig(BaseModel):
     """A registered thing by name, with options that its own constructor checks."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -46,7 +46,7 @@ class Training(_Settings):
     weight_decay: float = Field(0.0, ge=0, description="Decay of matrices and kernels; vectors are never decayed.")
     schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="The way down after the warm-up.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
-    clip: float | None = Field(None, gt=0, description="Largest gradient norm a player may step with.")
+    clip: float | None = Field(None, gt=0, description="Largest gradient norm a network may step with.")
     ema: float = Field(
         0.0, ge=0, lt=1, description="Decay of the weight average that is kept; 0 keeps the last weights."
     )
@@ -78,11 +78,11 @@ class Augmentation(_Settings):
     cutout: int = Field(default=0, ge=0, description="Side of a square set to grey, in pixels.")
 
 
-class Pairs(_Settings):
+class AdversarialBatchesConfig(_Settings):
     """How clean and adversarial images are paired."""
 
     knowledge: Literal["oblivious", "white_box", "bpda"] = Field("oblivious", description="What the attacker sees.")
-    attacks: list[Thing] = Field(
+    attacks: list[ComponentConfig] = Field(
         min_length=1,
         description="The mixture. share = part of each batch; an option given as [low, high] is drawn each step.",
     )
@@ -111,8 +111,8 @@ class ClassifierRecipe(DataRecipe):
     """Train a classifier."""
 
     kind: Literal["classifier"] = "classifier"
-    classifier: Thing = Field(description="Which network.")
-    objective: Thing = Field(Thing(name="plain"), description="plain, or another way of training.")
+    classifier: ComponentConfig = Field(description="Which network.")
+    objective: ComponentConfig = Field(ComponentConfig(name="plain"), description="plain, or another way of training.")
     augment: Augmentation = Field(Augmentation(), description="Of the training images.")
     training: Training
     seed: int = Field(0, ge=0, lt=2**32, description="Of weights, order, augmentation and attacks.")
@@ -125,9 +125,9 @@ class DefenseRecipe(DataRecipe):
     classifiers: list[str] = Field(
         min_length=1, description="Run folders of the classifiers to protect, taken in turn."
     )
-    defense: Thing = Field(description="Which defense.")
+    defense: ComponentConfig = Field(description="Which defense.")
     start: str | None = Field(None, description="Run folder of a defense like it, whose weights training begins with.")
-    pairs: Pairs
+    adversarial_batches: AdversarialBatchesConfig
     training: Training
     seed: int = Field(0, ge=0, lt=2**32, description="Of weights, order, augmentation and attacks.")
 
@@ -144,13 +144,13 @@ class EvaluationRecipe(DataRecipe):
     classifiers: list[str] = Field(min_length=1, description="Run folders.")
     surrogate: str | None = Field(None, description="Run folder of the classifier that a transfer attack is made on.")
     defenses: list[str] = Field(["none"], min_length=1, description="Run folders, or none for the bare classifier.")
-    attacks: list[Thing] = Field(
+    attacks: list[ComponentConfig] = Field(
         min_length=1, description="Each may carry a label (its name in tables) and its own list of knowledge."
     )
     knowledge: list[Knowledge] = Field(
         ["oblivious", "white_box"], description="For attacks without a list of their own."
     )
-    eot: int | None = Field(
+    eot_samples: int | None = Field(
         None, gt=0, description="Draws of a random defense that a gradient is averaged over; None means 20."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Of the attacks' draws.")

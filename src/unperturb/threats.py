@@ -26,7 +26,7 @@ class _Replace(torch.autograd.Function):
     """Forward the value, backward into the stand-in."""
 
     @staticmethod
-    def forward(ctx: Any, stand_in: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, surrogate: Tensor, value: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
@@ -35,44 +35,45 @@ class _Replace(torch.autograd.Function):
 
 
 class BPDA(nn.Module):
-    """A function whose gradient is another's: forward `function`, backward `stand_in` (default: the identity).
+    """A function whose gradient is another's: forward `function`, backward `surrogate_backward` (default: the
+    identity).
 
     Source: Athalye et al. 2018, section 4.1, backward pass differentiable approximation.
     """
 
     def __init__(
-        self, function: Callable[[Tensor], Tensor], stand_in: Callable[[Tensor], Tensor] | None = None
+        self, function: Callable[[Tensor], Tensor], surrogate_backward: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         super().__init__()
-        self.function, self.stand_in = function, stand_in
+        self.function, self.surrogate_backward = function, surrogate_backward
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             value = ask(self.function, x)
-        stand_in = x if self.stand_in is None else self.stand_in(x)
-        out: Tensor = _Replace.apply(stand_in, value)  # type: ignore[no-untyped-call]
+        surrogate = x if self.surrogate_backward is None else self.surrogate_backward(x)
+        out: Tensor = _Replace.apply(surrogate, value)  # type: ignore[no-untyped-call]
         return out
 
     def extra_repr(self) -> str:  # adversarial images are kept by what made them: two stand-ins are two attackers
-        return f"stand_in={getattr(self.stand_in, '__qualname__', self.stand_in)}"
+        return f"surrogate_backward={getattr(self.surrogate_backward, '__qualname__', self.surrogate_backward)}"
 
 
 class EOT(nn.Module):
-    """The mean logits of a random model over `draws` passes, so that its gradient is that of the expectation.
+    """The mean logits of a random model over `eot_samples` passes, so that its gradient is that of the expectation.
 
     seed: None draws afresh at each call; a number makes every call use the same draws.
 
     Source: Athalye et al. 2018, expectation over transformation.
     """
 
-    def __init__(self, model: nn.Module, draws: int = 20, seed: int | None = None) -> None:
+    def __init__(self, model: nn.Module, eot_samples: int = 20, seed: int | None = None) -> None:
         super().__init__()
-        if draws < 1:
-            raise ValueError(f"EOT needs at least one draw, not {draws}")
-        self.model, self.draws, self.seed = model, draws, seed
+        if eot_samples < 1:
+            raise ValueError(f"EOT needs at least one draw, not {eot_samples}")
+        self.model, self.eot_samples, self.seed = model, eot_samples, seed
 
     def extra_repr(self) -> str:
-        return f"draws={self.draws}, seed={self.seed}"
+        return f"eot_samples={self.eot_samples}, seed={self.seed}"
 
     def forward(self, images: Tensor) -> Tensor:
         if self.seed is None:
@@ -84,9 +85,9 @@ class EOT(nn.Module):
 
     def _mean(self, images: Tensor) -> Tensor:
         total: Tensor = self.model(images)
-        for _ in range(self.draws - 1):
+        for _ in range(self.eot_samples - 1):
             total = total + self.model(images)
-        return total / self.draws
+        return total / self.eot_samples
 
 
 def rounding(levels: int = 255) -> BPDA:
@@ -135,17 +136,17 @@ def target(
     knowledge: str,
     surrogate: nn.Module | None = None,
     *,
-    stand_in: Callable[[Tensor], Tensor] | None = None,
-    eot: int = 20,
+    surrogate_backward: Callable[[Tensor], Tensor] | None = None,
+    eot_samples: int = 20,
 ) -> nn.Module:
     """The module, images to logits, that an attacker differentiates, or questions.
 
     none: nothing is known (noise needs no gradient; what it asks is answered by the bare classifier). transfer: the
     surrogate. oblivious: the bare classifier, the paper's protocol. bpda: classifier after purifier, the purifier's
-    backward pass replaced by that of `stand_in` (default: the identity). white_box: classifier after purifier, exact
-    gradient, averaged over `eot` draws where the defense is random. A link of the defense that has no gradient to give
-    is differentiated through its own stand-in, at the value it really takes; the other links keep theirs. black_box:
-    classifier after purifier, answers only.
+    backward pass replaced by that of `surrogate_backward` (default: the identity). white_box: classifier after
+    purifier, exact gradient, averaged over `eot_samples` draws where the defense is random. A stage of the defense that
+    has no gradient to give is differentiated through its own stand-in, at the value it really takes; the other stages
+    keep theirs. black_box: classifier after purifier, answers only.
 
     Raises `UnknownNameError` for another knowledge, `ValueError` for a transfer without a surrogate.
     """
@@ -162,8 +163,10 @@ def target(
     if knowledge == "white_box" and defense.differentiable:
         seen: nn.Module = Protected(classifier, defense)
     elif knowledge == "white_box":
-        links = (k if k.differentiable else BPDA(k, stand_in or k.stand_in) for k in defense.links())
-        seen = Chain(*links, classifier=classifier)
+        stages = (
+            s if s.differentiable else BPDA(s, surrogate_backward or s.surrogate_backward) for s in defense.stages()
+        )
+        seen = Chain(*stages, classifier=classifier)
     else:
-        seen = Chain(BPDA(defense, stand_in), classifier=classifier)
-    return EOT(seen, eot) if defense.random else seen
+        seen = Chain(BPDA(defense, surrogate_backward), classifier=classifier)
+    return EOT(seen, eot_samples) if defense.random else seen

@@ -17,7 +17,7 @@ from unperturb.attacks import (
     square,
 )
 from unperturb.attacks.base import Attack, AttackResult, attacks, create_attack
-from unperturb.contract import budget
+from unperturb.validation import budget
 
 __all__ = [
     "Attack",

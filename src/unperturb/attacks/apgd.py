@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unperturb.attacks.balls import Norm, l2_norm, projection
 from unperturb.attacks.base import BallAttack, Best, attacks
+from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import LossFunction, attack_loss, margin
-from unperturb.attacks.problem import Problem
+from unperturb.attacks.projections import Norm, l2_norm, projection
 
 _MOMENTUM = 0.75  # alpha of algorithm 1: the weight of the new step against the last one
 _FEWER = 0.95  # images leave together, when so few are left: each parting copies the others
@@ -27,25 +27,26 @@ def checkpoints(steps: int) -> list[int]:
     return sorted({w for w in found if w < steps})
 
 
-def rivals(problem: Problem, logits: Tensor, count: int) -> Tensor:
+def target_classes(context: AttackContext, logits: Tensor, count: int) -> Tensor:
     """`(N, M)` classes to aim at: the `count` strongest others of `logits`, as many as there are; targeted, the one."""
-    if problem.targeted:
-        return problem.labels[:, None]
-    others = logits.scatter(1, problem.labels[:, None], -torch.inf)
+    if context.targeted:
+        return context.labels[:, None]
+    others = logits.scatter(1, context.labels[:, None], -torch.inf)
     return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
 
 
 @dataclass(frozen=True)
-class Lead:
-    """The loss of an attacker who aims at the classes `rival` `(N,)`: their logit minus the label's.
+class TargetedLoss:
+    """The loss of an attacker who aims at the classes `target_class` `(N,)`: their logit minus the label's.
 
     scaled: over the largest minus the mean of the third and fourth logit, the targeted DLR loss (Croce & Hein 2020);
     with fewer than four classes not, since over the largest minus the third of three the loss is constant, and its
-    gradient zero, wherever label and rival are first and last. targeted: the labels are the rivals, and it is the lead
-    over all other classes, not scaled, for the same reason. `take(rows)` is the loss for some of the images.
+    gradient zero, wherever label and target class are first and last. targeted: the labels are the classes
+    to reach, and it is the lead over all other classes, not scaled, for the same reason. `take(rows)` is the loss for
+    some of the images.
     """
 
-    rival: Tensor
+    target_class: Tensor
     targeted: bool
     scaled: bool = False
 
@@ -53,73 +54,76 @@ class Lead:
         classes = logits.shape[1]
         if self.targeted:
             return margin(logits, labels)
-        ahead = (logits.gather(1, self.rival[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
+        ahead = (logits.gather(1, self.target_class[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
         if not self.scaled or classes < 4:
             return ahead
         top = logits.topk(4, dim=1).values
         return ahead / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
-    def take(self, rows: Tensor) -> Lead:
-        return replace(self, rival=self.rival[rows])
+    def take(self, rows: Tensor) -> TargetedLoss:
+        return replace(self, target_class=self.target_class[rows])
 
 
-def mean_gradient(problem: Problem, x: Tensor, loss: LossFunction, draws: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`problem.gradient`, averaged over `draws` passes of a random model: (value, gradient, logits)."""
-    value, gradient, logits = problem.gradient(x, loss)
-    for _ in range(draws - 1):
-        more = problem.gradient(x, loss)
+def mean_gradient(
+    context: AttackContext, x: Tensor, loss: LossFunction, eot_samples: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`context.gradient`, averaged over `eot_samples` passes of a random model: (value, gradient, logits)."""
+    value, gradient, logits = context.gradient(x, loss)
+    for _ in range(eot_samples - 1):
+        more = context.gradient(x, loss)
         value, gradient, logits = value + more[0], gradient + more[1], logits + more[2]
-    return value / draws, gradient / draws, logits / draws
+    return value / eot_samples, gradient / eot_samples, logits / eot_samples
 
 
-def mean_logits(problem: Problem, x: Tensor, draws: int) -> Tensor:
-    """`problem.logits`, averaged over `draws` passes of a random model."""
-    logits = problem.logits(x)
-    for _ in range(draws - 1):
-        logits = logits + problem.logits(x)
-    return logits / draws
+def mean_logits(context: AttackContext, x: Tensor, eot_samples: int) -> Tensor:
+    """`context.logits`, averaged over `eot_samples` passes of a random model."""
+    logits = context.logits(x)
+    for _ in range(eot_samples - 1):
+        logits = logits + context.logits(x)
+    return logits / eot_samples
 
 
-def climb(
-    problem: Problem,
+def run_apgd(
+    context: AttackContext,
     start: Tensor,
     loss: LossFunction,
     *,
     eps: float,
     norm: Norm,
     steps: int,
-    eot: int = 1,
-    judge: LossFunction | None = None,
+    eot_samples: int = 1,
+    selection_loss: LossFunction | None = None,
     first_success: bool = False,
 ) -> Best:
-    """Algorithm 1 from `start`: the best points met by `judge` (default: `loss`), a clear success before any other.
+    """Algorithm 1 from `start`: the best points met by `selection_loss` (default: `loss`), a clear success before any
+    other.
 
     The climb itself goes back to the highest `loss`. first_success: an image that has fallen goes no further.
-    Costs `steps` passes forward and backward and one forward, each `eot` times.
+    Costs `steps` passes forward and backward and one forward, each `eot_samples` times.
     """
-    project, marks = projection(problem.images, eps, norm), set(checkpoints(steps))
+    project, marks = projection(context.images, eps, norm), set(checkpoints(steps))
     x = before = start
-    value, gradient, logits = mean_gradient(problem, x, loss, eot)
+    value, gradient, logits = mean_gradient(context, x, loss, eot_samples)
     top, top_gradient = Best(x), gradient
     top.update(x, value)
     answer, rows = Best(x), torch.arange(len(x), device=x.device)
-    answer.update(x, _judged(problem, logits, value, judge), fooled=problem.clearly_fooled(logits))
+    answer.update(x, _selection_value(context, logits, value, selection_loss), fooled=context.clearly_fooled(logits))
     size = torch.full_like(x[:, :1, :1, :1], 2 * eps)
     rises = torch.zeros_like(value)
     top_then, halved, last_mark = top.value, torch.zeros_like(value, dtype=torch.bool), 0
     for step in range(1, steps + 1):
         if first_success:
-            standing = (~answer.fooled[rows]).nonzero().squeeze(1)
-            if not len(standing):
+            active = (~answer.fooled[rows]).nonzero().squeeze(1)
+            if not len(active):
                 return answer
-            if len(standing) <= _FEWER * len(x):
-                problem, rows, loss = problem.take(standing), rows[standing], _take(loss, standing)
-                top.images, top.value = top.images[standing], top.value[standing]
+            if len(active) <= _FEWER * len(x):
+                context, rows, loss = context.take(active), rows[active], _take(loss, active)
+                top.images, top.value = top.images[active], top.value[active]
                 x, before, value, gradient, top_gradient = (
-                    t[standing] for t in (x, before, value, gradient, top_gradient)
+                    t[active] for t in (x, before, value, gradient, top_gradient)
                 )
-                size, rises, top_then, halved = (t[standing] for t in (size, rises, top_then, halved))
-                project = projection(problem.images, eps, norm)
+                size, rises, top_then, halved = (t[active] for t in (size, rises, top_then, halved))
+                project = projection(context.images, eps, norm)
         if norm == "linf":
             ahead = torch.addcmul(x, gradient.sign(), size)
         else:
@@ -130,14 +134,19 @@ def climb(
             ahead = project(ahead)
         before, x, value_before = x, ahead, value
         if step < steps:
-            value, gradient, logits = mean_gradient(problem, x, loss, eot)
+            value, gradient, logits = mean_gradient(context, x, loss, eot_samples)
             top_gradient = torch.where((value > top.value)[:, None, None, None], gradient, top_gradient)
         else:
-            logits = mean_logits(problem, x, eot)
-            value = problem.value(logits, loss)
+            logits = mean_logits(context, x, eot_samples)
+            value = context.value(logits, loss)
         top.update(x, value)
         # Now: below, x may go back to the top, and these logits would be another point's.
-        answer.update(x, _judged(problem, logits, value, judge), fooled=problem.clearly_fooled(logits), rows=rows)
+        answer.update(
+            x,
+            _selection_value(context, logits, value, selection_loss),
+            fooled=context.clearly_fooled(logits),
+            rows=rows,
+        )
         rises += value > value_before
         if step in marks:
             halve = (rises < _RISES * (step - last_mark)) | (~halved & (top.value <= top_then))
@@ -151,29 +160,31 @@ def climb(
     return answer
 
 
-def _judged(problem: Problem, logits: Tensor, value: Tensor, judge: LossFunction | None) -> Tensor:
-    return value if judge is None else problem.value(logits, judge)
+def _selection_value(
+    context: AttackContext, logits: Tensor, value: Tensor, selection_loss: LossFunction | None
+) -> Tensor:
+    return value if selection_loss is None else context.value(logits, selection_loss)
 
 
 def in_turn(
-    problem: Problem, count: int, attempt: Callable[[int, Problem, Tensor], Best], *, first_success: bool
+    context: AttackContext, count: int, attempt: Callable[[int, AttackContext, Tensor], Best], *, first_success: bool
 ) -> Best:
-    """The best of `count` attempts, each `(number, problem, rows) -> Best`; with `first_success` each meets only the
-    images, at `rows` of the problem, that still stand."""
-    best, rows = Best(problem.images), torch.arange(len(problem.images), device=problem.images.device)
-    part = problem
+    """The best of `count` attempts, each `(number, context, rows) -> Best`; with `first_success` each meets only the
+    images, at `rows` of the context, that still stand."""
+    best, rows = Best(context.images), torch.arange(len(context.images), device=context.images.device)
+    part = context
     for number in range(count):
         if first_success and number:
             rows = (~best.fooled).nonzero().squeeze(1)
             if not len(rows):
                 break
-            part = problem.take(rows)
+            part = context.take(rows)
         best.merge(attempt(number, part, rows), rows)
     return best
 
 
 def _take(loss: LossFunction, rows: Tensor) -> LossFunction:
-    return loss.take(rows) if isinstance(loss, Lead) else loss
+    return loss.take(rows) if isinstance(loss, TargetedLoss) else loss
 
 
 @attacks.register("apgd")
@@ -183,9 +194,9 @@ class APGD(BallAttack):
     no longer rises; the highest loss met is returned, that of a clear success before any other.
 
     steps: forward+backward passes per restart. random_start: start uniformly in the ball. restarts: independent
-    starts, of which the best per image is kept (only the first may start at the image itself). eot: passes averaged
-    per step, for a random model. first_success: an image leaves at its first success: for those who ask only whether
-    it falls, as `autoattack` does. Without it the whole budget is spent on every image.
+    starts, of which the best per image is kept (only the first may start at the image itself). eot_samples: passes
+    averaged per step, for a random model. first_success: an image leaves at its first success: for those who ask only
+    whether it falls, as `autoattack` does. Without it the whole budget is spent on every image.
 
     Source: Croce & Hein 2020, "Reliable evaluation of adversarial robustness", algorithm 1.
     """
@@ -193,42 +204,46 @@ class APGD(BallAttack):
     steps: int = 100
     random_start: bool = True
     restarts: int = 1
-    eot: int = 1
+    eot_samples: int = 1
     first_success: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1 or self.restarts < 1 or self.eot < 1:
-            raise ValueError("steps, restarts and eot must be at least 1")
+        if self.steps < 1 or self.restarts < 1 or self.eot_samples < 1:
+            raise ValueError("steps, restarts and eot_samples must be at least 1")
 
-    def perturb(self, problem: Problem) -> Tensor:
-        return self.restart(problem, attack_loss(self.loss, targeted=problem.targeted), 0, None).images
+    def perturb(self, context: AttackContext) -> Tensor:
+        return self.restart(context, attack_loss(self.loss, targeted=context.targeted), 0, None).images
 
-    def for_random_model(self, eot: int = 20) -> APGD:
-        return replace(self, first_success=False, eot=max(self.eot, eot))
+    def for_random_model(self, eot_samples: int = 20) -> APGD:
+        return replace(self, first_success=False, eot_samples=max(self.eot_samples, eot_samples))
 
-    def restart(self, problem: Problem, loss: LossFunction, first: int, judge: LossFunction | None) -> Best:
-        """The best of all climbs, their random starts numbered from `first`; by `judge`, or else by `loss`."""
+    def restart(
+        self, context: AttackContext, loss: LossFunction, first: int, selection_loss: LossFunction | None
+    ) -> Best:
+        """The best of all climbs, their random starts numbered from `first`; by `selection_loss`, or else by `loss`."""
 
-        def attempt(number: int, part: Problem, rows: Tensor) -> Best:
-            return self.search(part, _take(loss, rows), first + number, judge)
+        def attempt(number: int, part: AttackContext, rows: Tensor) -> Best:
+            return self.search(part, _take(loss, rows), first + number, selection_loss)
 
-        return in_turn(problem, self.restarts, attempt, first_success=self.first_success)
+        return in_turn(context, self.restarts, attempt, first_success=self.first_success)
 
-    def search(self, problem: Problem, loss: LossFunction, restart: int, judge: LossFunction | None = None) -> Best:
-        """The best of one climb, by `judge`, or else by `loss`; `restart` numbers its random start."""
-        start = problem.images
+    def search(
+        self, context: AttackContext, loss: LossFunction, restart: int, selection_loss: LossFunction | None = None
+    ) -> Best:
+        """The best of one climb, by `selection_loss`, or else by `loss`; `restart` numbers its random start."""
+        start = context.images
         if self.random_start or restart:
-            start = problem.random_start(self.eps, self.norm, restart)
-        return climb(
-            problem,
+            start = context.random_start(self.eps, self.norm, restart)
+        return run_apgd(
+            context,
             start,
             loss,
             eps=self.eps,
             norm=self.norm,
             steps=self.steps,
-            eot=self.eot,
-            judge=judge,
+            eot_samples=self.eot_samples,
+            selection_loss=selection_loss,
             first_success=self.first_success,
         )
 
@@ -255,16 +270,16 @@ class APGDT(APGD):
         if self.target_classes < 1:
             raise ValueError("target_classes must be at least 1")
 
-    def perturb(self, problem: Problem) -> Tensor:
-        logits = mean_logits(problem, problem.images, self.eot)
-        aims = rivals(problem, logits, self.target_classes)
+    def perturb(self, context: AttackContext) -> Tensor:
+        logits = mean_logits(context, context.images, self.eot_samples)
+        classes = target_classes(context, logits, self.target_classes)
 
-        def attempt(number: int, part: Problem, rows: Tensor) -> Best:
-            return self.aim(part, aims[rows, number], number)
+        def attempt(number: int, part: AttackContext, rows: Tensor) -> Best:
+            return self.attack_target(part, classes[rows, number], number)
 
-        return in_turn(problem, aims.shape[1], attempt, first_success=self.first_success).images
+        return in_turn(context, classes.shape[1], attempt, first_success=self.first_success).images
 
-    def aim(self, problem: Problem, rival: Tensor, number: int) -> Best:
-        """The best of all restarts towards the classes `rival` `(N,)`, the `number`-th, by the margin."""
-        loss = Lead(rival, problem.targeted, scaled=self.loss == "dlr")
-        return self.restart(problem, loss, number * self.restarts, margin)
+    def attack_target(self, context: AttackContext, target_class: Tensor, number: int) -> Best:
+        """The best of all restarts towards the classes `target_class` `(N,)`, the `number`-th, by the margin."""
+        loss = TargetedLoss(target_class, context.targeted, scaled=self.loss == "dlr")
+        return self.restart(context, loss, number * self.restarts, margin)

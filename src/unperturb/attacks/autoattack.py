@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from unperturb.attacks.apgd import APGD, APGDT, mean_logits, rivals
-from unperturb.attacks.balls import project_
+from unperturb.attacks.apgd import APGD, APGDT, mean_logits, target_classes
 from unperturb.attacks.base import BallAttack, Best, attacks
+from unperturb.attacks.context import AttackContext
 from unperturb.attacks.fab import FAB
 from unperturb.attacks.losses import attack_loss, cross_entropy, margin
-from unperturb.attacks.problem import Problem
+from unperturb.attacks.projections import project_
 from unperturb.attacks.square import Square
 
-# A rung of the cascade: (its member's name, the images still standing and their rivals (N, M) -> images).
-Rung = tuple[str, Callable[[Problem, Tensor], Tensor]]
+# A stage of the cascade: (its member's name, the images still standing and their target classes (N, M) -> images).
+Stage = tuple[str, Callable[[AttackContext, Tensor], Tensor]]
 
 
 @attacks.register("autoattack")
@@ -28,10 +28,10 @@ class AutoAttack(BallAttack):
     leaves it at its first success (`"rand"`: after the whole climb).
 
     version: `"standard"`, or `"rand"` for a random model: APGD-CE and APGD-DLR, with gradients, and the logits that say
-    who has fallen, averaged over `eot` passes. steps: of APGD and FAB. target_classes: of APGD-T and FAB-T, at most all
-    others. queries: of Square. With two classes DLR gives way to the margin.
+    who has fallen, averaged over `eot_samples` passes. steps: of APGD and FAB. target_classes: of APGD-T and FAB-T, at
+    most all others. queries: of Square. With two classes DLR gives way to the margin.
 
-    An image that never falls comes back as the one with the highest margin met; `AttackResult.felled_by` names who
+    An image that never falls comes back as the one with the highest margin met; `AttackResult.broken_by` names who
     felled the others. Each member judges by the margin, so `loss` has no say; towards a target so does DLR.
 
     Source: Croce & Hein 2020.
@@ -42,7 +42,7 @@ class AutoAttack(BallAttack):
     steps: int = 100
     target_classes: int = 9
     queries: int = 5000
-    eot: int = 20
+    eot_samples: int = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,57 +52,57 @@ class AutoAttack(BallAttack):
             raise ValueError(f"version must be 'standard' or 'rand', not {self.version!r}")
         self._members()  # their constructors check the rest
 
-    def perturb(self, problem: Problem) -> Tensor:
-        draws = self.eot if self.version == "rand" else 1
-        found = Best(problem.images)
-        logits = mean_logits(problem, problem.images, draws)
-        fallen = problem.clearly_fooled(logits)
-        felled_by = ["clean" if hit else "" for hit in fallen.tolist()]
-        aims = rivals(problem, logits, self.target_classes)
-        rows = (~fallen).nonzero().squeeze(1)
-        for name, attack in self._rungs(problem.targeted, logits.shape[1], aims.shape[1]):
+    def perturb(self, context: AttackContext) -> Tensor:
+        eot_samples = self.eot_samples if self.version == "rand" else 1
+        found = Best(context.images)
+        logits = mean_logits(context, context.images, eot_samples)
+        fooled = context.clearly_fooled(logits)
+        broken_by = ["clean" if hit else "" for hit in fooled.tolist()]
+        classes = target_classes(context, logits, self.target_classes)
+        rows = (~fooled).nonzero().squeeze(1)
+        for name, attack in self._stages(context.targeted, logits.shape[1], classes.shape[1]):
             if not len(rows):
                 break
-            part = problem.take(rows)
-            x = project_(attack(part, aims[rows]), part.images, self.eps, self.norm)
-            logits = mean_logits(part, x, draws)
-            fallen = part.clearly_fooled(logits)
-            found.update(x, part.value(logits, margin), fooled=fallen, rows=rows)
-            for row in rows[fallen].tolist():
-                felled_by[row] = name
-            rows = rows[~fallen]
-        problem.tally.felled_by = felled_by
+            part = context.take(rows)
+            x = project_(attack(part, classes[rows]), part.images, self.eps, self.norm)
+            logits = mean_logits(part, x, eot_samples)
+            fooled = part.clearly_fooled(logits)
+            found.update(x, part.value(logits, margin), fooled=fooled, rows=rows)
+            for row in rows[fooled].tolist():
+                broken_by[row] = name
+            rows = rows[~fooled]
+        context.counter.broken_by = broken_by
         return found.images
 
-    def for_random_model(self, eot: int = 20) -> AutoAttack:
-        return self if self.version == "rand" else replace(self, version="rand", eot=eot)
+    def for_random_model(self, eot_samples: int = 20) -> AutoAttack:
+        return self if self.version == "rand" else replace(self, version="rand", eot_samples=eot_samples)
 
     def _members(self) -> tuple[APGD, APGDT, FAB, Square]:
         random = self.version == "rand"  # then one success is a draw, not a fall: the climb goes on
         ball: dict[str, Any] = {"norm": self.norm, "eps": self.eps, "steps": self.steps}
-        apgd = APGD(**ball, eot=self.eot if random else 1, first_success=not random)
+        apgd = APGD(**ball, eot_samples=self.eot_samples if random else 1, first_success=not random)
         apgd_t = APGDT(**ball, target_classes=self.target_classes, first_success=True)
         fab = FAB(**ball, target_classes=self.target_classes, first_success=True)
         return apgd, apgd_t, fab, Square(norm=self.norm, eps=self.eps, queries=self.queries)
 
-    def _rungs(self, targeted: bool, classes: int, aims: int) -> Iterator[Rung]:
-        """One rung per member, and within a targeted member one per class: whom the first aim fells leaves then."""
+    def _stages(self, targeted: bool, classes: int, count: int) -> Iterator[Stage]:
+        """One stage per member, and within a targeted member one per class: whom the first target fells leaves then."""
         apgd, apgd_t, fab, square = self._members()
         yield "apgd-ce", lambda p, _: apgd.search(p, cross_entropy, 0, margin).images
         if self.version == "rand":
             dlr = attack_loss("dlr" if classes > 2 else "margin", targeted=targeted)
             yield "apgd-dlr", lambda p, _: apgd.search(p, dlr, 1, margin).images
             return
-        for number in range(aims):
+        for number in range(count):
             yield "apgd-t", partial(_apgd_t, apgd_t, number)
-        for number in range(aims):
+        for number in range(count):
             yield "fab-t", partial(_fab_t, fab, number)
         yield "square", lambda p, _: square.perturb(p)
 
 
-def _apgd_t(member: APGDT, number: int, problem: Problem, aims: Tensor) -> Tensor:
-    return member.aim(problem, aims[:, number], number).images
+def _apgd_t(member: APGDT, number: int, context: AttackContext, classes: Tensor) -> Tensor:
+    return member.attack_target(context, classes[:, number], number).images
 
 
-def _fab_t(member: FAB, number: int, problem: Problem, aims: Tensor) -> Tensor:
-    return member.aim(problem, aims[:, number], number)[0]
+def _fab_t(member: FAB, number: int, context: AttackContext, classes: Tensor) -> Tensor:
+    return member.attack_target(context, classes[:, number], number)[0]

@@ -1,6 +1,6 @@
 """The contract of every attack: settings in, adversarial images out, inside the ball and inside [0, 1].
 
-A new attack is a frozen dataclass that writes `perturb` alone. It meets the model only through a `Problem`, which
+A new attack is a frozen dataclass that writes `perturb` alone. It meets the model only through a `AttackContext`, which
 counts passes, keeps randomness per image and makes wrong answers of logits that are not finite.
 """
 
@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from unperturb import draws
-from unperturb.attacks.balls import Norm, column, l2_norm, project_
+from unperturb import per_image_rng
+from unperturb.attacks.context import AttackContext, Model, Progress, QueryCounter, not_finite
 from unperturb.attacks.losses import LOSSES
-from unperturb.attacks.problem import Model, Problem, Progress, Tally, not_finite
-from unperturb.contract import budget, check_images, check_labels
+from unperturb.attacks.projections import Norm, column, l2_norm, project_
 from unperturb.modules import frozen, logits_of
 from unperturb.registry import Registry
+from unperturb.validation import budget, check_images, check_labels
 
 attacks: Registry[Attack] = Registry("attack")
 
@@ -37,7 +37,7 @@ class AttackResult:
     are and rounded to 8 bits. forwards, backwards: batch passes spent by the attack. queries: `(N,)` forward passes
     per image. gradients, zero_gradients: `(N,)` how often an image's gradient was asked for, and how often it was
     exactly zero (a saturated or masked model). nonfinite: `(N,)` passes, the final ones too, whose logits were NaN or
-    infinite: a wrong answer. felled_by: N names, of the member of a cascade that felled each image ("" where it still
+    infinite: a wrong answer. broken_by: N names, of the member of a cascade that felled each image ("" where it still
     stands, "clean" where it needed no attack); empty for an attack that is no cascade.
     """
 
@@ -50,7 +50,7 @@ class AttackResult:
     gradients: Tensor
     zero_gradients: Tensor
     nonfinite: Tensor
-    felled_by: list[str] = field(default_factory=list)
+    broken_by: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,20 +64,20 @@ class Attack:
     needs_gradient: ClassVar[bool] = True
     targets: Literal["least_likely", "random"] | None = None
 
-    def perturb(self, problem: Problem) -> Tensor:
-        """Adversarial images for `problem`; what a new attack writes."""
+    def perturb(self, context: AttackContext) -> Tensor:
+        """Adversarial images for `context`; what a new attack writes."""
         raise TypeError(f"{type(self).__name__} does not say how it perturbs")
 
     def limit(self, x: Tensor, images: Tensor) -> Tensor:
         """`x` brought back into what this attack may do; [0, 1] alone unless it has a ball."""
         return x.clamp(0, 1)
 
-    def for_random_model(self, eot: int = 20) -> Attack:
+    def for_random_model(self, eot_samples: int = 20) -> Attack:
         """This attack as a random model must be asked, where one success is a draw: it spends its whole budget on
         every image.
 
-        eot: passes that are averaged where the attack knows how; 1 for a model that averages itself (`threats.EOT`).
-        Raises `ValueError` for a minimal-norm attack, whose answer would be the nearest lucky draw.
+        eot_samples: passes that are averaged where the attack knows how; 1 for a model that averages itself
+        (`threats.EOT`). Raises `ValueError` for a minimal-norm attack, whose answer would be the nearest lucky draw.
         """
         return self
 
@@ -103,9 +103,9 @@ class Attack:
         Raises `TypeError` or `ValueError` for inputs that are not so, `NoGradientError` where an attack by gradients
         meets a model that gives none. Warns of logits that are not finite (wrong answers) and of gradients of zero.
         """
-        x, problem = self._solve(model, images, labels, targets, index, seed, progress)
+        x, context = self._solve(model, images, labels, targets, index, seed, progress)
         # Whoever has reached a target has no gradient left, and who has not is not told apart without another pass.
-        problem.tally.warn(torch.full_like(problem.labels, not problem.targeted, dtype=torch.bool))
+        context.counter.warn(torch.full_like(context.labels, not context.targeted, dtype=torch.bool))
         return x
 
     @final
@@ -119,10 +119,10 @@ class Attack:
         index: Tensor | None = None,
         seed: int = 0,
         progress: Progress | None = None,
-    ) -> tuple[Tensor, Tally]:
+    ) -> tuple[Tensor, QueryCounter]:
         """The same images as `__call__`, without a warning, with what they cost: for who asks batch by batch."""
-        x, problem = self._solve(model, images, labels, targets, index, seed, progress)
-        return x, problem.tally
+        x, context = self._solve(model, images, labels, targets, index, seed, progress)
+        return x, context.counter
 
     @final
     def run(
@@ -137,27 +137,27 @@ class Attack:
         progress: Progress | None = None,
     ) -> AttackResult:
         """The same images as `__call__`, re-checked by clean forward passes, with what they cost."""
-        x, problem = self._solve(model, images, labels, targets, index, seed, progress)
-        tally = problem.tally
+        x, context = self._solve(model, images, labels, targets, index, seed, progress)
+        counter = context.counter
         success = []
         with torch.inference_mode(False), frozen(model), torch.no_grad():
             for shown in (x, (x * 255).round() / 255):
                 logits = logits_of(model, shown)
                 bad = not_finite(logits)
-                tally.nonfinite += bad
-                success.append(torch.where(bad, not problem.targeted, problem.fooled(logits)))
-        tally.warn(~success[0])
+                counter.nonfinite += bad
+                success.append(torch.where(bad, not context.targeted, context.fooled(logits)))
+        counter.warn(~success[0])
         return AttackResult(
             images=x,
             success=success[0],
             success_8bit=success[1],
-            forwards=tally.forwards,
-            backwards=tally.backwards,
-            queries=tally.queries,
-            gradients=tally.gradients,
-            zero_gradients=tally.zero_gradients,
-            nonfinite=tally.nonfinite,
-            felled_by=tally.felled_by,
+            forwards=counter.forwards,
+            backwards=counter.backwards,
+            queries=counter.queries,
+            gradients=counter.gradients,
+            zero_gradients=counter.zero_gradients,
+            nonfinite=counter.nonfinite,
+            broken_by=counter.broken_by,
         )
 
     @torch.inference_mode(False)  # where there is no gradient; it would read as robustness
@@ -170,7 +170,7 @@ class Attack:
         index: Tensor | None,
         seed: int,
         progress: Progress | None,
-    ) -> tuple[Tensor, Problem]:
+    ) -> tuple[Tensor, AttackContext]:
         images = check_images(images)
         check_labels(images, labels)
         self._check_reach(images)
@@ -179,11 +179,11 @@ class Attack:
         if index.shape != labels.shape:
             raise ValueError(f"index must have shape {tuple(labels.shape)}, not {tuple(index.shape)}")
         counts = torch.zeros_like(labels)
-        tally = Tally(queries=counts, zero_gradients=counts.clone(), progress=progress)
+        counter = QueryCounter(queries=counts, zero_gradients=counts.clone(), progress=progress)
         rows = torch.arange(len(images), device=images.device)
-        problem = Problem(model, images, labels, False, index, seed, tally, rows)
+        context = AttackContext(model, images, labels, False, index, seed, counter, rows)
         if not len(images):
-            return images.clone(), problem
+            return images.clone(), context
         with frozen(model) as modules:
             tensors = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
             if any(t.is_inference() for t in tensors) and getattr(self, "needs_gradient", True):
@@ -192,9 +192,9 @@ class Attack:
                     "copy.deepcopy it, outside"
                 )
             if targets is not None or self.targets is not None:
-                problem = replace(problem, labels=self._choose_targets(problem, targets), targeted=True)
-            x = self.limit(self.perturb(problem).detach(), images)
-        return x, problem
+                context = replace(context, labels=self._choose_targets(context, targets), targeted=True)
+            x = self.limit(self.perturb(context).detach(), images)
+        return x, context
 
     def _check_reach(self, images: Tensor) -> None:
         """Raise `ValueError` for an L2 budget that no two images are apart by."""
@@ -205,18 +205,18 @@ class Attack:
                 f"apart ({far:.4g}); divide a budget made for pixels of 0 to 255 by 255"
             )
 
-    def _choose_targets(self, problem: Problem, given: Tensor | None) -> Tensor:
-        labels = problem.labels
+    def _choose_targets(self, context: AttackContext, given: Tensor | None) -> Tensor:
+        labels = context.labels
         if given is not None:
-            check_labels(problem.images, given)
+            check_labels(context.images, given)
             if bool((given == labels).any()):
                 raise ValueError("a target equals the true class of its image")
             return _plain(given.to(labels))
-        logits = problem.logits(problem.images)
+        logits = context.logits(context.images)
         if self.targets == "least_likely":
             return logits.scatter(1, labels[:, None], torch.inf).argmin(1)
         if self.targets == "random":
-            shift = 1 + draws.integers(problem.seed, problem.index, 1 << 41, logits.shape[1] - 1).squeeze(1)
+            shift = 1 + per_image_rng.integers(context.seed, context.index, 1 << 41, logits.shape[1] - 1).squeeze(1)
             return (labels + shift) % logits.shape[1]
         raise ValueError(f"targets must be None, 'least_likely' or 'random', not {self.targets!r}")
 
@@ -261,7 +261,7 @@ class BallAttack(Attack):
 class MinimalAttack(Attack):
     """An attack without a budget: it seeks the nearest success."""
 
-    def for_random_model(self, eot: int = 20) -> Attack:
+    def for_random_model(self, eot_samples: int = 20) -> Attack:
         name = type(self).__name__
         raise ValueError(
             f"{name} seeks the nearest point at which one answer changes, and a random model's answer is a draw; "

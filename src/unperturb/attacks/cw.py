@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.balls import l2_norm
 from unperturb.attacks.base import Best, MinimalAttack, attacks
+from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import margin
-from unperturb.attacks.problem import Problem
+from unperturb.attacks.projections import l2_norm
 
 _CHECKS = 10  # how often per search step the loss is asked whether it still falls
-_SHARPNESS = 40.0  # of the smooth maximum over rivals, times the label's lead on the clean image
+_SHARPNESS = 40.0  # of the smooth maximum over the rivals, times the label's lead on the clean image
 
 
 @attacks.register("cw")
@@ -52,35 +52,35 @@ class CW(MinimalAttack):
                 f"smoothing must lie in (0, 1), not {self.smoothing}: at 1 black and white pixels are stuck"
             )
 
-    def perturb(self, problem: Problem) -> Tensor:
-        found = problem.images.clone()
-        fallen, lead = self._fallen(problem, problem.logits(found))
-        standing = (~fallen).nonzero().squeeze(1)
-        if not len(standing):
+    def perturb(self, context: AttackContext) -> Tensor:
+        found = context.images.clone()
+        fooled, lead = self._fooled(context, context.logits(found))
+        active = (~fooled).nonzero().squeeze(1)
+        if not len(active):
             return found
-        problem, sharpness = problem.take(standing), _SHARPNESS / lead[standing].abs().clamp(min=1e-12)
-        best = Best(problem.images)
-        w = torch.atanh((2 * problem.images - 1) * self.smoothing)
+        context, sharpness = context.take(active), _SHARPNESS / lead[active].abs().clamp(min=1e-12)
+        best = Best(context.images)
+        w = torch.atanh((2 * context.images - 1) * self.smoothing)
         const = torch.full_like(sharpness, self.initial_const)
         low, high = torch.zeros_like(const), torch.full_like(const, torch.inf)
         for search in range(self.search_steps):
             # Adam moves every pixel, by up to lr / 2: no step may be longer than half the distance already met.
             lr = (best.value.neg().sqrt() / math.sqrt(w[0].numel())).clamp(max=self.lr).to(w.dtype)
             decay = search >= self.search_steps - max(self.search_steps // 3, 1)
-            w, hit = self._descend(problem, w, const, lr, sharpness, best, decay=decay)
+            w, hit = self._descend(context, w, const, lr, sharpness, best, decay=decay)
             low, high = torch.where(hit, low, const), torch.where(hit, const, high)
             const = torch.where(high < torch.inf, (low + high) / 2, const * 10)
-        found[standing] = best.images
+        found[active] = best.images
         return found
 
-    def _fallen(self, problem: Problem, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _fooled(self, context: AttackContext, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each image leads by the confidence and more than rounding, and by how much it does."""
-        lead = problem.value(logits, margin) - self.confidence
-        return lead > problem.rounding(logits), lead
+        lead = context.value(logits, margin) - self.confidence
+        return lead > context.rounding(logits), lead
 
     def _descend(
         self,
-        problem: Problem,
+        context: AttackContext,
         start: Tensor,
         const: Tensor,
         lr: Tensor,
@@ -97,23 +97,23 @@ class CW(MinimalAttack):
         for step in range(1, self.steps + 1):
             bend = torch.tanh(w)
             x = (bend * (0.5 / self.smoothing)).add_(0.5).clamp_(0, 1)
-            point, logits = problem.forward(x)
+            point, logits = context.forward(x)
             logits_now = logits.detach()
-            fallen, lead = self._fallen(problem, logits_now)
-            delta = x - problem.images
+            fooled, lead = self._fooled(context, logits_now)
+            delta = x - context.images
             distance = l2_norm(delta).square_()
-            best.update(x, torch.where(fallen, -distance, -torch.inf), rows=rows)
-            hit[rows] |= fallen
+            best.update(x, torch.where(fooled, -distance, -torch.inf), rows=rows)
+            hit[rows] |= fooled
 
             # The gradient of the hinge, then of the distance, then through tanh. Where several rivals are near, their
             # mixture leads to nearer images than the leader of the moment: a softmax, its sharpness in units of the
             # lead to be made up, stands for the maximum. The cut to [0, 1] is left out: a pixel pushed past it must
             # come back.
-            labels = problem.labels[:, None]
-            pull = torch.where(lead < 0, -const if problem.targeted else const, 0.0)[:, None]
-            rivals = (logits_now.scatter(1, labels, -torch.inf) * sharpness[:, None]).softmax(1)
-            weights = (rivals * -pull).scatter_(1, labels, pull)
-            slope = problem.backward(point, logits, weights).add_(delta, alpha=2)
+            labels = context.labels[:, None]
+            pull = torch.where(lead < 0, -const if context.targeted else const, 0.0)[:, None]
+            others = (logits_now.scatter(1, labels, -torch.inf) * sharpness[:, None]).softmax(1)
+            weights = (others * -pull).scatter_(1, labels, pull)
+            slope = context.backward(point, logits, weights).add_(delta, alpha=2)
             slope.addcmul_(slope, bend.square_(), value=-1)
 
             # Adam, with the two bias corrections.
@@ -129,7 +129,7 @@ class CW(MinimalAttack):
                 lowest = torch.minimum(loss, lowest)
                 if len(falling) < len(w):
                     end[rows] = w
-                    problem = problem.take(falling)
+                    context = context.take(falling)
                     state = (w, m, v, rows, const, lr, sharpness, lowest)
                     w, m, v, rows, const, lr, sharpness, lowest = (t[falling] for t in state)
                     if not len(w):

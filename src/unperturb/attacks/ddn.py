@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.balls import l2_norm
 from unperturb.attacks.base import Best, MinimalAttack, attacks
+from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import margin
-from unperturb.attacks.problem import Problem
+from unperturb.attacks.projections import l2_norm
 
 
 def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
@@ -51,15 +51,15 @@ class DDN(MinimalAttack):
         if self.steps < 2 or not 0 < self.gamma < 1 or self.init_norm <= 0:
             raise ValueError("steps must be at least 2, gamma in (0, 1) and init_norm positive")
 
-    def perturb(self, problem: Problem) -> Tensor:
-        images = problem.images
+    def perturb(self, context: AttackContext) -> Tensor:
+        images = context.images
         best = Best(images)
         x, delta = images, torch.zeros_like(images)
         farthest = l2_norm(torch.maximum(images, 1 - images))
         radius = torch.full_like(farthest, self.init_norm)
         for step in range(self.steps):
-            _, gradient, logits = problem.gradient(x, toward_fall)
-            fooled = problem.clearly_fooled(logits)
+            _, gradient, logits = context.gradient(x, toward_fall)
+            fooled = context.clearly_fooled(logits)
             best.update(x, torch.where(fooled, -l2_norm(delta), -torch.inf))
             # Cosine annealing from 1 to 0.01.
             size = 0.01 + 0.99 * (1 + math.cos(math.pi * step / self.steps)) / 2
@@ -68,6 +68,6 @@ class DDN(MinimalAttack):
             delta = delta * (radius / l2_norm(delta).clamp(min=1e-30))[:, None, None, None]
             x = (images + delta).clamp_(0, 1)
             delta = x - images
-        fooled = problem.clearly_fooled(problem.logits(x))
+        fooled = context.clearly_fooled(context.logits(x))
         best.update(x, torch.where(fooled, -l2_norm(delta), -torch.inf))
         return best.images

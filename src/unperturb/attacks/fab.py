@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.apgd import Lead, rivals
-from unperturb.attacks.balls import Norm
+from unperturb.attacks.apgd import TargetedLoss, target_classes
 from unperturb.attacks.base import Best, MinimalAttack, attacks
+from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import LossFunction, margin
-from unperturb.attacks.problem import Problem
-from unperturb.contract import budget
+from unperturb.attacks.projections import Norm
+from unperturb.validation import budget
 
 
 def onto_plane(x: Tensor, w: Tensor, b: Tensor, norm: Norm) -> Tensor:
@@ -84,17 +84,17 @@ class FAB(MinimalAttack):
         if self.steps < 1 or self.restarts < 1 or self.target_classes < 1:
             raise ValueError("steps, restarts and target_classes must be at least 1")
 
-    def perturb(self, problem: Problem) -> Tensor:
-        found = problem.images.clone()
-        logits = problem.logits(found)
-        rows = (~problem.clearly_fooled(logits)).nonzero().squeeze(1)
+    def perturb(self, context: AttackContext) -> Tensor:
+        found = context.images.clone()
+        logits = context.logits(found)
+        rows = (~context.clearly_fooled(logits)).nonzero().squeeze(1)
         if not len(rows):
             return found
-        part = problem.take(rows)
-        aims = rivals(part, logits[rows], self.target_classes)
+        part = context.take(rows)
+        classes = target_classes(part, logits[rows], self.target_classes)
         best, left = Best(part.images), torch.arange(len(rows), device=rows.device)
-        for number in range(aims.shape[1]):
-            x, distance = self.aim(part.take(left), aims[left, number], number)
+        for number in range(classes.shape[1]):
+            x, distance = self.attack_target(part.take(left), classes[left, number], number)
             best.update(x, -distance, rows=left)
             if self.first_success:
                 left = (~self._near(-best.value)).nonzero().squeeze(1)
@@ -110,27 +110,27 @@ class FAB(MinimalAttack):
         """Which distances are those of a success, and within `eps`."""
         return radius < torch.inf if self.eps is None else radius <= self.eps * (1 + 1e-6)
 
-    def aim(self, problem: Problem, rival: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """All restarts towards the classes `rival` `(N,)`, the `number`-th: (nearest success, its distance `(N,)`);
-        the original and infinity where there is none."""
-        loss, found = Lead(rival, problem.targeted), Best(problem.images)
-        rows = torch.arange(len(rival), device=rival.device)
+    def attack_target(self, context: AttackContext, target_class: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """All restarts towards the classes `target_class` `(N,)`, the `number`-th: (nearest success, its distance
+        `(N,)`); the original and infinity where there is none."""
+        loss, found = TargetedLoss(target_class, context.targeted), Best(context.images)
+        rows = torch.arange(len(target_class), device=target_class.device)
         for restart in range(self.restarts):
-            x, best, radius = problem.images, problem.images, -found.value[rows].to(problem.images.dtype)
+            x, best, radius = context.images, context.images, -found.value[rows].to(context.images.dtype)
             if restart:
-                noise = problem.uniform(number * self.restarts + restart)
+                noise = context.uniform(number * self.restarts + restart)
                 reach = radius.clamp(max=1.0 if self.eps is None else self.eps)
                 unit = noise / _size(noise, self.norm).clamp(min=1e-30)[:, None, None, None]
                 x = (x + 0.5 * reach[:, None, None, None] * unit).clamp(0, 1)
             for _ in range(self.steps):
-                x, best, radius = self._step(problem, x, loss, best, radius)
+                x, best, radius = self._step(context, x, loss, best, radius)
                 if not self.first_success:
                     continue
                 near = self._near(radius)
                 if bool(near.any()):
                     found.update(best, -radius, rows=rows)
                     left = (~near).nonzero().squeeze(1)
-                    problem, loss, rows = problem.take(left), loss.take(left), rows[left]
+                    context, loss, rows = context.take(left), loss.take(left), rows[left]
                     x, best, radius = x[left], best[left], radius[left]
                     if not len(left):
                         return found.images, -found.value
@@ -138,11 +138,11 @@ class FAB(MinimalAttack):
         return found.images, -found.value
 
     def _step(
-        self, problem: Problem, x: Tensor, loss: LossFunction, best: Tensor, radius: Tensor
+        self, context: AttackContext, x: Tensor, loss: LossFunction, best: Tensor, radius: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        images = problem.images
-        value, w, logits = problem.gradient(x, loss)
-        best, radius = self._keep(problem, x, logits, best, radius)[1:]
+        images = context.images
+        value, w, logits = context.gradient(x, loss)
+        best, radius = self._keep(context, x, logits, best, radius)[1:]
         flat, w = x.flatten(1), w.flatten(1)
         b = (w * flat).sum(1) - value
         here = onto_plane(flat, w, b, self.norm).reshape_as(x) - x
@@ -150,33 +150,33 @@ class FAB(MinimalAttack):
         near, far = (_size(d, self.norm).clamp(min=1e-8) for d in (here, there))
         alpha = (near / (near + far)).clamp(max=self.alpha_max)[:, None, None, None]
         new = ((1 - alpha) * (x + self.eta * here) + alpha * (images + self.eta * there)).clamp_(0, 1)
-        fooled, best, radius = self._keep(problem, new, problem.logits(new), best, radius)
+        fooled, best, radius = self._keep(context, new, context.logits(new), best, radius)
         return torch.where(fooled[:, None, None, None], images + self.beta * (new - images), new), best, radius
 
     def _keep(
-        self, problem: Problem, x: Tensor, logits: Tensor, best: Tensor, radius: Tensor
+        self, context: AttackContext, x: Tensor, logits: Tensor, best: Tensor, radius: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(fooled `(N,)`, the nearer success, its distance)."""
-        fooled = problem.clearly_fooled(logits)
-        distance = torch.where(fooled, _size(x - problem.images, self.norm), torch.inf)
+        fooled = context.clearly_fooled(logits)
+        distance = torch.where(fooled, _size(x - context.images, self.norm), torch.inf)
         nearer = distance < radius
         return fooled, torch.where(nearer[:, None, None, None], x, best), torch.where(nearer, distance, radius)
 
-    def _shorten(self, problem: Problem, best: Tensor, radius: Tensor, steps: int = 3) -> tuple[Tensor, Tensor]:
+    def _shorten(self, context: AttackContext, best: Tensor, radius: Tensor, steps: int = 3) -> tuple[Tensor, Tensor]:
         """The final search: a few secant steps on the way from the image to its success."""
-        images = problem.images
+        images = context.images
         way = best - images
         low, high = torch.zeros_like(radius), torch.ones_like(radius)
-        low_value = problem.value(problem.logits(images), margin)
-        high_value = problem.value(problem.logits(best), margin)
+        low_value = context.value(context.logits(images), margin)
+        high_value = context.value(context.logits(best), margin)
         for _ in range(steps):
             # Short of the crossing by a tenth, or rounding would leave every other point on the wrong side.
             share = 0.9 * high_value / (high_value - low_value).clamp(min=1e-30)
             t = high - share.clamp(0, 1) * (high - low)
             x = (images + t[:, None, None, None] * way).clamp_(0, 1)
-            logits = problem.logits(x)
-            fooled, best, radius = self._keep(problem, x, logits, best, radius)
-            value = problem.value(logits, margin)
+            logits = context.logits(x)
+            fooled, best, radius = self._keep(context, x, logits, best, radius)
+            value = context.value(logits, margin)
             low, low_value = torch.where(fooled, low, t), torch.where(fooled, low_value, value)
             high, high_value = torch.where(fooled, t, high), torch.where(fooled, value, high_value)
         return best, radius

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from unperturb.attacks.base import BallAttack, attacks
+from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import attack_loss
-from unperturb.attacks.problem import Problem
 
 
 @attacks.register("fgsm")
@@ -19,6 +19,6 @@ class FGSM(BallAttack):
     Source: Goodfellow et al. 2015, section 4; equation (2) of the paper.
     """
 
-    def perturb(self, problem: Problem) -> Tensor:
-        _, gradient, _ = problem.gradient(problem.images, attack_loss(self.loss, targeted=problem.targeted))
-        return self.ascend(problem.images, gradient, self.eps)
+    def perturb(self, context: AttackContext) -> Tensor:
+        _, gradient, _ = context.gradient(context.images, attack_loss(self.loss, targeted=context.targeted))
+        return self.ascend(context.images, gradient, self.eps)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.base import MinimalAttack, attacks
-from unperturb.attacks.problem import Problem
+from unperturb.attacks.context import AttackContext
 
 _SATURATED = 0.01  # a value this near to its limit counts as there: what is left of it could change nothing
 _PAIRS_AT_ONCE = 1 << 22  # bounds the memory of the pair scores, whatever the image size
@@ -43,25 +43,25 @@ class JSMA(MinimalAttack):
         if self.output not in ("logits", "softmax"):
             raise ValueError(f"output must be 'logits' or 'softmax', not {self.output!r}")
 
-    def perturb(self, problem: Problem) -> Tensor:
-        found = problem.images.clone()
-        x, rows = problem.images, torch.arange(len(found), device=found.device)
-        target = problem.labels[:, None]
+    def perturb(self, context: AttackContext) -> Tensor:
+        found = context.images.clone()
+        x, rows = context.images, torch.arange(len(found), device=found.device)
+        target = context.labels[:, None]
         stuck = torch.zeros_like(rows, dtype=torch.bool)
         for step in range(int(x[0].numel() * self.gamma / self.pixels)):
-            point, logits = problem.forward(x)
+            point, logits = context.forward(x)
             values = logits.detach()
-            if not step and not problem.targeted:
+            if not step and not context.targeted:
                 target = values.scatter(1, target, -torch.inf).argmax(1, keepdim=True)
-            fooled = problem.clearly_fooled(values)
+            fooled = context.clearly_fooled(values)
             found[rows[fooled]] = x[fooled]
-            standing = (~(fooled | stuck)).nonzero().squeeze(1)
-            if not len(standing):
+            active = (~(fooled | stuck)).nonzero().squeeze(1)
+            if not len(active):
                 return found
-            up, down = self._slopes(problem, point, logits, target)
-            if len(standing) < len(x):
-                problem, x, rows, target = problem.take(standing), x[standing], rows[standing], target[standing]
-                up, down = up[standing], down[standing]
+            up, down = self._slopes(context, point, logits, target)
+            if len(active) < len(x):
+                context, x, rows, target = context.take(active), x[active], rows[active], target[active]
+                up, down = up[active], down[active]
             flat = x.flatten(1)
             free = flat < 1 - _SATURATED if self.theta > 0 else flat > _SATURATED
             if self.pixels == 2:
@@ -73,19 +73,19 @@ class JSMA(MinimalAttack):
             # Added, not set: without a pair both places may be the same, and nothing is added.
             change = torch.where(score < 0, 0.0, self.theta)
             x = flat.scatter_add(1, chosen, change).clamp_(0, 1).reshape_as(x)
-        fooled = problem.clearly_fooled(problem.logits(x))
+        fooled = context.clearly_fooled(context.logits(x))
         found[rows[fooled]] = x[fooled]
         return found
 
-    def _slopes(self, problem: Problem, point: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _slopes(self, context: AttackContext, point: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Per value `(N, C*H*W)`: how a step of theta's sign raises the target, and how it lowers the rest."""
         sign = 1.0 if self.theta > 0 else -1.0
         raised = torch.zeros_like(logits.detach()).scatter_(1, target, sign)
         if self.output == "softmax":  # the slope of p_t over p_t: the same order, and it cannot underflow
-            up = problem.backward(point, logits, raised - sign * logits.detach().softmax(1)).flatten(1)
+            up = context.backward(point, logits, raised - sign * logits.detach().softmax(1)).flatten(1)
             return up, up
-        up = problem.backward(point, logits, raised, keep=True).flatten(1)
-        return up, problem.backward(point, logits, raised - sign).flatten(1)
+        up = context.backward(point, logits, raised, keep=True).flatten(1)
+        return up, context.backward(point, logits, raised - sign).flatten(1)
 
 
 def best_singles(up: Tensor, down: Tensor, free: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:

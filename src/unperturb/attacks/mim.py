@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unperturb.attacks.balls import projection
 from unperturb.attacks.base import BallAttack, Best, attacks
+from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import attack_loss
-from unperturb.attacks.problem import Problem
-from unperturb.contract import budget
+from unperturb.attacks.projections import projection
+from unperturb.validation import budget
 
 
 @attacks.register("mim")
@@ -37,18 +37,18 @@ class MIM(BallAttack):
         if self.steps < 1:
             raise ValueError("steps must be at least 1")
 
-    def perturb(self, problem: Problem) -> Tensor:
-        loss = attack_loss(self.loss, targeted=problem.targeted)
+    def perturb(self, context: AttackContext) -> Tensor:
+        loss = attack_loss(self.loss, targeted=context.targeted)
         alpha = self.eps / self.steps if self.alpha is None else self.alpha
-        best, project = Best(problem.images), projection(problem.images, self.eps, self.norm)
-        x, momentum = problem.images, torch.zeros_like(problem.images)
+        best, project = Best(context.images), projection(context.images, self.eps, self.norm)
+        x, momentum = context.images, torch.zeros_like(context.images)
         for _ in range(self.steps):
-            value, gradient, logits = problem.gradient(x, loss)
-            best.update(x, value, fooled=problem.fooled(logits))
+            value, gradient, logits = context.gradient(x, loss)
+            best.update(x, value, fooled=context.fooled(logits))
             # Clamped: a zero gradient adds nothing, where a division by zero would add NaN.
             gradient /= gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
             momentum = momentum.mul_(self.decay).add_(gradient)
             x = project(self.ascend(x, momentum, alpha))
-        logits = problem.logits(x)
-        best.update(x, problem.value(logits, loss), fooled=problem.fooled(logits))
+        logits = context.logits(x)
+        best.update(x, context.value(logits, loss), fooled=context.fooled(logits))
         return best.images

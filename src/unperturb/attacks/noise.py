@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from unperturb.attacks.balls import l2_norm
 from unperturb.attacks.base import BallAttack, Best, attacks
+from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import attack_loss
-from unperturb.attacks.problem import Problem
+from unperturb.attacks.projections import l2_norm
 
 
 @attacks.register("noise")
@@ -20,37 +20,37 @@ class Noise(BallAttack):
     """Noise whose norm is the budget: what an attacker without any knowledge does.
 
     kind: `"uniform"` or `"gaussian"`; either is scaled to norm `eps`, so the two spend the same. In L2 the length is
-    `eps` after the cut with [0, 1] too, as far as the box has room. draws: independent tries, of which the one with
-    the highest loss is kept per image, a success before any other, at one forward pass each; a single draw does not
-    meet the model.
+    `eps` after the cut with [0, 1] too, as far as the box has room. num_trials: independent tries, of which the one
+    with the highest loss is kept per image, a success before any other, at one forward pass each; a single one does
+    not meet the model.
     """
 
     needs_gradient: ClassVar[bool] = False
     kind: Literal["uniform", "gaussian"] = "uniform"
-    draws: int = 1
+    num_trials: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind not in ("uniform", "gaussian"):
             raise ValueError(f"kind must be 'uniform' or 'gaussian', not {self.kind!r}")
-        if self.draws < 1:
-            raise ValueError("draws must be at least 1")
+        if self.num_trials < 1:
+            raise ValueError("num_trials must be at least 1")
 
-    def perturb(self, problem: Problem) -> Tensor:
-        if self.draws == 1:
-            return self._draw(problem, 0)
-        best, loss = Best(problem.images), attack_loss(self.loss, targeted=problem.targeted)
-        for draw in range(self.draws):
-            x = self._draw(problem, draw)
-            logits = problem.logits(x)
-            best.update(x, problem.value(logits, loss), fooled=problem.fooled(logits))
+    def perturb(self, context: AttackContext) -> Tensor:
+        if self.num_trials == 1:
+            return self._draw(context, 0)
+        best, loss = Best(context.images), attack_loss(self.loss, targeted=context.targeted)
+        for draw in range(self.num_trials):
+            x = self._draw(context, draw)
+            logits = context.logits(x)
+            best.update(x, context.value(logits, loss), fooled=context.fooled(logits))
         return best.images
 
-    def _draw(self, problem: Problem, draw: int) -> Tensor:
-        noise = problem.uniform(draw) if self.kind == "uniform" else problem.normal(draw)
+    def _draw(self, context: AttackContext, draw: int) -> Tensor:
+        noise = context.uniform(draw) if self.kind == "uniform" else context.normal(draw)
         if self.norm == "linf":
             length = self.eps / noise.flatten(1).abs().amax(1).clamp(min=1e-30)
         else:
             # Far outside the ball: the projection then scales down to `eps`, counting only what the box leaves.
             length = 1e3 * self.eps / l2_norm(noise).clamp(min=1e-30)
-        return self.limit(torch.addcmul(problem.images, noise, length[:, None, None, None]), problem.images)
+        return self.limit(torch.addcmul(context.images, noise, length[:, None, None, None]), context.images)

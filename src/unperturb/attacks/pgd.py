@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unperturb.attacks.balls import projection
 from unperturb.attacks.base import BallAttack, Best, attacks
+from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import attack_loss
-from unperturb.attacks.problem import Problem
-from unperturb.contract import budget
+from unperturb.attacks.projections import projection
+from unperturb.validation import budget
 
 
 @attacks.register("pgd")
@@ -38,18 +38,18 @@ class PGD(BallAttack):
         if self.steps < 1 or self.restarts < 1:
             raise ValueError("steps and restarts must be at least 1")
 
-    def perturb(self, problem: Problem) -> Tensor:
-        loss = attack_loss(self.loss, targeted=problem.targeted)
+    def perturb(self, context: AttackContext) -> Tensor:
+        loss = attack_loss(self.loss, targeted=context.targeted)
         alpha = 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
-        best, project = Best(problem.images), projection(problem.images, self.eps, self.norm)
+        best, project = Best(context.images), projection(context.images, self.eps, self.norm)
         for restart in range(self.restarts):
-            x = problem.images
+            x = context.images
             if self.random_start or restart:
-                x = problem.random_start(self.eps, self.norm, restart)
+                x = context.random_start(self.eps, self.norm, restart)
             for _ in range(self.steps):
-                value, gradient, logits = problem.gradient(x, loss)
-                best.update(x, value, fooled=problem.fooled(logits))
+                value, gradient, logits = context.gradient(x, loss)
+                best.update(x, value, fooled=context.fooled(logits))
                 x = project(self.ascend(x, gradient, alpha))
-            logits = problem.logits(x)
-            best.update(x, problem.value(logits, loss), fooled=problem.fooled(logits))
+            logits = context.logits(x)
+            best.update(x, context.value(logits, loss), fooled=context.fooled(logits))
         return best.images

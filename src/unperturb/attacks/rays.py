@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.base import MinimalAttack, attacks
-from unperturb.attacks.problem import Problem
-from unperturb.contract import budget
+from unperturb.attacks.context import AttackContext
+from unperturb.validation import budget
 
 _CORNERS = 64
 
@@ -42,12 +42,12 @@ class RayS(MinimalAttack):
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must lie in (0, 1), not {self.tolerance}")
 
-    def perturb(self, problem: Problem) -> Tensor:
-        answer = problem.images.clone()
-        rows = (~problem.fooled(problem.logits(answer))).nonzero().squeeze(1)
+    def perturb(self, context: AttackContext) -> Tensor:
+        answer = context.images.clone()
+        rows = (~context.fooled(context.logits(answer))).nonzero().squeeze(1)
         if not len(rows):
             return answer
-        search = _Search(problem.take(rows), rows, self.tolerance)
+        search = _Search(context.take(rows), rows, self.tolerance)
         for query in range(1, self.queries):
             search.ask(query if query < _CORNERS and query % 2 == 0 else None)
             if self.eps is None:
@@ -59,18 +59,18 @@ class RayS(MinimalAttack):
             if not len(search.rows):
                 return answer
         if self.eps is None:
-            answer[search.rows] = torch.where(search.found[:, None, None, None], search.point(), search.problem.images)
+            answer[search.rows] = torch.where(search.found[:, None, None, None], search.point(), search.context.images)
         return answer
 
 
 class _Search:
     """Where the search stands for each image: its best direction and radius, the block that is tried, the bracket."""
 
-    def __init__(self, problem: Problem, rows: Tensor, tolerance: float) -> None:
-        self.problem, self.rows, self.tolerance = problem, rows, tolerance
-        count, size = len(rows), problem.images[0].numel()
-        self.sign = problem.images.new_ones(count, size)
-        self.radius = problem.images.new_ones(count)  # at radius 1 every ray has met the corner of the box
+    def __init__(self, context: AttackContext, rows: Tensor, tolerance: float) -> None:
+        self.context, self.rows, self.tolerance = context, rows, tolerance
+        count, size = len(rows), context.images[0].numel()
+        self.sign = context.images.new_ones(count, size)
+        self.radius = context.images.new_ones(count)  # at radius 1 every ray has met the corner of the box
         self.low = torch.zeros_like(self.radius)
         self.found = torch.zeros_like(rows, dtype=torch.bool)
         self.bisecting = self.found.clone()
@@ -80,7 +80,7 @@ class _Search:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with the images at `rows` alone."""
-        self.problem = self.problem.take(rows)
+        self.context = self.context.take(rows)
         for name in ("rows", "sign", "radius", "low", "found", "bisecting", "level", "block"):
             setattr(self, name, getattr(self, name)[rows])
 
@@ -89,7 +89,7 @@ class _Search:
         return self._along(self.sign, self.radius)
 
     def _along(self, sign: Tensor, radius: Tensor) -> Tensor:
-        images = self.problem.images
+        images = self.context.images
         return torch.addcmul(images, sign.reshape_as(images), radius[:, None, None, None]).clamp_(0, 1)
 
     def ask(self, corner: int | None) -> None:
@@ -103,10 +103,10 @@ class _Search:
         cornered = torch.zeros_like(self.found)
         if corner is not None:
             cornered = ~self.found
-            signs = torch.where(self.problem.uniform(corner).flatten(1) < 0, -1.0, 1.0)
+            signs = torch.where(self.context.uniform(corner).flatten(1) < 0, -1.0, 1.0)
             trial = torch.where(cornered[:, None], signs, trial)
         radius = torch.where(self.bisecting, (self.low + self.radius) / 2, self.radius)
-        hit = self.problem.fooled(self.problem.logits(self._along(trial, radius)))
+        hit = self.context.fooled(self.context.logits(self._along(trial, radius)))
         # Bisecting, a hit moves the bracket's upper end and a miss its lower; trying, a hit opens a bracket.
         self.low = torch.where(self.bisecting, torch.where(hit, self.low, radius), 0)
         self.sign = torch.where(hit[:, None], trial, self.sign)

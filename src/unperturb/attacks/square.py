@@ -11,18 +11,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unperturb import draws
-from unperturb.attacks.balls import l2_norm
+from unperturb import per_image_rng
 from unperturb.attacks.base import BallAttack, attacks
+from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import margin
-from unperturb.attacks.problem import Problem
+from unperturb.attacks.projections import l2_norm
 
 # The share of pixels under the square is halved after so many of 10,000 queries (after 500 in the
 # authors' code alone).
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
-# (problem, the held images, query, share of the pixels) -> images with a new square.
-Paint = Callable[[Problem, Tensor, int, float], Tensor]
+# (context, the held images, query, share of the pixels) -> images with a new square.
+Paint = Callable[[AttackContext, Tensor, int, float], Tensor]
 
 
 def _signs(numbers: Tensor) -> Tensor:
@@ -77,42 +77,42 @@ class Square(BallAttack):
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init must lie in (0, 1], not {self.p_init}")
 
-    def for_random_model(self, eot: int = 20) -> Square:
+    def for_random_model(self, eot_samples: int = 20) -> Square:
         return replace(self, first_success=False)
 
-    def perturb(self, problem: Problem) -> Tensor:
-        found = problem.images.clone()
+    def perturb(self, context: AttackContext) -> Tensor:
+        found = context.images.clone()
         start, paint = (self._stripes, self._paint_linf) if self.norm == "linf" else (self._tiles, self._paint_l2)
-        x = start(problem)
-        logits = problem.logits(x)
-        value, fooled = problem.value(logits, margin), problem.clearly_fooled(logits)
+        x = start(context)
+        logits = context.logits(x)
+        value, fooled = context.value(logits, margin), context.clearly_fooled(logits)
         if not self.first_success:
-            return self._to_the_end(problem, x, value, paint)
+            return self._to_the_end(context, x, value, paint)
         rows = torch.arange(len(x), device=x.device)
         for query in range(1, self.queries):
             # The one look at the device per query: exact counts are the point of a query-limited attack.
             if bool(fooled.any()):
                 found[rows[fooled]] = x[fooled]
                 keep = (~fooled).nonzero().squeeze(1)
-                problem, x, value, rows = problem.take(keep), x[keep], value[keep], rows[keep]
+                context, x, value, rows = context.take(keep), x[keep], value[keep], rows[keep]
             if not len(rows):
                 return found
-            new = paint(problem, x, query, self._share(query))
-            logits = problem.logits(new)
-            new_value, fooled = problem.value(logits, margin), problem.clearly_fooled(logits)
+            new = paint(context, x, query, self._share(query))
+            logits = context.logits(new)
+            new_value, fooled = context.value(logits, margin), context.clearly_fooled(logits)
             better = (new_value > value) | fooled
             x = torch.where(better[:, None, None, None], new, x)
             value = torch.where(better, new_value, value)
         found[rows] = x
         return found
 
-    def _to_the_end(self, problem: Problem, x: Tensor, value: Tensor, paint: Paint) -> Tensor:
+    def _to_the_end(self, context: AttackContext, x: Tensor, value: Tensor, paint: Paint) -> Tensor:
         answers = torch.ones_like(value)  # how many of them `value` is the mean of
         for query in range(1, self.queries - 2, 3):
-            new = paint(problem, x, query, self._share(query))
-            new_value = (problem.value(problem.logits(new), margin) + problem.value(problem.logits(new), margin)) / 2
+            new = paint(context, x, query, self._share(query))
+            new_value = (context.value(context.logits(new), margin) + context.value(context.logits(new), margin)) / 2
             answers += 1
-            value = value + (problem.value(problem.logits(x), margin) - value) / answers
+            value = value + (context.value(context.logits(x), margin) - value) / answers
             better = new_value > value
             x = torch.where(better[:, None, None, None], new, x)
             value, answers = torch.where(better, new_value, value), torch.where(better, 2.0, answers)
@@ -122,43 +122,43 @@ class Square(BallAttack):
         passed = query * 10_000 // self.queries
         return self.p_init / 2 ** sum(passed > limit for limit in _HALVED_AFTER)
 
-    def _stripes(self, problem: Problem) -> Tensor:
-        _, channels, _, width = problem.images.shape
-        signs = _signs(draws.uniform(problem.seed, problem.index, 0, (channels, 1, width)))
-        return (problem.images + self.eps * signs).clamp_(0, 1)
+    def _stripes(self, context: AttackContext) -> Tensor:
+        _, channels, _, width = context.images.shape
+        signs = _signs(per_image_rng.uniform(context.seed, context.index, 0, (channels, 1, width)))
+        return (context.images + self.eps * signs).clamp_(0, 1)
 
-    def _paint_linf(self, problem: Problem, x: Tensor, query: int, share: float) -> Tensor:
+    def _paint_linf(self, context: AttackContext, x: Tensor, query: int, share: float) -> Tensor:
         _, channels, height, width = x.shape
         side = max(1, min(round(math.sqrt(share * height * width)), height, width))
-        numbers = draws.uniform(problem.seed, problem.index, query, (2 + channels,))
+        numbers = per_image_rng.uniform(context.seed, context.index, query, (2 + channels,))
         top, left = _corners(numbers[:, :2], side, height, width)
         rows, columns = (torch.arange(n, device=x.device) for n in (height, width))
         inside = ((rows >= top) & (rows < top + side))[:, None, :, None]
         inside = inside & ((columns >= left) & (columns < left + side))[:, None, None, :]
         signs = _signs(numbers[:, 2:])[:, :, None, None]
-        return torch.where(inside, (problem.images + self.eps * signs).clamp_(0, 1), x)
+        return torch.where(inside, (context.images + self.eps * signs).clamp_(0, 1), x)
 
-    def _tiles(self, problem: Problem) -> Tensor:
+    def _tiles(self, context: AttackContext) -> Tensor:
         # 5 tiles along a side; what is left over is margin.
-        n, channels, height, width = problem.images.shape
+        n, channels, height, width = context.images.shape
         side = max(1, min(height, width) // 5)
         down, across = height // side, width // side
-        numbers = draws.uniform(problem.seed, problem.index, 0, (1 + channels * down * across,))
+        numbers = per_image_rng.uniform(context.seed, context.index, 0, (1 + channels * down * across,))
         tile = self._pyramid(numbers[:, 0], side)[:, None, None, :, None, :]
         signs = _signs(numbers[:, 1:]).reshape(n, channels, down, 1, across, 1)
-        delta = torch.zeros_like(problem.images)
+        delta = torch.zeros_like(context.images)
         top, left = (height - down * side) // 2, (width - across * side) // 2
         delta[:, :, top : top + down * side, left : left + across * side] = (signs * tile).reshape(
             n, channels, down * side, across * side
         )
-        return self._onto_sphere(problem, delta)
+        return self._onto_sphere(context, delta)
 
-    def _paint_l2(self, problem: Problem, x: Tensor, query: int, share: float) -> Tensor:
+    def _paint_l2(self, context: AttackContext, x: Tensor, query: int, share: float) -> Tensor:
         n, channels, height, width = x.shape
         # Odd, and at least 3: smaller pyramids have no shape.
         side = min(max(round(math.sqrt(share * height * width)), 3) | 1, height, width)
-        numbers = draws.uniform(problem.seed, problem.index, query, (5 + channels,))
-        delta = (x - problem.images).flatten(2)
+        numbers = per_image_rng.uniform(context.seed, context.index, query, (5 + channels,))
+        delta = (x - context.images).flatten(2)
         here = self._window(numbers[:, :2], side, height, width).expand(n, channels, -1)
         there = self._window(numbers[:, 2:4], side, height, width).expand(n, channels, -1)
         old = delta.gather(2, here)
@@ -170,7 +170,7 @@ class Square(BallAttack):
         fresh = fresh + old / torch.linalg.vector_norm(old, dim=2, keepdim=True).clamp(min=1e-12)
         fresh = fresh / torch.linalg.vector_norm(fresh, dim=2, keepdim=True).clamp(min=1e-12)
         size = (unspent[:, None] / channels + freed).clamp(min=0).sqrt()[:, :, None]
-        return self._onto_sphere(problem, rest.scatter(2, here, fresh * size).reshape_as(x))
+        return self._onto_sphere(context, rest.scatter(2, here, fresh * size).reshape_as(x))
 
     def _window(self, numbers: Tensor, side: int, height: int, width: int) -> Tensor:
         """`(N, 1, side * side)` positions in the flattened image of a window drawn by `numbers` `(N, 2)`."""
@@ -182,9 +182,9 @@ class Square(BallAttack):
         """`(N, side, side)`: one of the two orientations each, by `numbers` `(N,)`."""
         return pyramids(side, numbers.device)[(numbers < 0.5).long()]
 
-    def _onto_sphere(self, problem: Problem, delta: Tensor) -> Tensor:
+    def _onto_sphere(self, context: AttackContext, delta: Tensor) -> Tensor:
         unit = delta / l2_norm(delta).clamp(min=1e-12)[:, None, None, None]
-        return (problem.images + self.eps * unit).clamp_(0, 1)
+        return (context.images + self.eps * unit).clamp_(0, 1)
 
 
 def _corners(numbers: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -11,24 +11,24 @@ from unperturb.classifiers.base import (
     save_classifier,
     wrap,
 )
-from unperturb.classifiers.twin import Twin, twin
+from unperturb.classifiers.fused_copy import FusedCopy, fused_copy
 
 __all__ = [
     "Classifier",
+    "FusedCopy",
     "Normalize",
-    "Twin",
     "airbench",
     "classifiers",
     "convnet",
     "convnext",
     "create_classifier",
+    "fused_copy",
     "lenet",
     "load_classifier",
     "macs",
     "mobilenet",
     "resnet",
     "save_classifier",
-    "twin",
     "vgg",
     "wrap",
 ]

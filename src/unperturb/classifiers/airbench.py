@@ -30,7 +30,7 @@ class Scale(nn.Module):
 
 class Mirrored(nn.Sequential):
     """In eval mode, the mean of the logits of an image and of its mirror image, at twice the cost; one pass for both,
-    so that each layer is called once and a twin can still fold its norms."""
+    so that each layer is called once and a fused copy can still fold its norms."""
 
     def forward(self, x: Tensor) -> Tensor:
         both = x if self.training else torch.cat([x, x.flip(-1)])
@@ -44,7 +44,7 @@ class Mirrored(nn.Sequential):
 
 def _norm(width: int) -> nn.BatchNorm2d:
     # Bias alone is learned, as in the source. With its scale above zero the norm commutes with the max pooling before
-    # it, so the frozen twin can fold it into the convolution.
+    # it, so the frozen, fused copy can fold it into the convolution.
     norm = nn.BatchNorm2d(width)
     norm.weight.requires_grad_(False)
     return norm

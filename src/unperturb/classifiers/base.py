@@ -13,11 +13,11 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from unperturb import zoo
-from unperturb.contract import check_form
 from unperturb.devices import SizeLimit, check_options
 from unperturb.modules import ask, check_logits, deep_copy, evaluating
 from unperturb.registry import Registry
 from unperturb.runs import RunError, fit_weights, load_tensors, read_json, save_tensors, shortened, write_json
+from unperturb.validation import check_form
 
 # A builder is `(*, channels, size, classes, **options) -> nn.Module`: normalized images (N, C, size, size) -> logits.
 classifiers: Registry[nn.Module] = Registry("classifier")

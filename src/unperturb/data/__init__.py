@@ -1,7 +1,7 @@
 """Image sets by name: decoded once, memory-mapped ever after; augmented as tensors."""
 
-from unperturb.data.copies import Prepared, known_copy_note, prepare
 from unperturb.data.load import NAMES, load_dataset
+from unperturb.data.prepare import Prepared, known_copy_note, prepare
 from unperturb.data.sets import DataError, ImageSet, Splits, augment
 
 __all__ = [

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unperturb import draws, registry, screen
+from unperturb import per_image_rng, registry, screen
 from unperturb.data import store, tables
 from unperturb.data.folders import find_folder
 from unperturb.data.pictures import MAX_PIXELS, Picture, Pixels, picture_size
@@ -284,7 +284,7 @@ def _split(name: str, meta: dict[str, Any], stored: dict[str, Stored], val: int 
     if "test" in stored:
         test = whole("test", "test")
     else:  # a seed of its own: the test images stay the same whatever `seed` is
-        order = draws.permutation(_TEST_SEED, 0, len(train))
+        order = per_image_rng.permutation(_TEST_SEED, 0, len(train))
         n = max(1, len(train) // 10)
         test = train.take(order[:n].sort().values, split="test")
         train = train.take(order[n:].sort().values, split="train")
@@ -298,7 +298,7 @@ def _split(name: str, meta: dict[str, Any], stored: dict[str, Stored], val: int 
             raise DataError(f"{name} has too few images to split: {len(train):,} to train on; expected at least two")
         if not 0 < n < len(train):
             raise DataError(f"val {n} of {name} with {len(train):,} train images; expected 1 to {len(train) - 1:,}")
-        order = draws.permutation(seed, 1, len(train))
+        order = per_image_rng.permutation(seed, 1, len(train))
         validation = train.take(order[:n].sort().values, split="val")
         train = train.take(order[n:].sort().values, split="train")
     return Splits(
@@ -335,7 +335,7 @@ def _write_digits(folder: Path, size: int | None) -> None:
         pixels = resized.round().clamp(0, 255).to(torch.uint8).numpy()
 
     # The same 36 of each class to test, whatever `seed` is.
-    order = draws.permutation(_TEST_SEED, 0, len(labels))
+    order = per_image_rng.permutation(_TEST_SEED, 0, len(labels))
     test = torch.cat([order[labels[order] == k][: _DIGITS_TEST // 10] for k in range(10)]).sort().values
     rest = torch.ones(len(labels), dtype=torch.bool)
     rest[test] = False

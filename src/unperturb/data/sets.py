@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unperturb import draws
+from unperturb import per_image_rng
 
 IN_MEMORY = 2 * 1024**3  # bytes of pixels up to which a set's rows are copied into memory
 _AUGMENT = 0x617567  # keeps augmentation's draws apart from those of an attack with the same seed
@@ -116,7 +116,7 @@ class ImageSet:
             return self
         if n < 1:
             raise DataError(f"a subset of {n} images; expected 1 or more")
-        rows = draws.permutation(seed, 0, len(self))[:n].sort().values
+        rows = per_image_rng.permutation(seed, 0, len(self))[:n].sort().values
         return self.take(rows, name=f"{self.name}:{n}@{seed}")
 
     def with_class_names(self, names: Sequence[str]) -> ImageSet:
@@ -200,7 +200,7 @@ def augment(
         raise ValueError(f"pad {pad} with images of {h}x{w}; expected 0 to {min(h, w) - 1}")
     if not (pad or flip or cutout):
         return images
-    u = draws.uniform(seed ^ _AUGMENT, index.to(images.device), step, (5,))
+    u = per_image_rng.uniform(seed ^ _AUGMENT, index.to(images.device), step, (5,))
     if pad or flip:
         shift = (u[:, :2] * (2 * pad + 1)).long() - pad
         y = _reflect(torch.arange(h, device=images.device) + shift[:, :1], h)

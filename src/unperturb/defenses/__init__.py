@@ -22,7 +22,7 @@ from unperturb.defenses.base import (
     defenses,
     load_defense,
     save_defense,
-    vary,
+    with_options,
 )
 
 __all__ = [
@@ -45,5 +45,5 @@ __all__ = [
     "pipeline",
     "save_defense",
     "total_variation",
-    "vary",
+    "with_options",
 ]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb.defenses.base import Batch, Defense, defenses
-from unperturb.defenses.games import adversarial, discrimination, frozen
+from unperturb.defenses.gan_losses import adversarial, discrimination, frozen
 from unperturb.defenses.networks import ApeDiscriminator, ApeGenerator
 
 
@@ -67,7 +67,7 @@ class ApeGAN(Defense):
         return {"discriminator": self.discriminator, "generator": self.generator}
 
     def losses(self, batch: Batch, networks: dict[str, nn.Module]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        # What G draws is computed once and serves both players, until G has moved.
+        # What G draws is computed once and serves both networks, until G has moved.
         x_fake = networks["generator"](batch.x_adv)
         d_real, d_fake = _asked(networks["discriminator"], batch.x_real, x_fake.detach())
         yield "discriminator", {"discrimination": discrimination(d_real, d_fake)}

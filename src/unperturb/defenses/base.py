@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from unperturb import runs, zoo
-from unperturb.contract import check_form, check_images
 from unperturb.devices import SizeLimit, check_options
 from unperturb.modules import ask, evaluating
 from unperturb.registry import Registry
+from unperturb.validation import check_form, check_images
 
 defenses: Registry[Defense] = Registry("defense")
 
@@ -71,12 +71,12 @@ class Defense(nn.Module):
             )
         return self.purify(images)
 
-    def stand_in(self, images: Tensor) -> Tensor:
+    def surrogate_backward(self, images: Tensor) -> Tensor:
         """What an attacker differentiates in place of `purify` where that has no gradient to give; by default the
         identity. Images in, images of the same shape out (Athalye et al. 2018, section 4.1)."""
         return images
 
-    def links(self) -> list[Defense]:
+    def stages(self) -> list[Defense]:
         """The purifiers that this one is a chain of, first to last; itself where it is no chain."""
         return [self]
 
@@ -84,7 +84,7 @@ class Defense(nn.Module):
         """How suspicious each image is, `(N, detectors)`; a defense without detectors gives `(N, 0)`."""
         return images.new_zeros(len(images), 0)
 
-    def judge(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """(`purify(images)`, `scores(images, logits_fn)`); a defense whose two share work does it once here."""
         return self.purify(images.clone()), self.scores(images, logits_fn)
 
@@ -113,13 +113,13 @@ class Defense(nn.Module):
             self.thresholds.copy_(scores.sort(0, descending=True).values[allowed])
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks to be trained, by player; empty for a defense that is not trained."""
+        """The networks to be trained, by name; empty for a defense that is not trained."""
         return {}
 
     def losses(self, batch: Batch, networks: dict[str, nn.Module]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield `(player, weighted loss terms)`, once per update that the player is to make.
+        """Yield `(network, weighted loss terms)`, once per update that the network is to make.
 
-        The loop sums the terms, steps that player's optimizer, and asks on: what is yielded later sees the updated
+        The loop sums the terms, steps that network's optimizer, and asks on: what is yielded later sees the updated
         weights. `networks` are those of `networks()`, as the loop wrapped them.
         """
         raise TypeError(f"{type(self).__name__} is not trained")
@@ -196,8 +196,9 @@ def create_defense(name: str, **options: Any) -> Defense:
     return defense
 
 
-def vary(defense: Defense, **options: Any) -> Defense:
-    """`defense` with other options and the same weights, frozen: `vary(defense, steps=20)` to see what fewer cost.
+def with_options(defense: Defense, **options: Any) -> Defense:
+    """`defense` with other options and the same weights, frozen: `with_options(defense, steps=20)` to see what fewer
+    cost.
 
     Its thresholds are those that `defense` was calibrated to, unless it has more or fewer detectors: then none is set.
     """

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb.defenses.base import Batch, Defense, defenses
-from unperturb.defenses.games import frozen, gradient_penalty
+from unperturb.defenses.gan_losses import frozen, gradient_penalty
 from unperturb.devices import probe
 
 
@@ -137,7 +137,7 @@ class DefenseGAN(Defense):
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
         return self.reconstruct(images)[1][:, None] if self.detect else images.new_zeros(len(images), 0)
 
-    def judge(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         found, errors = self.reconstruct(images)
         return found, errors[:, None] if self.detect else images.new_zeros(len(images), 0)
 
@@ -214,7 +214,7 @@ class DefenseGAN(Defense):
                 },
             )
         x_fake = networks["generator"](self._latents(parts[0])).float()
-        yield "generator", {"praise": -frozen(self.critic)(x_fake).float().mean()}
+        yield "generator", {"generator_loss": -frozen(self.critic)(x_fake).float().mean()}
 
     def _latents(self, like: Tensor) -> Tensor:
         return torch.randn(len(like), self.latent, device=like.device)

@@ -47,7 +47,7 @@ class JPEG(Defense):
         pixels = np.asarray(Image.open(file))
         return pixels[None] if grey else pixels.transpose(2, 0, 1)
 
-    def stand_in(self, images: Tensor) -> Tensor:
+    def surrogate_backward(self, images: Tensor) -> Tensor:
         from kornia.enhance import jpeg_codec_differentiable
 
         _check_channels(images)

@@ -150,7 +150,7 @@ class MagNet(Defense):
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
         return self._scores(images, self.reformers.members[0](images)[-1], logits_fn)
 
-    def judge(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         purified = self.purify(images)
         if self.random:  # drawn from the pack: not the first reformer's
             return purified, self.scores(images, logits_fn)
@@ -183,7 +183,7 @@ class MagNet(Defense):
     def losses(self, batch: Batch, networks: dict[str, nn.Module]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         x = batch.x_real
         noisy = (x + self.noise * torch.randn_like(x)).clamp(0, 1)
-        for player, network in networks.items():
+        for name, network in networks.items():
             activations = network(noisy)
             restored = torch.stack([layers[-1] for layers in activations])
             squares = [layer.float().square().sum() for layers in activations for layer in layers]
@@ -191,7 +191,7 @@ class MagNet(Defense):
                 "reconstruction": (restored - x).square().flatten(1).mean(1).sum(),
                 "activity": self.activity * torch.stack(squares).sum(),
             }
-            if player == "reformers" and self.diversity:
+            if name == "reformers" and self.diversity:
                 apart = (restored - restored.mean(0)).square().flatten(1).mean(1).sum()
                 terms["diversity"] = -self.diversity * apart
-            yield player, terms
+            yield name, terms

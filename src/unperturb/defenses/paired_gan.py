@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb.defenses.base import Batch, Defense, defenses
-from unperturb.defenses.games import adversarial, discrimination, frozen
+from unperturb.defenses.gan_losses import adversarial, discrimination, frozen
 from unperturb.defenses.networks import discriminators, generators
 
 # The losses, as functions of tensors. Images are (N, C, H, W) in [0, 1]; each returns a scalar. The paper's equations
@@ -113,7 +113,7 @@ class PairedGAN(Defense):
         clean = max(1, round(self.clean_share * len(batch.x_real)))
         both = torch.cat([batch.x_adv, batch.x_real[:clean]])
         if self.discriminator is not None:
-            # The output of G is computed once and serves both players, until G has moved.
+            # The output of G is computed once and serves both networks, until G has moved.
             out = networks["generator"](both)
             fake = out if self.discriminator_sees_clean else out[: len(batch.x_adv)]
             real = batch.x_real

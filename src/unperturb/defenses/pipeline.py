@@ -17,7 +17,7 @@ class Pipeline(Defense):
 
     parts: defenses in hand, or `{"name": ..., options}` each. channels: of the images, for parts that ask. The parts
     are used as they are, not trained together. `random` if any part is, `differentiable` if all are; an attacker's
-    gradient goes link by link, so a part without one hides only its own.
+    gradient goes stage by stage, so a part without one hides only its own.
     """
 
     def __init__(self, *, parts: Sequence[Defense | Mapping[str, Any]], channels: int | None = None) -> None:
@@ -36,31 +36,31 @@ class Pipeline(Defense):
             specs = [{"name": p.spec["name"], **p.spec["options"]} for p in made if p.spec]
             self.spec = {"name": "pipeline", "options": {"parts": specs}}
 
-    def links(self) -> list[Defense]:
-        return [link for part in self._parts() for link in part.links()]
+    def stages(self) -> list[Defense]:
+        return [stage for part in self._parts() for stage in part.stages()]
 
     def purify(self, images: Tensor) -> Tensor:
         for part in self._parts():
             images = part.purify(images)
         return images
 
-    def stand_in(self, images: Tensor) -> Tensor:
+    def surrogate_backward(self, images: Tensor) -> Tensor:
         for part in self._parts():
             if part.differentiable:
                 images = part.purify(images)
             else:  # its stand-in's gradient, but at the value that the next part really gets
-                soft = part.stand_in(images)
+                soft = part.surrogate_backward(images)
                 images = soft + (part.purify(images) - soft).detach()
         return images
 
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
         """Every part's scores side by side, `(N, detectors)`, each of the image as it reaches that part."""
-        return self.judge(images, logits_fn)[1]
+        return self.purify_and_score(images, logits_fn)[1]
 
-    def judge(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         found = []
         for part in self._parts():
-            images, scores = part.judge(images, logits_fn)
+            images, scores = part.purify_and_score(images, logits_fn)
             found.append(scores)
         return images, torch.cat(found, 1)
 

@@ -142,9 +142,9 @@ def _make(
     found: dict[str, list[Tensor]] = {name: [] for name in ("images", *COUNTS)}
     for part in rows.split(batch):
         images, labels = data.batch(part, device)
-        adversarial, tally = attack.solve(function, images, labels, index=data.index[part], seed=seed)
+        adversarial, counter = attack.solve(function, images, labels, index=data.index[part], seed=seed)
         found["images"].append(to_16_bit(adversarial).cpu())
         for count in COUNTS:
-            found[count].append(getattr(tally, count).to(torch.int32).cpu())
+            found[count].append(getattr(counter, count).to(torch.int32).cpu())
     seconds = (time.perf_counter() - start) / len(rows)
     return {name: torch.cat(parts) for name, parts in found.items()} | {"seconds": torch.tensor(seconds)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from unperturb import draws, runs
+from unperturb import per_image_rng, runs
 from unperturb.defenses.base import Defense
 from unperturb.evaluation.grid import Grid, drawing, shown_rows
 from unperturb.evaluation.identity import identify
@@ -30,7 +30,7 @@ def recognize(grid: Grid, out: Path) -> None:
         return
     rows = shown_rows(grid.data.labels, IMAGES)
     clean, _ = grid.data.batch(rows, grid.device)
-    noise = draws.uniform(0, grid.data.index[rows].to(grid.device), 0, grid.data.shape) - 0.5
+    noise = per_image_rng.uniform(0, grid.data.index[rows].to(grid.device), 0, grid.data.shape) - 0.5
     images = torch.cat([clean, (clean + noise / 16).clamp(0, 1)])
     with grid.at_work():
         now = {f"{what} {name}": x for name, model in strangers.items() for what, x in _of(grid, model, images).items()}
@@ -58,7 +58,7 @@ def _of(grid: Grid, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         bare = next(iter(grid.classifiers.values()))
 
         def function(x: Tensor) -> Tensor:
-            purified, scores = model.judge(x, lambda seen: ask(bare, seen))
+            purified, scores = model.purify_and_score(x, lambda seen: ask(bare, seen))
             return torch.cat([purified.flatten(1), scores.to(purified)], 1)
 
     x = images.clone().requires_grad_()

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unperturb import draws, metrics, runs, threats
+from unperturb import metrics, per_image_rng, runs, threats
 from unperturb.attacks.base import Attack
-from unperturb.classifiers import twin
+from unperturb.classifiers import fused_copy
 from unperturb.data import ImageSet
 from unperturb.defenses.base import Defense
 from unperturb.evaluation.adversarials import COUNTS, Adversarials, AdversarialStore, cache_limit
@@ -54,9 +54,9 @@ class Grid:
     classifiers, defenses: by the name they have in tables. attacks: by label, each with the kinds of knowledge it is
     given. instead: classifiers that are defenses themselves, such as an adversarially trained one, by the name of their
     defense, whose purifier is the identity: they stand in every classifier's place. surrogate: name and classifier of a
-    transfer attack. eot: draws that the gradient of a random defense is averaged
-    over. batch: images attacked at once. shard: rows a file. samples: images of each cell that are kept to be looked
-    at. note: what is wrong with this copy of the data, if anything.
+    transfer attack. eot_samples: draws that the gradient of a random defense is averaged over. batch: images attacked
+    at once. shard: rows a file. samples: images of each cell that are kept to be looked at. note: what is wrong
+    with this copy of the data, if anything.
     """
 
     data: ImageSet
@@ -65,7 +65,7 @@ class Grid:
     attacks: Mapping[str, tuple[Attack, Sequence[str]]]
     instead: Mapping[str, nn.Module] = field(default_factory=dict)
     surrogate: tuple[str, nn.Module] | None = None
-    eot: int = 20
+    eot_samples: int = 20
     seed: int = 0
     batch: int = 200
     shard: int = 1000
@@ -89,7 +89,9 @@ class Grid:
                         elif defense in self.instead and knowledge == "bpda":
                             seen = "white_box"
                         random = self.defenses[defense].random and seen in ("white_box", "bpda", "black_box")
-                        asked = attack.for_random_model(eot=1) if random else attack  # `threats.EOT` averages already
+                        asked = (
+                            attack.for_random_model(eot_samples=1) if random else attack
+                        )  # `threats.EOT` averages already
                         cell = Cell(classifier, defense, label, asked, seen)
                         if cell not in found:
                             found.append(cell)
@@ -105,7 +107,9 @@ class Grid:
         # Who knows nothing of a defense attacks the bare classifier, also where another one stands in its place.
         seen = bare if cell.knowledge in ("none", "transfer", "oblivious") else self.behind(cell)
         function = (fast or {}).get(seen, seen)
-        return threats.target(function, self.defenses[cell.defense], cell.knowledge, surrogate, eot=self.eot)
+        return threats.target(
+            function, self.defenses[cell.defense], cell.knowledge, surrogate, eot_samples=self.eot_samples
+        )
 
     def identity(self, cell: Cell, target: nn.Module) -> Identity:
         """Of the cell's attacker: cells of one identity share adversarial images. target: its `target`, which must live
@@ -216,9 +220,11 @@ def _fill(grid: Grid, out: Path, stores: Mapping[bool, AdversarialStore], progre
     # Unchanged in what they answer, faster to attack; images are judged on the originals. The layout is given, not
     # probed: a resumed run must make the same rows.
     example, _ = grid.data.batch(torch.arange(min(2, len(grid.data))), grid.device)
-    twins = {c: twin(c, example, channels_last=True) for c in (*grid.classifiers.values(), *grid.instead.values())}
+    fused = {
+        c: fused_copy(c, example, channels_last=True) for c in (*grid.classifiers.values(), *grid.instead.values())
+    }
     cells = grid.cells()
-    functions = {cell: grid.target(cell, twins) for cell in cells}
+    functions = {cell: grid.target(cell, fused) for cell in cells}
     asked = {cell: grid.target(cell) for cell in cells}  # alive until the end: the id of what has gone is given again
     identities = {cell: grid.identity(cell, asked[cell]) for cell in cells}
     shards = torch.arange(len(grid.data)).split(grid.shard)
@@ -312,7 +318,7 @@ class _Seen:
 def _seen(defense: Defense, classifier: nn.Module, images: Tensor, batch: int, seed: int) -> _Seen:
     start = time.perf_counter()
     with drawing(seed, images.device):
-        parts = [defense.judge(x.clone(), lambda seen: ask(classifier, seen)) for x in images.split(batch)]
+        parts = [defense.purify_and_score(x.clone(), lambda seen: ask(classifier, seen)) for x in images.split(batch)]
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
     seconds = (time.perf_counter() - start) / len(images)
@@ -394,7 +400,7 @@ def _judge(
 def shown_rows(labels: Tensor, count: int) -> Tensor:
     """The places of `count` images to look at `(M,)`: a fixed random choice in which each class comes once before any
     comes again, and so on."""
-    order = draws.permutation(0, 0, len(labels))
+    order = per_image_rng.permutation(0, 0, len(labels))
     turn = torch.empty_like(order)
     for label in labels.unique():
         mine = labels[order] == label

@@ -25,7 +25,7 @@ _INTERNAL = frozenset(vars(nn.Module()))
 _HOOKS = frozenset(k for k in _INTERNAL if k.endswith("hooks") and ("forward" in k or "backward" in k))
 _BESIDE = frozenset({"outcome", "frozen"})  # what training cost, and whether it may go on: not what is computed
 _WRITERS = ("torch", "unperturb", "contextlib", "dataclasses", "reprlib")  # the last two: what a dataclass is given
-_MAKERS = ("attacks", "classifiers", "defenses", "contract.py", "draws.py", "modules.py", "threats.py")
+_MAKERS = ("attacks", "classifiers", "defenses", "validation.py", "per_image_rng.py", "modules.py", "threats.py")
 
 
 @dataclass(frozen=True)

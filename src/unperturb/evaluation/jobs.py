@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from unperturb import runs, screen, zoo
 from unperturb.attacks.base import Attack, attacks
 from unperturb.classifiers import load_classifier
-from unperturb.config import EvaluationRecipe, Thing, read_recipe, snapshot
+from unperturb.config import ComponentConfig, EvaluationRecipe, read_recipe, snapshot
 from unperturb.data import ImageSet, known_copy_note, load_dataset
 from unperturb.defenses.base import Defense, Protected, create_defense, load_defense
 from unperturb.devices import FlopCounter, pick_device, probe
-from unperturb.evaluation import spent
+from unperturb.evaluation import training_cost
 from unperturb.evaluation.behavior import recognize
 from unperturb.evaluation.checks import (
     check_attacks,
@@ -98,7 +98,7 @@ def grid_of(recipe: EvaluationRecipe, device: str = "auto", models: Mapping[str,
         instead=instead,
         attacks=_attacks(recipe),
         surrogate=(_name(recipe.surrogate, recipe.dataset), classifier(recipe.surrogate)) if recipe.surrogate else None,
-        eot=recipe.eot or 20,
+        eot_samples=recipe.eot_samples or 20,
         seed=recipe.seed,
         batch=recipe.batch,
         shard=recipe.shard,
@@ -156,7 +156,7 @@ def only(
         for k, own in kinds.items()
         if not attacks or k in attacks
     }
-    changed = [Thing(**{**labels[k].model_dump(), "knowledge": own}) for k, own in kept.items() if own]
+    changed = [ComponentConfig(**{**labels[k].model_dump(), "knowledge": own}) for k, own in kept.items() if own]
     if not changed:
         raise ValueError(f"the recipe has no {' or '.join(knowledge)} cell of {', '.join(attacks)}")
     return recipe.model_copy(
@@ -185,10 +185,10 @@ def _operations(grid: Grid, images: Tensor, labels: Tensor) -> Iterator[float]:
                 made.add(key)
                 cell.attack(function, images, labels)
             with torch.no_grad():
-                grid.behind(cell)(defense.judge(images, grid.behind(cell))[0])
+                grid.behind(cell)(defense.purify_and_score(images, grid.behind(cell))[0])
                 if (clean := (cell.classifier, cell.defense)) not in cleaned:
                     cleaned.add(clean)  # clean images are purified once for all cells
-                    defense.judge(images, grid.behind(cell))
+                    defense.purify_and_score(images, grid.behind(cell))
         yield counter.total / len(images)
 
 
@@ -215,7 +215,10 @@ def run_evaluation(
     out = Path(out)
     grid = grid_of(recipe, device, models)
     folders = _by_name(recipe.defenses, recipe.dataset)
-    costs = {k: spent.about(grid.data.source, grid.defenses[k], spent.of_folder(f), f) for k, f in folders.items()}
+    costs = {
+        k: training_cost.about(grid.data.source, grid.defenses[k], training_cost.of_folder(f), f)
+        for k, f in folders.items()
+    }
     with screen.shown("evaluating", progress, quiet) as update:
         return _run(grid, out, snapshot(recipe), costs, resume, update)
 
@@ -332,7 +335,7 @@ def evaluate(
     surrogate: nn.Module | None = None,
     seed: int = 0,
     batch: int = 200,
-    eot: int = 20,
+    eot_samples: int = 20,
     device: str = "auto",
     resume: bool = False,
     progress: Progress | None = None,
@@ -343,17 +346,17 @@ def evaluate(
     data: the images to judge on, such as `load_dataset("mnist").test`. models: by name; a `Protected` is judged behind
     its defense, anything else as a bare classifier, or, beside one called "none", in that one's place. They are left as
     they were: mode, device and all. attacks: a list, or by the name they are to have in tables. knowledge: what the
-    attacker sees. n: a fixed, named random subset of this many images. out: run folder (default: a temporary one). eot:
-    draws that the gradient of a random defense is averaged over; fewer than 20 flatter it. progress: gets (done, total,
-    cell) in place of the bar that is shown unless `quiet`. Returns the rows (`unperturb.runs.ROW_COLUMNS`);
-    `unperturb.table` makes a table.
+    attacker sees. n: a fixed, named random subset of this many images. out: run folder (default: a temporary one).
+    eot_samples: draws that the gradient of a random defense is averaged over; fewer than 20 flatter it. progress: gets
+    (done, total, cell) in place of the bar that is shown unless `quiet`. Returns the rows
+    (`unperturb.runs.ROW_COLUMNS`); `unperturb.table` makes a table.
 
     Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed. Warns where a classifier is
     hardly better than chance, where logits are not finite, and where an attacker's gradients were mostly zero.
     """
     data, models, attacks = check_data(data), check_models(models), check_attacks(attacks)
     knowledge, images = check_knowledge(knowledge), subset(data, n)
-    for what, number, least in (("seed", seed, 0), ("batch", batch, 1), ("eot", eot, 1)):
+    for what, number, least in (("seed", seed, 0), ("batch", batch, 1), ("eot_samples", eot_samples, 1)):
         check_number(what, number, least)
     if surrogate is not None and not isinstance(surrogate, nn.Module):
         raise TypeError(f"surrogate must be an nn.Module from images to logits, not a {type(surrogate).__name__}")
@@ -392,7 +395,7 @@ def evaluate(
         instead=instead,
         attacks={k: (a, list(knowledge)) for k, a in labeled.items()},
         surrogate=("surrogate", surrogate) if surrogate is not None else None,
-        eot=eot,
+        eot_samples=eot_samples,
         seed=seed,
         batch=batch,
         device=pick_device(device),
@@ -403,11 +406,14 @@ def evaluate(
         "split": grid.data.name,
         "attacks": {k: repr(a) for k, a in labeled.items()},
         "knowledge": list(knowledge),
-        "eot": eot,
+        "eot_samples": eot_samples,
         "seed": seed,
         "batch": batch,
     }
-    costs = {k: spent.about(data.source, d, spent.of_model(d, grid.instead.get(k))) for k, d in grid.defenses.items()}
+    costs = {
+        k: training_cost.about(data.source, d, training_cost.of_model(d, grid.instead.get(k)))
+        for k, d in grid.defenses.items()
+    }
     with screen.shown("evaluating", progress, quiet) as update:
         if out is not None:
             return _run(grid, Path(out), recipe, costs, resume, update)
@@ -415,4 +421,4 @@ def evaluate(
             return _run(grid, Path(folder) / "run", recipe, costs, resume, update)
 
 
-__all__ = ["Cost", "Thing", "estimate", "evaluate", "grid_of", "label_of", "only", "run_evaluation"]
+__all__ = ["ComponentConfig", "Cost", "estimate", "evaluate", "grid_of", "label_of", "only", "run_evaluation"]

@@ -41,7 +41,7 @@ class _Numbers(BaseModel):
 
 @dataclass
 class Checkpoint:
-    """All that a run needs to go on: weights, their average and the best so far by player, optimizers' states, and the
+    """All that a run needs to go on: weights, their average and the best so far by network, optimizers' states, and the
     sums of the loss terms since the last log line."""
 
     progress: Progress
@@ -54,12 +54,12 @@ class Checkpoint:
 
 def unsound(networks: Mapping[str, nn.Module]) -> str | None:
     """What is wrong with the weights, if they are not finite or so large that nothing can have been learned."""
-    for player, network in networks.items():
+    for name, network in networks.items():
         bounds = {id(p): LARGEST_WEIGHT for p in network.parameters()}
-        for name, tensor in network.state_dict(keep_vars=True).items():
+        for weight, tensor in network.state_dict(keep_vars=True).items():
             largest = float(tensor.detach().abs().amax()) if tensor.numel() else 0.0
             if not (math.isfinite(largest) and largest <= bounds.get(id(tensor), math.inf)):
-                return f"the weights of the {player} are no longer sound: {name} reaches {largest:.4g}"
+                return f"the weights of the {name} are no longer sound: {weight} reaches {largest:.4g}"
     return None
 
 
@@ -67,17 +67,17 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     """The checkpoint as `LAST` of `folder`, atomically; what was there becomes `BEFORE`."""
     tensors = {f"sums/{term}": tensor for term, tensor in checkpoint.sums.items()}
     for part in ("networks", "average", "best"):
-        for player, state in (getattr(checkpoint, part) or {}).items():
-            tensors |= {f"{part}/{player}/{name}": tensor for name, tensor in state.items()}
+        for network, state in (getattr(checkpoint, part) or {}).items():
+            tensors |= {f"{part}/{network}/{name}": tensor for name, tensor in state.items()}
     counts: dict[str, dict[str, dict[str, float]]] = {}
-    for player, optimizer in checkpoint.optimizers.items():
+    for network, optimizer in checkpoint.optimizers.items():
         for number, state in optimizer["state"].items():
             kept = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-            tensors |= {f"optimizers/{player}/{number}/{key}": tensor for key, tensor in kept.items()}
-            counts.setdefault(player, {})[str(number)] = {k: v for k, v in state.items() if k not in kept}
+            tensors |= {f"optimizers/{network}/{number}/{key}": tensor for key, tensor in kept.items()}
+            counts.setdefault(network, {})[str(number)] = {k: v for k, v in state.items() if k not in kept}
     numbers = {
         "progress": checkpoint.progress.model_dump(mode="json"),
-        "groups": {player: optimizer["param_groups"] for player, optimizer in checkpoint.optimizers.items()},
+        "groups": {network: optimizer["param_groups"] for network, optimizer in checkpoint.optimizers.items()},
         "counts": counts,
     }
     runs.save_tensors(folder / LAST, tensors, {"numbers": json.dumps(numbers)}, before=folder / BEFORE)
@@ -117,10 +117,10 @@ def _read(path: Path, networks: Mapping[str, nn.Module], steps: int) -> Checkpoi
         raise runs.RunError(f"{path} is not of this run: it is at step {progress.step} of {steps}")
     states: dict[str, State] = {}
     optimizers: dict[str, dict[str, Any]] = {}
-    own = {player: network.state_dict() for player, network in networks.items()}
-    for player, groups in numbers.groups.items():
-        counts = {int(number): dict(state) for number, state in numbers.counts.get(player, {}).items()}
-        optimizers[player] = {"state": counts, "param_groups": groups}
+    own = {name: network.state_dict() for name, network in networks.items()}
+    for network, groups in numbers.groups.items():
+        counts = {int(number): dict(state) for number, state in numbers.counts.get(network, {}).items()}
+        optimizers[network] = {"state": counts, "param_groups": groups}
     sums = {}
     for name, tensor in tensors.items():
         part, *rest = name.split("/", 3 if name.startswith("optimizers/") else 2)

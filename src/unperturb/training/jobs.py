@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from unperturb import runs, screen, threats
 from unperturb.attacks.base import attacks
-from unperturb.classifiers import Classifier, create_classifier, load_classifier, save_classifier, twin
+from unperturb.classifiers import Classifier, create_classifier, fused_copy, load_classifier, save_classifier
 from unperturb.config import ClassifierRecipe, DefenseRecipe, Training, read_recipe, snapshot
 from unperturb.data import ImageSet, Splits, load_dataset
 from unperturb.defenses.base import Defense, create_defense, load_defense, save_defense
 from unperturb.devices import pick_device, probe
 from unperturb.modules import classes_of
 from unperturb.runs import Outcome
+from unperturb.training.adversarial_batches import AdversarialBatches, Sampler, hardest
 from unperturb.training.loop import DIVERGED, Validate, total_steps, train
 from unperturb.training.objectives import DefenseTask, DistilledClassifier, PlainClassifier, Task, objectives
-from unperturb.training.pairs import PairSource, Sampler, hardest
-from unperturb.training.rehearsal import fastest, flop_per_image
+from unperturb.training.profiling import autotune_precision, flop_per_image
 
 Show = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -107,7 +107,7 @@ def decided(recipe: Any, task: Task, out: Path, show: Show | None = None) -> Any
         layout = kept.memory_format if layout == "auto" else layout
         if show and "auto" in (precision, layout):
             show("trying a few steps: which precision and memory format is quickest here")
-        precision, layout = fastest(task, precision, layout)
+        precision, layout = autotune_precision(task, precision, layout)
     chosen = {"precision": precision, "memory_format": layout}
     return recipe.model_copy(update={"training": settings.model_copy(update=chosen)})
 
@@ -239,7 +239,7 @@ def _classifier_validation(
         classifier = task.classifier.eval()
         clean = accuracy(classifier, data.val, device)
         figures = {}
-        for name, attack in task.judges().items():
+        for name, attack in task.val_attacks().items():
             images, labels = held_out.batch(torch.arange(len(held_out)), device)
             x_adv = attack(classifier, images, labels, index=held_out.index, seed=recipe.seed)
             with torch.no_grad():
@@ -267,12 +267,12 @@ def defense_task(
         )
     if recipe.start is not None:
         begin_with(defense, recipe.start)
-    sampler = Sampler(data.train, recipe.training.batch, recipe.seed, recipe.pairs.augment, where)
+    sampler = Sampler(data.train, recipe.training.batch, recipe.seed, recipe.adversarial_batches.augment, where)
     example, _ = data.train.batch(torch.arange(2), where)
     # The layout is given, not probed: a resumed run must draw the same pairs to the last bit.
-    twins = [twin(c.to(where), example, channels_last=True) for c in classifiers]
-    attacked = [threats.target(t, defense, recipe.pairs.knowledge) for t in twins]
-    return DefenseTask(defense, PairSource(sampler, recipe.pairs, attacked, twins)), twins
+    fused = [fused_copy(c.to(where), example, channels_last=True) for c in classifiers]
+    attacked = [threats.target(t, defense, recipe.adversarial_batches.knowledge) for t in fused]
+    return DefenseTask(defense, AdversarialBatches(sampler, recipe.adversarial_batches, attacked, fused)), fused
 
 
 def begin_with(defense: Defense, folder: str) -> None:
@@ -324,14 +324,14 @@ def train_defense(
         plan = plan.model_copy(update={"classifiers": [f"in hand: {_called(c)}" for c in classifiers]})
     if plan.start is not None and Path(plan.start).resolve() == out.resolve():
         raise runs.RunError(f"training cannot start with {plan.start}, the folder that it is to write")
-    task, twins = defense_task(plan, data, classifiers, device)
+    task, fused = defense_task(plan, data, classifiers, device)
     plan = decided(plan, task, out, show)
     names = [{"name": _called(c), "spec": getattr(c, "spec", None), "weights": _weights(c)} for c in classifiers]
     used = {"data": _data_used(data), "classifiers": names}
     if plan.start is not None:
         used["start"] = {"weights": _weights(task.defense)}
     with _run_folder(out, plan, used, resume):
-        validate = _defense_validation(plan, data, task, twins, pick_device(device))
+        validate = _defense_validation(plan, data, task, fused, pick_device(device))
         if task.networks():
             with screen.shown("training", progress, quiet) as update:
                 outcome = train(
@@ -340,7 +340,7 @@ def train_defense(
                 )  # fmt: skip
         else:
             outcome = _untrained(validate, out)
-        _calibrate(task.defense, data.val, twins, plan.seed, pick_device(device))
+        _calibrate(task.defense, data.val, fused, plan.seed, pick_device(device))
         about = {"dataset": data.source, "fingerprint": data.train.fingerprint, "classifiers": names}
         if _first():
             save_defense(out, task.defense, {**about, "outcome": asdict(outcome)})
@@ -370,11 +370,11 @@ def _held_out(data: ImageSet, most: int | None, seed: int) -> ImageSet:
 
 
 @torch.no_grad()
-def _calibrate(defense: Defense, data: ImageSet, twins: Sequence[nn.Module], seed: int, device: torch.device) -> None:
+def _calibrate(defense: Defense, data: ImageSet, fused: Sequence[nn.Module], seed: int, device: torch.device) -> None:
     """Let `defense` set its thresholds on clean validation images, seen in front of each classifier in turn."""
     held_out = _held_out(data, defense.eval().held_out, seed)
     scores = []
-    for classifier in twins:
+    for classifier in fused:
         for rows in torch.arange(len(held_out)).split(250):
             images, _ = held_out.batch(rows, device)
             scores.append(defense.scores(images, classifier))
@@ -384,17 +384,17 @@ def _calibrate(defense: Defense, data: ImageSet, twins: Sequence[nn.Module], see
 
 
 def _defense_validation(
-    recipe: DefenseRecipe, data: Splits, task: DefenseTask, twins: Sequence[nn.Module], device: torch.device
+    recipe: DefenseRecipe, data: Splits, task: DefenseTask, fused: Sequence[nn.Module], device: torch.device
 ) -> Validate:
     """Accuracy behind the defense on validation images, clean and under each attack of the mixture at its hardest,
     averaged over the classifiers; the score is their mean."""
     held_out = _held_out(data.val, task.defense.held_out or VALIDATION_IMAGES, recipe.seed)
     images, labels = held_out.batch(torch.arange(len(held_out)), device)
-    mixture = [hardest(t) for t in recipe.pairs.attacks]
+    mixture = [hardest(t) for t in recipe.adversarial_batches.attacks]
     kept: dict[tuple[int, int], Tensor] = {}  # oblivious examples do not change while the defense learns
 
     def adversarial(turn: int, number: int) -> Tensor:
-        if recipe.pairs.knowledge != "oblivious":
+        if recipe.adversarial_batches.knowledge != "oblivious":
             return attacked(turn, number)
         if (turn, number) not in kept:
             kept[turn, number] = attacked(turn, number)
@@ -402,12 +402,14 @@ def _defense_validation(
 
     def attacked(turn: int, number: int) -> Tensor:
         name, options = mixture[number]
-        return attacks.create(name, **options)(task.pairs.attacked[turn], images, labels, index=held_out.index)
+        return attacks.create(name, **options)(
+            task.adversarial_batches.attacked[turn], images, labels, index=held_out.index
+        )
 
     def validate() -> dict[str, float]:
         defense = task.defense.eval()
         figures: dict[str, list[float]] = {}
-        for turn, classifier in enumerate(twins):
+        for turn, classifier in enumerate(fused):
             shown = {"clean": images} | {f"{m[0]}-{i}": adversarial(turn, i) for i, m in enumerate(mixture)}
             for name, x in shown.items():
                 with torch.no_grad():

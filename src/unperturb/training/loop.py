@@ -1,4 +1,4 @@
-"""The one training loop: it alternates between players, averages weights, logs, checkpoints and resumes.
+"""The one training loop: it alternates between networks, averages weights, logs, checkpoints and resumes.
 
 It knows neither GANs nor classifiers: a task gives it networks, batches and losses. Batches and draws depend on (seed,
 step) alone, so a killed run that is resumed from its last checkpoint ends with the same weights.
@@ -26,7 +26,7 @@ from unperturb.training import checkpoints
 from unperturb.training.checkpoints import Checkpoint, Progress, State
 from unperturb.training.muon import Muon
 from unperturb.training.objectives import Task
-from unperturb.training.rehearsal import flop_per_image
+from unperturb.training.profiling import flop_per_image
 
 Validate = Callable[[], Mapping[str, float]]
 DIVERGED = "diverged.json"  # kept in the folder of a run that did, so that it may go on with a lower rate
@@ -141,7 +141,7 @@ def train(
     """
     from lightning_fabric import Fabric
 
-    # Set-up: devices, precision, memory format, one optimizer a player.
+    # Set-up: devices, precision, memory format, one optimizer a network.
     accelerator = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
     fabric = Fabric(
         accelerator=accelerator,
@@ -166,7 +166,7 @@ def train(
     average = _snapshot(bare) if settings.ema else None
 
     def autocast() -> torch.autocast:
-        # Without the cache of cast weights, which would outlive a player's update.
+        # Without the cache of cast weights, which would outlive a network's update.
         return torch.autocast(
             accelerator, torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False
         )
@@ -212,18 +212,18 @@ def train(
         rate = learning_rate(settings, step, steps)
         with autocast():  # attacks too: in bfloat16 they differentiate the network that learns; images stay float32
             batch = task.batch(step, rank, world)
-            for player, terms in task.losses(batch, wrapped):
+            for name, terms in task.losses(batch, wrapped):
                 loss = torch.stack(list(terms.values())).sum()
                 if not bool(torch.isfinite(loss)):
                     listed = ", ".join(f"{k} = {float(v.detach()):.4g}" for k, v in terms.items())
-                    raise diverged(f"the loss of the {player} is not a number at step {step}: {listed}")
-                optimizer = optimizers[player]
+                    raise diverged(f"the loss of the {name} is not a number at step {step}: {listed}")
+                optimizer = optimizers[name]
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["scale"]
                 optimizer.zero_grad()
                 fabric.backward(loss)
                 if settings.clip is not None:
-                    fabric.clip_gradients(wrapped[player], optimizer, max_norm=settings.clip, error_if_nonfinite=False)
+                    fabric.clip_gradients(wrapped[name], optimizer, max_norm=settings.clip, error_if_nonfinite=False)
                 optimizer.step()
                 for term, value in terms.items():
                     sums[term] = sums.get(term, 0) + value.detach()

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from unperturb import draws, runs, zoo
+from unperturb import per_image_rng, runs, zoo
 from unperturb.attacks.base import Attack, attacks
 from unperturb.classifiers import load_classifier
-from unperturb.config import Thing
-from unperturb.contract import budget
+from unperturb.config import ComponentConfig
 from unperturb.defenses.base import Batch, Defense
 from unperturb.modules import frozen
 from unperturb.registry import Registry
-from unperturb.training.pairs import Mixture, PairSource, Sampler, hardest
+from unperturb.training.adversarial_batches import AdversarialBatches, Mixture, Sampler, hardest
+from unperturb.validation import budget
 
 objectives: Registry[Task] = Registry("objective")
 
@@ -30,7 +30,7 @@ class Task(Protocol):
     sampler: Sampler
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks that move, by player."""
+        """The networks that move, by name."""
         ...
 
     def batch(self, step: int, rank: int, world: int) -> Any:
@@ -38,21 +38,21 @@ class Task(Protocol):
         ...
 
     def losses(self, batch: Any, networks: dict[str, nn.Module]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield `(player, weighted terms)` once per update."""
+        """Yield `(network, weighted terms)` once per update."""
         ...
 
 
 class DefenseTask:
     """A defense learns from pairs, or from their clean half; what is minimized is its own word."""
 
-    def __init__(self, defense: Defense, pairs: PairSource) -> None:
-        self.defense, self.pairs, self.sampler = defense, pairs, pairs.sampler
+    def __init__(self, defense: Defense, batches: AdversarialBatches) -> None:
+        self.defense, self.adversarial_batches, self.sampler = defense, batches, batches.sampler
 
     def networks(self) -> dict[str, nn.Module]:
         return self.defense.networks()
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        return self.pairs.batch(step, rank, world, attack=self.defense.learns_from_pairs)
+        return self.adversarial_batches.batch(step, rank, world, attack=self.defense.learns_from_pairs)
 
     def losses(self, batch: Batch, networks: dict[str, nn.Module]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         return self.defense.losses(batch, networks)
@@ -73,7 +73,7 @@ class PlainClassifier:
         self.classifier, self.sampler = classifier, sampler
         self.label_smoothing, self.temperature = label_smoothing, temperature
 
-    def judges(self) -> dict[str, Attack]:
+    def val_attacks(self) -> dict[str, Attack]:
         """The attacks that validation images are judged under, by name; none where clean accuracy is all there is."""
         return {}
 
@@ -138,9 +138,9 @@ class DistilledClassifier(PlainClassifier):
 class AdversarialClassifier(PlainClassifier):
     """A classifier learns its labels on images attacked against itself, as it stands at each step.
 
-    attacks: a mixture as in a defense's pairs. judge: the attack on validation images, by which keep = "best" chooses
-    (default: PGD-20 at the mixture's highest budget). ramp: steps in which perturbations grow to their whole size; a
-    small net that meets 0.3 at once on MNIST learns to say nothing. Source: Madry et al. 2018, equation (2.1).
+    attacks: a mixture as in a defense's pairs. val_attack: the attack on validation images, by which keep = "best"
+    chooses (default: PGD-20 at the mixture's highest budget). ramp: steps in which perturbations grow to their whole
+    size; a small net that meets 0.3 at once on MNIST learns to say nothing. Source: Madry et al. 2018, equation (2.1).
     """
 
     def __init__(
@@ -149,21 +149,21 @@ class AdversarialClassifier(PlainClassifier):
         sampler: Sampler,
         *,
         attacks: list[dict[str, Any]],
-        judge: dict[str, Any] | None = None,
+        val_attack: dict[str, Any] | None = None,
         ramp: int = 0,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(classifier, sampler, label_smoothing=label_smoothing)
         self.ramp = ramp
-        things = [Thing(**a) for a in attacks]
+        things = [ComponentConfig(**a) for a in attacks]
         self.mixture = Mixture(things, sampler.seed)
-        if judge is None:
+        if val_attack is None:
             strongest = max((hardest(t)[1] for t in things), key=lambda o: budget(o.get("eps", 0.0)))
-            judge = _judge(strongest.get("eps", 0.0), strongest.get("norm", "linf"))
-        self.judge = _named(judge)
+            val_attack = _default_val_attack(strongest.get("eps", 0.0), strongest.get("norm", "linf"))
+        self.val_attack = _named(val_attack)
 
-    def judges(self) -> dict[str, Attack]:
-        return self.judge
+    def val_attacks(self) -> dict[str, Attack]:
+        return self.val_attack
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         images, labels, index = self.sampler.images(step, rank, world)
@@ -179,7 +179,7 @@ class NFGSMClassifier(PlainClassifier):
 
     eps: the budget to be robust at. The noise is uniform in [-noise * eps, noise * eps], the step `alpha * eps` along
     the sign of the gradient there, and what comes out is cut to [0, 1] but not to the ball, which is why this is a
-    way of training and no attack. judge: as in `adversarial` (default: PGD-20 at `eps`).
+    way of training and no attack. val_attack: as in `adversarial` (default: PGD-20 at `eps`).
 
     Source: de Jorge et al. 2022, "Make some noise", N-FGSM, and the authors' code (k = 2, alpha = eps). There the
     gradient is taken in train mode, here in eval mode, as everywhere in this program.
@@ -193,20 +193,20 @@ class NFGSMClassifier(PlainClassifier):
         eps: float | str,
         noise: float = 2.0,
         alpha: float = 1.0,
-        judge: dict[str, Any] | None = None,
+        val_attack: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(classifier, sampler, label_smoothing=label_smoothing)
         self.eps, self.noise, self.alpha = budget(eps), noise, alpha
-        self.judge = _named(judge or _judge(self.eps, "linf"))
+        self.val_attack = _named(val_attack or _default_val_attack(self.eps, "linf"))
 
-    def judges(self) -> dict[str, Attack]:
-        return self.judge
+    def val_attacks(self) -> dict[str, Attack]:
+        return self.val_attack
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         images, labels, index = self.sampler.images(step, rank, world)
         # A seed of its own: the order and the augmentation of the images are drawn from the sampler's.
-        noise = draws.uniform(self.sampler.seed + 7_919, index, step, images.shape[1:]) * 2 - 1
+        noise = per_image_rng.uniform(self.sampler.seed + 7_919, index, step, images.shape[1:]) * 2 - 1
         start = (images + self.noise * self.eps * noise).clamp(0, 1)
         with frozen(self.classifier), torch.enable_grad():
             at = start.detach().requires_grad_()
@@ -214,7 +214,7 @@ class NFGSMClassifier(PlainClassifier):
         return (start + self.alpha * self.eps * gradient.sign()).clamp(0, 1), labels
 
 
-def _judge(eps: float | str, norm: str) -> dict[str, Any]:
+def _default_val_attack(eps: float | str, norm: str) -> dict[str, Any]:
     return {"name": "pgd", "eps": eps, "norm": norm, "steps": 20}
 
 

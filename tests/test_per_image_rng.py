@@ -12,24 +12,26 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from unperturb import draws
+from unperturb import per_image_rng
 
 INDEX = torch.arange(2000)
 DRAWS: dict[str, Callable[..., Tensor]] = {
-    "uniform": lambda seed, index, step: draws.uniform(seed, index, step, (5,)),
-    "normal": lambda seed, index, step: draws.normal(seed, index, step, (5,)),
-    "integers": lambda seed, index, step: draws.integers(seed, index, step, 2**31, 5),
+    "uniform": lambda seed, index, step: per_image_rng.uniform(seed, index, step, (5,)),
+    "normal": lambda seed, index, step: per_image_rng.normal(seed, index, step, (5,)),
+    "integers": lambda seed, index, step: per_image_rng.integers(seed, index, step, 2**31, 5),
 }
 
 
 # Across images, across pixels of one image, across steps, across seeds: each way a sample must look uniform.
 SLICES: dict[str, Callable[[], Tensor]] = {
-    "images": lambda: draws.uniform(3, INDEX, 0, (1,)),
-    "pixels": lambda: draws.uniform(3, INDEX[:1], 0, (2000,)),
-    "steps": lambda: torch.cat([draws.uniform(3, INDEX[:1], step, (1,)) for step in range(2000)]),
-    "seeds": lambda: torch.cat([draws.uniform(seed, INDEX[:1], 0, (1,)) for seed in range(2000)]),
-    "far_indices": lambda: draws.uniform(3, INDEX * 2**40 - 2**50, 0, (1,)),
-    "large_steps": lambda: torch.cat([draws.uniform(3, INDEX[:1], step + (1 << 41), (1,)) for step in range(2000)]),
+    "images": lambda: per_image_rng.uniform(3, INDEX, 0, (1,)),
+    "pixels": lambda: per_image_rng.uniform(3, INDEX[:1], 0, (2000,)),
+    "steps": lambda: torch.cat([per_image_rng.uniform(3, INDEX[:1], step, (1,)) for step in range(2000)]),
+    "seeds": lambda: torch.cat([per_image_rng.uniform(seed, INDEX[:1], 0, (1,)) for seed in range(2000)]),
+    "far_indices": lambda: per_image_rng.uniform(3, INDEX * 2**40 - 2**50, 0, (1,)),
+    "large_steps": lambda: torch.cat(
+        [per_image_rng.uniform(3, INDEX[:1], step + (1 << 41), (1,)) for step in range(2000)]
+    ),
 }
 
 
@@ -44,15 +46,15 @@ def test_uniform_and_uncorrelated(way: str) -> None:
 
 
 def test_uniform_has_all_its_24_bits() -> None:
-    numbers = (draws.uniform(0, INDEX, 0, (50,)).double() * 2**24).long()
-    assert torch.equal(numbers.double() / 2**24, draws.uniform(0, INDEX, 0, (50,)).double())
+    numbers = (per_image_rng.uniform(0, INDEX, 0, (50,)).double() * 2**24).long()
+    assert torch.equal(numbers.double() / 2**24, per_image_rng.uniform(0, INDEX, 0, (50,)).double())
     for bit in range(24):
         share = float(((numbers >> bit) & 1).double().mean())
         assert share == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(numbers.numel())), bit
 
 
 def test_normal() -> None:
-    sample = draws.normal(1, INDEX, 2, (50,)).flatten().double().numpy()
+    sample = per_image_rng.normal(1, INDEX, 2, (50,)).flatten().double().numpy()
     n = len(sample)
     assert np.isfinite(sample).all()
     assert sample.mean() == pytest.approx(0, abs=4 / np.sqrt(n))
@@ -65,7 +67,7 @@ def test_normal() -> None:
 
 @pytest.mark.parametrize("high", [1, 2, 7, 10, 1000])
 def test_integers(high: int) -> None:
-    sample = draws.integers(5, INDEX, 1, high, 10)
+    sample = per_image_rng.integers(5, INDEX, 1, high, 10)
     assert sample.shape == (2000, 10)
     assert sample.dtype == torch.int64
     assert 0 <= int(sample.min()) <= int(sample.max()) < high
@@ -74,13 +76,13 @@ def test_integers(high: int) -> None:
 
 
 def test_shape_and_type() -> None:
-    for make in (draws.uniform, draws.normal):
+    for make in (per_image_rng.uniform, per_image_rng.normal):
         sample = make(0, INDEX[:4], 0, (3, 8, 5))
         assert sample.shape == (4, 3, 8, 5)
         assert sample.dtype == torch.float32
         assert make(0, INDEX[:0], 0, (3, 8, 5)).shape == (0, 3, 8, 5)
         assert make(0, INDEX[:4].to(torch.int32), 0, (3, 8, 5)).equal(sample)
-    assert draws.integers(0, INDEX[:4], 0, 9).shape == (4, 1)
+    assert per_image_rng.integers(0, INDEX[:4], 0, 9).shape == (4, 1)
 
 
 @pytest.mark.parametrize("kind", sorted(DRAWS))
@@ -112,19 +114,19 @@ def test_other_seeds_images_and_steps_draw_other_numbers(kind: str) -> None:
 @pytest.mark.parametrize("extreme", [(-1, 0), (2**62, 0), (0, 2**62), (-(2**62), -5)])
 def test_any_64_bit_seed_and_step(extreme: tuple[int, int]) -> None:
     seed, step = extreme
-    sample: Any = draws.uniform(seed, INDEX, step, (1,)).flatten().double().numpy()
+    sample: Any = per_image_rng.uniform(seed, INDEX, step, (1,)).flatten().double().numpy()
     assert stats.kstest(sample, "uniform").pvalue > 1e-3
 
 
 def test_permutation() -> None:
-    first = draws.permutation(3, 0, 100)
+    first = per_image_rng.permutation(3, 0, 100)
     assert sorted(first.tolist()) == list(range(100))
-    assert torch.equal(draws.permutation(3, 0, 100), first)
-    assert not torch.equal(draws.permutation(3, 1, 100), first)
-    assert not torch.equal(draws.permutation(4, 0, 100), first)
+    assert torch.equal(per_image_rng.permutation(3, 0, 100), first)
+    assert not torch.equal(per_image_rng.permutation(3, 1, 100), first)
+    assert not torch.equal(per_image_rng.permutation(4, 0, 100), first)
     state = torch.get_rng_state()
-    draws.permutation(0, 0, 5)
+    per_image_rng.permutation(0, 0, 5)
     assert torch.equal(torch.get_rng_state(), state)
     # Where a given image lands is uniform over epochs.
-    places = [int((draws.permutation(0, epoch, 10) == 4).nonzero()) for epoch in range(1000)]
+    places = [int((per_image_rng.permutation(0, epoch, 10) == 4).nonzero()) for epoch in range(1000)]
     assert stats.chisquare(np.bincount(places, minlength=10)).pvalue > 1e-3

@@ -1,4 +1,4 @@
-"""The frozen twin: the same logits and input gradient as the original, which stays untouched."""
+"""The frozen, fused copy: the same logits and input gradient as the original, which stays untouched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unperturb.classifiers.base import classifiers, create_classifier, wrap
-from unperturb.classifiers.twin import twin
+from unperturb.classifiers.fused_copy import fused_copy
 
 NORMS = {
     "airbench": 6,
@@ -49,11 +49,11 @@ def logits_and_gradient(model: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
 
 def assert_same(model: nn.Module, frozen: nn.Module, images: Tensor) -> None:
     logits, gradient = logits_and_gradient(copy.deepcopy(model).eval(), images)
-    twin_logits, twin_gradient = logits_and_gradient(frozen, images)
+    fused_logits, fused_gradient = logits_and_gradient(frozen, images)
     # In float64 the fold is exact for all that matters; in float32 an activation may cross a ReLU's kink by rounding.
     exact = images.dtype == torch.float64
-    assert (logits - twin_logits).abs().max() <= (1e-9 if exact else 1e-4) * logits.abs().max()
-    off = (gradient - twin_gradient).flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
+    assert (logits - fused_logits).abs().max() <= (1e-9 if exact else 1e-4) * logits.abs().max()
+    off = (gradient - fused_gradient).flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
     assert (off.max() if exact else off.median()) <= (1e-9 if exact else 1e-4)
 
 
@@ -70,7 +70,7 @@ def head(width: int) -> list[nn.Module]:
 def test_every_classifier(name: str, dtype: torch.dtype) -> None:
     model = create_classifier(name, channels=3, size=16, classes=4, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
     lived_in(model).to(dtype)
-    frozen = twin(model, channels_last=True)
+    frozen = fused_copy(model, channels_last=True)
     assert frozen.folded == NORMS[name]
     assert frozen.channels_last
     assert_same(model, frozen, torch.rand(4, 3, 16, 16, dtype=dtype))
@@ -83,7 +83,7 @@ def test_the_list_of_norms_is_whole() -> None:
 def test_folded_weights_have_the_closed_form() -> None:
     conv, norm = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)
     model = net(conv, norm, *head(3))
-    frozen = twin(model, torch.rand(4, 2, 8, 8), channels_last=False)
+    frozen = fused_copy(model, torch.rand(4, 2, 8, 8), channels_last=False)
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     folded = frozen.module.get_submodule("0")
     torch.testing.assert_close(folded.weight, conv.weight.detach() * scale.detach().view(-1, 1, 1, 1))
@@ -98,7 +98,7 @@ def test_the_original_stays_as_it_was() -> None:
     modes = [m.training for m in model.modules()]
     wants = [p.requires_grad for p in model.parameters()]
     random_state = torch.get_rng_state()
-    frozen = twin(model, torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)))
+    frozen = fused_copy(model, torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)))
     assert frozen.folded > 0
     assert torch.equal(torch.get_rng_state(), random_state)
     assert modes == [m.training for m in model.modules()]
@@ -110,7 +110,7 @@ def test_the_original_stays_as_it_was() -> None:
 
 def test_frozen_for_good() -> None:
     model = create_classifier("resnet8", channels=1, size=8, classes=3, mean=[0.1], std=[0.3])
-    frozen = twin(model).train()
+    frozen = fused_copy(model).train()
     assert not any(m.training for m in frozen.modules())
     assert not any(p.requires_grad for p in frozen.parameters())
     assert {p.data_ptr() for p in frozen.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
@@ -119,7 +119,7 @@ def test_frozen_for_good() -> None:
 def test_a_norm_after_a_linear_layer_is_folded() -> None:
     model = net(nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4))
     images = torch.rand(4, 1, 8, 8)
-    frozen = twin(model, images)
+    frozen = fused_copy(model, images)
     assert frozen.folded == 1
     assert_same(model, frozen, images)
 
@@ -129,7 +129,7 @@ def test_a_norm_behind_a_max_pooling_is_folded_only_where_its_scale_keeps_the_or
     model = net(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU(), *head(4))
     nn.init.constant_(model.get_submodule("2").weight, scale)
     images = torch.rand(4, 1, 8, 8)
-    frozen = twin(model, images)
+    frozen = fused_copy(model, images)
     assert frozen.folded == folded
     assert_same(model, frozen, images)
 
@@ -154,7 +154,7 @@ class TwoReaders(Shared):
 @pytest.mark.parametrize("kind", [Shared, TwoReaders])
 def test_a_convolution_that_others_need_is_left_alone(kind: type[nn.Module]) -> None:
     model, images = lived_in(kind()), torch.rand(4, 3, 8, 8)
-    frozen = twin(model, images)
+    frozen = fused_copy(model, images)
     assert frozen.folded == 0
     assert_same(model, frozen, images)
 
@@ -176,14 +176,14 @@ class Deciding(nn.Module):
 
 def test_what_cannot_be_traced_is_attacked_as_it_is() -> None:
     model, images = lived_in(Deciding(nn.Identity())), torch.rand(4, 3, 8, 8)
-    frozen = twin(model, images)
+    frozen = fused_copy(model, images)
     assert frozen.folded == 0
     assert_same(model, frozen, images)
 
 
 def test_the_traceable_parts_of_the_untraceable_are_folded() -> None:
     model, images = lived_in(Deciding(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)))), torch.rand(4, 3, 8, 8)
-    frozen = twin(model, images)
+    frozen = fused_copy(model, images)
     assert frozen.folded == 1
     assert_same(model, frozen, images)
 
@@ -204,7 +204,7 @@ class Reading(nn.Module):
 def test_a_fold_that_changes_the_logits_is_taken_back() -> None:
     # The trace sees nothing wrong here: only the comparison can notice.
     model, images = lived_in(Reading()), torch.rand(4, 3, 8, 8)
-    frozen = twin(model, images)
+    frozen = fused_copy(model, images)
     assert frozen.folded == 0
     assert_same(model, frozen, images)
 
@@ -221,7 +221,7 @@ class NeedsPlainMemory(nn.Module):
 
 def test_a_model_that_needs_plain_memory_keeps_it() -> None:
     model, images = NeedsPlainMemory(), torch.rand(4, 3, 8, 8)
-    frozen = twin(model, images, channels_last=True)
+    frozen = fused_copy(model, images, channels_last=True)
     assert not frozen.channels_last
     assert_same(model, frozen, images)
 
@@ -229,7 +229,7 @@ def test_a_model_that_needs_plain_memory_keeps_it() -> None:
 def test_without_a_shape_to_try_nothing_is_changed() -> None:
     model = wrap(net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *head(4)), [0.5] * 3, [0.2] * 3)
     images = torch.rand(4, 3, 8, 8)
-    assert twin(model).folded == 0
-    assert twin(model, images).folded == 1
-    assert torch.equal(twin(model)(images), model(images))
-    assert_same(model, twin(model, images), images)
+    assert fused_copy(model).folded == 0
+    assert fused_copy(model, images).folded == 1
+    assert torch.equal(fused_copy(model)(images), model(images))
+    assert_same(model, fused_copy(model, images), images)

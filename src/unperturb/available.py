@@ -10,7 +10,7 @@ from typing import Any
 VERBS = {"classifier": "train-classifier", "defense": "train", "evaluation": "evaluate", "demo": "demo"}
 
 
-def catalog() -> dict[str, dict[str, str]]:
+def list_available() -> dict[str, dict[str, str]]:
     """Every registered name by kind: `{"attacks": {"fgsm": "One step ...", ...}, ...}`."""
     from unperturb import zoo
     from unperturb.attacks import attacks
@@ -118,14 +118,15 @@ INTRODUCTION = """\
 A recipe is a TOML file that fixes one run completely. `unperturb list recipes` names those that come along,
 `unperturb show NAME` prints one whole, with what it needs. Every verb takes a name or a path, so a recipe of your own
 begins with `unperturb show protect-mnist > mine.toml`. `--set KEY=VALUE` changes a key: `--set training.lr=0.001`,
-`--set pairs.attacks.0.eps=8/255`, `--set 'classifiers=["zoo:mnist-resnet8"]'`. A key that does not exist is refused.
+`--set adversarial_batches.attacks.0.eps=8/255`, `--set 'classifiers=["zoo:mnist-resnet8"]'`. A key that does not exist
+is refused.
 
 A classifier or a defense is named by its run folder (`runs/mnist-resnet8`), by `zoo:NAME` (weights that come with the
 repository: `unperturb list zoo`), a filter by its own name (`jpeg`), several purifiers one behind the other by
 `A+B`. What has a `name` (a classifier, an objective, a defense, an attack) takes the options of that name: they
 follow the keys.
 
-This page is made by `python -m unperturb.catalog > docs/recipes.md`; a test holds it to the program.
+This page is made by `python -m unperturb.available > docs/recipes.md`; a test holds it to the program.
 """
 
 
@@ -133,7 +134,7 @@ def recipes_page() -> str:
     """`docs/recipes.md`: every key of every kind of recipe, and the options of everything that a recipe names."""
     from unperturb.attacks import attacks
     from unperturb.classifiers import classifiers
-    from unperturb.config import KINDS, Augmentation, Pairs, Training
+    from unperturb.config import KINDS, AdversarialBatchesConfig, Augmentation, Training
     from unperturb.defenses import defenses
     from unperturb.training.objectives import objectives
 
@@ -141,7 +142,11 @@ def recipes_page() -> str:
     for kind, model in KINDS.items():
         verb = VERBS[kind]
         parts.append(f"## The {kind} recipe: `unperturb {verb}`\n\n{_line(model)}\n\n{_keys(model, fixed=kind)}")
-    for title, part in (("training", Training), ("augment", Augmentation), ("pairs", Pairs)):
+    for title, part in (
+        ("training", Training),
+        ("augment", Augmentation),
+        ("adversarial_batches", AdversarialBatchesConfig),
+    ):
         parts.append(f"## `[{title}]`\n\n{_line(part)}\n\n{_keys(part)}")
     parts.append(
         "## An attack of an evaluation or a mixture\n\nBeside the options of its name: `label` (its name in tables) "
@@ -189,7 +194,7 @@ def _type(field: Any) -> str:
         plain = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`"}
         if annotation in plain:
             return plain[annotation]
-        return "`{ name, options }`" if annotation.__name__ == "Thing" else "table"
+        return "`{ name, options }`" if annotation.__name__ == "ComponentConfig" else "table"
 
     signs = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
     bounds = [f"{said} {getattr(m, sign)}" for m in field.metadata for sign, said in signs.items() if hasattr(m, sign)]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unperturb import draws
+from unperturb import per_image_rng
 from unperturb.attacks.base import Attack, attacks
-from unperturb.config import Augmentation, Pairs, Thing
+from unperturb.config import AdversarialBatchesConfig, Augmentation, ComponentConfig
 from unperturb.data import ImageSet, augment
 from unperturb.defenses.base import Batch
 
@@ -40,7 +40,7 @@ class Sampler:
         parts = []
         for epoch in range(wanted[0] // n, wanted[-1] // n + 1):
             if epoch != self._epoch:
-                self._epoch, self._order = epoch, draws.permutation(self.seed, epoch, n)
+                self._epoch, self._order = epoch, per_image_rng.permutation(self.seed, epoch, n)
             places = torch.tensor([w - epoch * n for w in wanted if w // n == epoch], dtype=torch.int64)
             parts.append(self._order[places])
         return torch.cat(parts)
@@ -80,7 +80,7 @@ def _draw(value: Any, u: float) -> Any:
 class Mixture:
     """Attacks by share of the batch; options given as ranges are drawn by (seed, step)."""
 
-    def __init__(self, things: Sequence[Thing], seed: int) -> None:
+    def __init__(self, things: Sequence[ComponentConfig], seed: int) -> None:
         self.seed = seed
         self.parts = [(t.name, {k: v for k, v in t.options.items() if k != "share"}) for t in things]
         shares = [float(t.options.get("share", 1.0)) for t in things]
@@ -93,7 +93,7 @@ class Mixture:
         """The attacks of this step."""
         made = []
         for number, (name, options) in enumerate(self.parts):
-            u = draws.uniform(self.seed, torch.tensor([number]), step, (max(1, len(options)),))[0].tolist()
+            u = per_image_rng.uniform(self.seed, torch.tensor([number]), step, (max(1, len(options)),))[0].tolist()
             made.append(attacks.create(name, **{k: _draw(v, x) for (k, v), x in zip(options.items(), u)}))
         return made
 
@@ -116,7 +116,7 @@ class Mixture:
         return x_adv
 
 
-class PairSource:
+class AdversarialBatches:
     """Pairs for a defense: step by step a batch, attacked on one of the functions it is handed, taken in turn.
 
     attacked: for each classifier the function that is attacked; logits: for each the frozen classifier that a loss may
@@ -126,7 +126,7 @@ class PairSource:
     def __init__(
         self,
         sampler: Sampler,
-        recipe: Pairs,
+        recipe: AdversarialBatchesConfig,
         attacked: Sequence[nn.Module],
         logits: Sequence[nn.Module],
     ) -> None:
@@ -142,6 +142,6 @@ class PairSource:
         return Batch(images, x_adv, labels, self.logits[turn], step)
 
 
-def hardest(thing: Thing) -> tuple[str, dict[str, Any]]:
+def hardest(thing: ComponentConfig) -> tuple[str, dict[str, Any]]:
     """An attack of a mixture with every range at its high end: (name, options)."""
     return thing.name, {k: _draw(v, 1.0) for k, v in thing.options.items() if k != "share"}

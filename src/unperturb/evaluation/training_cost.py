@@ -10,12 +10,12 @@ from torch import nn
 from unperturb import runs, zoo
 from unperturb.defenses.base import Defense
 
-Spent = tuple[float | None, float | None]
-NOTHING: Spent = (0.0, 0.0)  # a filter, or no defense at all
-UNKNOWN: Spent = (None, None)
+TrainingCost = tuple[float | None, float | None]
+NOTHING: TrainingCost = (0.0, 0.0)  # a filter, or no defense at all
+UNKNOWN: TrainingCost = (None, None)
 
 
-def of_folder(source: str | Path, after: tuple[Path, ...] = ()) -> Spent:
+def of_folder(source: str | Path, after: tuple[Path, ...] = ()) -> TrainingCost:
     """(PFLOP, seconds) that training cost what `source` names: a run folder, a filter's name, or several joined by `+`.
 
     A run that began with the weights of another, or learned from a teacher, has cost that one's training too; the
@@ -33,17 +33,17 @@ def of_folder(source: str | Path, after: tuple[Path, ...] = ()) -> Spent:
     return _sum([_own(folder), *earlier])
 
 
-def of_model(defense: Defense, classifier: nn.Module | None = None) -> Spent:
+def of_model(defense: Defense, classifier: nn.Module | None = None) -> TrainingCost:
     """The same of a defense in hand; classifier: the one that stands in the bare one's place, if it does."""
     if defense.outcome is not None:
         return defense.outcome.pflop, defense.outcome.seconds
-    learned = classifier is not None or any(link.networks() for link in defense.links())
+    learned = classifier is not None or any(stage.networks() for stage in defense.stages())
     return UNKNOWN if learned else NOTHING
 
 
-def about(dataset: str, defense: Defense, spent: Spent, folder: str = "") -> dict[str, Any]:
+def about(dataset: str, defense: Defense, cost: TrainingCost, folder: str = "") -> dict[str, Any]:
     """One entry of `defenses.json` (`unperturb.runs.read_costs`)."""
-    pflop, seconds = spent
+    pflop, seconds = cost
     return {
         "dataset": dataset,
         "folder": folder,
@@ -55,7 +55,7 @@ def about(dataset: str, defense: Defense, spent: Spent, folder: str = "") -> dic
     }
 
 
-def _own(folder: Path) -> Spent:
+def _own(folder: Path) -> TrainingCost:
     if (folder / "training.json").exists():
         outcome = runs.read_json(folder / "training.json", runs.Outcome)
         return outcome.pflop, outcome.seconds
@@ -78,7 +78,7 @@ def _inside(values: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value := values.get(key), dict) else {}
 
 
-def _earlier(other: str, folder: Path, after: tuple[Path, ...]) -> Spent:
+def _earlier(other: str, folder: Path, after: tuple[Path, ...]) -> TrainingCost:
     """What the run `other`, as a recipe names it, has cost; it may have moved along with `folder`."""
     name = Path(other.removeprefix(zoo.PREFIX)).name
     for place in (Path(other), zoo.folders().get(name) if other.startswith(zoo.PREFIX) else None, folder.parent / name):
@@ -87,7 +87,7 @@ def _earlier(other: str, folder: Path, after: tuple[Path, ...]) -> Spent:
     return UNKNOWN
 
 
-def _sum(parts: list[Spent]) -> Spent:
+def _sum(parts: list[TrainingCost]) -> TrainingCost:
     pflop, seconds = ([part[i] for part in parts] for i in (0, 1))
     return _total(pflop), _total(seconds)
 

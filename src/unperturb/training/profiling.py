@@ -18,7 +18,7 @@ _STEP_SECONDS = 2.0  # that a step of the probe may take: photographs cost a hun
 
 
 @contextlib.contextmanager
-def _rehearsal(task: Task, batch: int | None = None) -> Iterator[dict[str, nn.Module]]:
+def _profiled(task: Task, batch: int | None = None) -> Iterator[dict[str, nn.Module]]:
     """The networks of `task`, to be played with; afterwards they are as they were."""
     networks = task.networks()
     before = {k: copy.deepcopy(v.state_dict()) for k, v in networks.items()}
@@ -33,7 +33,7 @@ def _rehearsal(task: Task, batch: int | None = None) -> Iterator[dict[str, nn.Mo
             network.train(modes[name]).zero_grad(set_to_none=True)
 
 
-def _rehearse(task: Task, step: int, networks: dict[str, nn.Module], precision: str) -> None:
+def _profile_step(task: Task, step: int, networks: dict[str, nn.Module], precision: str) -> None:
     """A step without its updates, attacks and all."""
     device = task.sampler.device.type
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
@@ -44,13 +44,13 @@ def _rehearse(task: Task, step: int, networks: dict[str, nn.Module], precision: 
 def flop_per_image(task: Task, steps: int = 12, batch: int = 6) -> float:
     """Floating-point operations of one training image, attacks and all, counted over the first few steps on a small
     batch."""
-    with _rehearsal(task, batch) as networks, FlopCounter() as counter:
+    with _profiled(task, batch) as networks, FlopCounter() as counter:
         for step in range(steps):
-            _rehearse(task, step, networks, "float32")
+            _profile_step(task, step, networks, "float32")
     return counter.total / (steps * batch)
 
 
-def fastest(task: Task, precision: str = "auto", memory_format: str = "auto") -> tuple[str, str]:
+def autotune_precision(task: Task, precision: str = "auto", memory_format: str = "auto") -> tuple[str, str]:
     """The (precision, memory format) in which a step of `task` is quickest here; one that is not `auto` is kept.
 
     A probe of the task itself, about ten steps of whole batches, or of as many images as take some two seconds: a
@@ -66,19 +66,19 @@ def fastest(task: Task, precision: str = "auto", memory_format: str = "auto") ->
     if len(choices) == 1:
         return choices[0]
     seconds: dict[tuple[str, str], float] = {}
-    with _rehearsal(task, min(_FEW, task.sampler.batch)) as networks:
-        _rehearse(task, 0, networks, "float32")  # the first step of all builds its kernels
+    with _profiled(task, min(_FEW, task.sampler.batch)) as networks:
+        _profile_step(task, 0, networks, "float32")  # the first step of all builds its kernels
         start = time.perf_counter()
-        _rehearse(task, 0, networks, "float32")
+        _profile_step(task, 0, networks, "float32")
         enough = max(2 * _FEW, int(_STEP_SECONDS * _FEW / (time.perf_counter() - start)))
-    with _rehearsal(task, min(enough, task.sampler.batch)) as networks:
+    with _profiled(task, min(enough, task.sampler.batch)) as networks:
         for choice in choices:
             for network in networks.values():
                 set_layout(network, choice[1])
             times = []
             for _ in range(3):
                 start = time.perf_counter()
-                _rehearse(task, 0, networks, choice[0])
+                _profile_step(task, 0, networks, choice[0])
                 if device == "cuda":
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)

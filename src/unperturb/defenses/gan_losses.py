@@ -1,4 +1,4 @@
-"""What two players of a game minimize, and how one of them stands still."""
+"""What two networks of a GAN minimize, and how one of them stands still."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def discrimination(d_real: Tensor, d_fake: Tensor) -> Tensor:
 
 
 def frozen(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`network` as a function whose weights take no gradient: the other player does not move in this turn."""
+    """`network` as a function whose weights take no gradient: the other network does not move in this turn."""
     weights = {k: v.detach() for k, v in network.named_parameters()}
     return lambda x: torch.func.functional_call(network, weights, (x,))
 

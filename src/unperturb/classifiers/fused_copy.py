@@ -1,4 +1,4 @@
-"""The frozen twin of a model: the same function of its input, made cheap to differentiate for an attack."""
+"""The frozen, fused copy of a model: the same function of its input, made cheap to differentiate for an attack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _PROBE_IMAGES = 32
 
 
-class Twin(nn.Module):
+class FusedCopy(nn.Module):
     """A frozen copy of a model, in eval mode for good; its parameters take no gradient.
 
     folded: how many batch norms went into the layer before them. channels_last: whether its weights are laid out so.
@@ -34,7 +34,7 @@ class Twin(nn.Module):
         check_logits(logits, len(images))
         return logits
 
-    def train(self, mode: bool = True) -> Twin:
+    def train(self, mode: bool = True) -> FusedCopy:
         return super().train(False)
 
 
@@ -52,13 +52,13 @@ class _Borrowed(nn.Module):
 
 
 @torch.inference_mode(False)
-def twin(model: nn.Module, example: Tensor | None = None, *, channels_last: bool | None = None) -> Twin:
+def fused_copy(model: nn.Module, example: Tensor | None = None, *, channels_last: bool | None = None) -> FusedCopy:
     """The frozen fast copy of `model`, which stays as it is; one that cannot be copied is asked itself, as if frozen.
 
     example: images `(N, C, H, W)` in [0, 1] like those to be attacked; they give shape and device of the trials.
     Without them the `spec` of a `Classifier` does; where there is none either, nothing is folded or probed.
     channels_last: None times both memory formats. As they differ in the last bits, a run that is to be repeated bit for
-    bit must record `twin.channels_last` and pass it on.
+    bit must record `fused_copy.channels_last` and pass it on.
 
     Batch norms are folded into the convolution or linear layer before them, exactly but for rounding. `Normalize`
     stays: it cannot go into a convolution that pads with zeros. Each change is kept if, on random images, logits (to
@@ -67,15 +67,15 @@ def twin(model: nn.Module, example: Tensor | None = None, *, channels_last: bool
     try:
         module = deep_copy(model).eval()
     except ValueError:
-        return Twin(_Borrowed(model), 0, False).eval()
+        return FusedCopy(_Borrowed(model), 0, False).eval()
     for parameter in module.parameters():  # TorchScript has no `requires_grad_` of its own
         parameter.requires_grad_(False)
     images = _trial_images(model, example)
     if images is None:
-        return Twin(module, 0, False).eval()
+        return FusedCopy(module, 0, False).eval()
     module, folded = _folded(module, images)
     module, is_last = _laid_out(module, images, channels_last)
-    return Twin(module, folded, is_last).eval()
+    return FusedCopy(module, folded, is_last).eval()
 
 
 def _trial_images(model: nn.Module, example: Tensor | None) -> Tensor | None:

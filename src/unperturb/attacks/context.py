@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unperturb import draws
-from unperturb.attacks.balls import Norm, column, l2_norm, project_
+from unperturb import per_image_rng
 from unperturb.attacks.losses import LossFunction, margin
+from unperturb.attacks.projections import Norm, column, l2_norm, project_
 from unperturb.modules import logits_of
 
 Model = Callable[[Tensor], Tensor]
@@ -30,7 +30,7 @@ class NoGradientError(ValueError):
 
 
 @dataclass
-class Tally:
+class QueryCounter:
     """What an attack spent: batch passes, and per image `(N,)`.
 
     queries: forward passes. gradients: how often a gradient was asked for, zero_gradients: how often it was exactly
@@ -44,7 +44,7 @@ class Tally:
     gradients: Tensor = field(init=False)
     nonfinite: Tensor = field(init=False)
     classes: int | None = None
-    felled_by: list[str] = field(default_factory=list)
+    broken_by: list[str] = field(default_factory=list)
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -77,11 +77,11 @@ class Tally:
 
 
 @dataclass
-class Problem:
+class AttackContext:
     """A batch to be attacked: the model, the images, and what the attacker wants of them.
 
     `labels` are the classes to leave, or with `targeted` the classes to reach. `take(rows)` is the same problem for
-    some of the images; the tally is shared.
+    some of the images; the counter is shared.
     """
 
     model: Model
@@ -90,20 +90,20 @@ class Problem:
     targeted: bool
     index: Tensor
     seed: int
-    tally: Tally
+    counter: QueryCounter
     rows: Tensor
     _denial: Tensor | None = field(default=None, init=False, repr=False)
 
-    def take(self, rows: Tensor) -> Problem:
+    def take(self, rows: Tensor) -> AttackContext:
         """The problem for the images at `rows` (positions or a mask)."""
-        return Problem(
+        return AttackContext(
             self.model,
             self.images[rows],
             self.labels[rows],
             self.targeted,
             self.index[rows],
             self.seed,
-            self.tally,
+            self.counter,
             self.rows[rows],
         )
 
@@ -112,19 +112,19 @@ class Problem:
         for who is to leave it and no success for who is to reach it."""
         logits = logits_of(self.model, x)
         classes = logits.shape[1]
-        if self.tally.classes is None:
+        if self.counter.classes is None:
             _check_classes(self.labels, classes)
-            self.tally.classes = classes
-        elif classes != self.tally.classes:
-            raise ValueError(f"the attacked model returned {classes} classes, and {self.tally.classes} before")
+            self.counter.classes = classes
+        elif classes != self.counter.classes:
+            raise ValueError(f"the attacked model returned {classes} classes, and {self.counter.classes} before")
         if self._denial is None:
             self._denial = _denials(self.labels, classes)
         bad = not_finite(logits)
-        self.tally.forwards += 1
-        self._count(self.tally.queries)
-        self._count(self.tally.nonfinite, bad)
-        if self.tally.progress is not None:
-            self.tally.progress(self.tally.forwards)
+        self.counter.forwards += 1
+        self._count(self.counter.queries)
+        self._count(self.counter.nonfinite, bad)
+        if self.counter.progress is not None:
+            self.counter.progress(self.counter.forwards)
         return torch.where(bad[:, None], self._denial, logits)
 
     def _count(self, counts: Tensor, by: Tensor | int = 1) -> None:
@@ -151,8 +151,8 @@ class Problem:
     def rounding(self, logits: Tensor) -> Tensor:
         """`(N,)`: what float32 may do to a margin: of the two logits that it compares, not of one that is masked."""
         label = self.labels[:, None]
-        rival = logits.scatter(1, label, -torch.inf).amax(1)
-        return 1e-5 * torch.maximum(rival.abs(), logits.gather(1, label).squeeze(1).abs())
+        other = logits.scatter(1, label, -torch.inf).amax(1)
+        return 1e-5 * torch.maximum(other.abs(), logits.gather(1, label).squeeze(1).abs())
 
     def value(self, logits: Tensor, loss: LossFunction) -> Tensor:
         """What the attacker maximizes, `(N,)`: the loss, or minus the loss towards the target."""
@@ -169,9 +169,9 @@ class Problem:
         logits = self._forward(x)
         value = self.value(logits, loss)
         gradient = _input_gradient(value.sum(), x)
-        self.tally.backwards += 1
-        self._count(self.tally.gradients)
-        self._count(self.tally.zero_gradients, gradient.flatten(1).abs().amax(1) == 0)
+        self.counter.backwards += 1
+        self._count(self.counter.gradients)
+        self._count(self.counter.zero_gradients, gradient.flatten(1).abs().amax(1) == 0)
         return value.detach(), gradient, logits.detach()
 
     @torch.enable_grad()
@@ -186,19 +186,19 @@ class Problem:
         keep: another backward pass through the same forward pass follows.
         """
         gradient = _input_gradient(logits, point, weights, keep=keep)
-        self.tally.backwards += 1
+        self.counter.backwards += 1
         asked = weights.count_nonzero(1) > 0  # a gradient that nobody wanted is zero for no fault of the model's
-        self._count(self.tally.gradients, asked)
-        self._count(self.tally.zero_gradients, asked & (gradient.flatten(1).abs().amax(1) == 0))
+        self._count(self.counter.gradients, asked)
+        self._count(self.counter.zero_gradients, asked & (gradient.flatten(1).abs().amax(1) == 0))
         return gradient
 
     def uniform(self, step: int, low: float = -1.0, high: float = 1.0) -> Tensor:
         """Uniform noise shaped like the images, each image's its own."""
-        return draws.uniform(self.seed, self.index, step, self.images.shape[1:]).mul_(high - low).add_(low)
+        return per_image_rng.uniform(self.seed, self.index, step, self.images.shape[1:]).mul_(high - low).add_(low)
 
     def normal(self, step: int) -> Tensor:
         """Standard normal noise shaped like the images, each image's its own."""
-        return draws.normal(self.seed, self.index, step, self.images.shape[1:])
+        return per_image_rng.normal(self.seed, self.index, step, self.images.shape[1:])
 
     def random_start(self, eps: float, norm: Norm, step: int) -> Tensor:
         """Uniform in the ball of radius `eps` around the images, projected into [0, 1]."""
@@ -206,7 +206,7 @@ class Problem:
             delta = self.uniform(step) * eps
         else:
             direction = self.normal(step)
-            radius = draws.uniform(self.seed, self.index, step + (1 << 40), (1,)).squeeze(1)
+            radius = per_image_rng.uniform(self.seed, self.index, step + (1 << 40), (1,)).squeeze(1)
             radius = eps * radius ** (1.0 / direction[0].numel())
             delta = direction * column(radius / l2_norm(direction).clamp(min=1e-30), direction)
         return project_(self.images + delta, self.images, eps, norm)
