@@ -26,7 +26,7 @@ from unperturb.defenses.defense_gan import DefenseGAN
 from unperturb.devices import FlopCounter
 from unperturb.intervals import wilson
 from unperturb.runs import environment, write_atomically, write_json
-from unperturb.validation import budget
+from unperturb.threat_models import budget
 
 STEPS = (5, 10, 25, 50, 100, 200, 400)
 STARTS = (1, 2, 5, 10, 20)

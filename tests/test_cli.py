@@ -25,7 +25,8 @@ from unperturb import cli
 from unperturb.data import load_dataset
 from unperturb.devices import Speed
 from unperturb.registry import UnknownNameError
-from unperturb.runs import RunError, read_rows
+from unperturb.results.schema import read_rows
+from unperturb.runs import RunError
 
 runner = CliRunner()
 VERBS = sorted(c.name or c.callback.__name__.replace("_", "-") for c in cli.app.registered_commands)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from test_report import columns
-from unperturb import report, runs
+from unperturb import report
 from unperturb.attacks import create_attack
 from unperturb.data import ImageSet
 from unperturb.defenses import Defense, create_defense
 from unperturb.evaluation.grid import Grid, run_grid
 from unperturb.intervals import wilson
 from unperturb.report import detectors
+from unperturb.results import schema
 
 
 def rows_of(folder: Path, name: str = "a", **given: Any) -> None:
@@ -26,7 +27,7 @@ def rows_of(folder: Path, name: str = "a", **given: Any) -> None:
     cell = {"dataset": "digits", "classifier": "net", "defense": "magnet", "attack": "pgd-40", "attack_repr": "PGD()"}
     n = len(given["scores_clean"])
     filled = columns(n, **{**cell, "eps": 0.3, "surrogate": "", "label": np.ones(n, int), **given})
-    runs.write_rows(folder / "rows" / name / "0000.parquet", filled)
+    schema.write_rows(folder / "rows" / name / "0000.parquet", filled)
 
 
 def predictions(right: list[int]) -> Any:
@@ -46,7 +47,7 @@ FOUR = {
 
 def test_auroc_and_hits_by_hand(tmp_path: Path) -> None:
     rows_of(tmp_path, **FOUR)
-    found = detectors.detector_table(runs.read_rows(tmp_path))
+    found = detectors.detector_table(schema.read_rows(tmp_path))
     assert list(found["detector"]) == [0, 1]
     # Above all four clean scores lie 5, 6 and 7: with four images 1 % and 5 % both mean no false alarm.
     assert found["auroc"].tolist() == pytest.approx([14 / 16, (12 * 0.5 + 4) / 16])
@@ -67,7 +68,7 @@ def test_hits_at_one_and_at_five_percent(tmp_path: Path) -> None:
         pred_pure_clean=predictions([1] * 200),
         pred_pure_adv=predictions([1] * 200),
     )
-    (line,) = detectors.detector_table(runs.read_rows(tmp_path)).to_dict("records")
+    (line,) = detectors.detector_table(schema.read_rows(tmp_path)).to_dict("records")
     assert line["tpr_1"] == pytest.approx(50 / 200)
     assert line["tpr_5"] == pytest.approx(100 / 200)
     above = (attacked[:, None] > clean[None]).mean()  # no ties: AUROC is the share of pairs in order
@@ -76,7 +77,7 @@ def test_hits_at_one_and_at_five_percent(tmp_path: Path) -> None:
 
 def test_both_ways_of_counting(tmp_path: Path) -> None:
     rows_of(tmp_path, **FOUR)
-    (line,) = detectors.rejection_table(runs.read_rows(tmp_path)).to_dict("records")
+    (line,) = detectors.rejection_table(schema.read_rows(tmp_path)).to_dict("records")
     assert line["rejected_clean"] == 0.5
     assert line["rejected_adv"] == 0.5
     assert line["clean_strict"] == 0.5  # the third is right and rejected: wrong
@@ -90,7 +91,7 @@ def test_both_ways_of_counting(tmp_path: Path) -> None:
 def test_rejecting_everything_is_perfect_one_way_and_worthless_the_other(tmp_path: Path) -> None:
     everything = {"rejected_clean": np.ones(4, bool), "rejected_adv": np.ones(4, bool)}
     rows_of(tmp_path, **{**FOUR, **everything})
-    (line,) = detectors.rejection_table(runs.read_rows(tmp_path)).to_dict("records")
+    (line,) = detectors.rejection_table(schema.read_rows(tmp_path)).to_dict("records")
     assert (line["adv_magnet"], line["adv_strict"], line["clean_strict"]) == (1, 0, 0)
 
 
@@ -98,7 +99,7 @@ def test_cells_without_detectors_have_no_line(tmp_path: Path) -> None:
     rows_of(tmp_path, **FOUR)
     rows_of(tmp_path, "b", **{**FOUR, "defense": "ours", "scores_clean": [[]] * 4, "scores_adv": [[]] * 4})
     rows_of(tmp_path, "c", **{**FOUR, "eps": float("nan"), "knowledge": "white_box"})
-    rows = runs.read_rows(tmp_path)
+    rows = schema.read_rows(tmp_path)
     assert list(detectors.rejection_table(rows)["defense"]) == ["magnet", "magnet"]
     assert list(detectors.detector_table(rows)["knowledge"]) == ["oblivious"] * 2 + ["white_box"] * 2
     written = report.write_report(rows, tmp_path / "report")
@@ -151,7 +152,7 @@ def test_from_a_grid_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         samples=0,
     )
     run_grid(grid, tmp_path / "out")
-    rows = runs.read_rows(tmp_path / "out")
+    rows = schema.read_rows(tmp_path / "out")
     mine = rows[rows["defense"] == "bright"].sort_values("index")
     means = pixels.float().div(255).flatten(1).mean(1)
     np.testing.assert_allclose(np.stack(mine["scores_clean"])[:, 0], means, atol=1e-6)

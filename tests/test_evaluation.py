@@ -32,6 +32,7 @@ from unperturb.evaluation.adversarials import AdversarialStore, from_16_bit, to_
 from unperturb.evaluation.grid import Grid, run_grid, shown_rows
 from unperturb.evaluation.jobs import estimate, evaluate, grid_of, label_of, only, run_evaluation
 from unperturb.registry import UnknownNameError
+from unperturb.results import samples, schema
 
 CPU = torch.device("cpu")
 
@@ -335,7 +336,7 @@ def test_a_defense_without_a_gradient_is_still_asked_by_the_white_box_attacker(t
     fgsm = create_attack("fgsm", eps=0.1)
     made = {"none": create_defense("none"), "bits": create_defense("bit_depth", bits=3)}
     run_grid(grid(defenses=made, attacks={"fgsm": (fgsm, ["oblivious", "white_box"])}), tmp_path)
-    rows = runs.read_rows(tmp_path)
+    rows = schema.read_rows(tmp_path)
     kinds = set(zip(rows["defense"], rows["knowledge"]))
     assert kinds == {("none", "oblivious"), ("bits", "oblivious"), ("bits", "white_box")}
     assert (rows["linf"] > 0.05).all()  # through the stand-in's gradient the budget is spent
@@ -378,8 +379,8 @@ def test_rows_against_one_image_at_a_time(tmp_path: Path) -> None:
     model, defense, data = Linear(), purifier(), toy()
     attack = create_attack("pgd", eps=0.1, steps=3)
     run_grid(grid(), tmp_path / "out")
-    rows = runs.read_rows(tmp_path / "out")
-    assert list(rows.columns) == list(runs.ROW_COLUMNS)
+    rows = schema.read_rows(tmp_path / "out")
+    assert list(rows.columns) == list(schema.ROW_COLUMNS)
     assert len(rows) == 3 * 10
     assert sorted(f.name for f in (tmp_path / "out" / "rows").glob("*/*"))[::3] == [
         "0000.parquet",
@@ -436,7 +437,7 @@ def test_what_detects_is_judged_as_purifying_and_scoring_apart_would(tmp_path: P
     made = {"none": create_defense("none"), "gan": gan(), "magnet": magnet(), "chain": chain}
     two = {"linear": Linear(), "other": Linear(5)}
     run_grid(grid(defenses=made, classifiers=two, batch=4, shard=5, samples=0), tmp_path)
-    rows = runs.read_rows(tmp_path)
+    rows = schema.read_rows(tmp_path)
     assert len(rows) == 2 * 10 * (1 + 2 * 3)
     x, _ = toy().batch(torch.arange(10))
     for (at, by, knowledge), part in rows.groupby(["classifier", "defense", "knowledge"]):
@@ -481,10 +482,10 @@ def test_a_random_defense_draws_the_same_when_resumed(lost: int, tmp_path: Path)
         samples=0,
     )
     run_grid(many, tmp_path)
-    first = runs.read_rows(tmp_path)
+    first = schema.read_rows(tmp_path)
     sorted(tmp_path.glob("rows/linear.drawn.*"))[lost].joinpath("0001.parquet").unlink()
     run_grid(many, tmp_path)
-    pd.testing.assert_frame_equal(without_clock(runs.read_rows(tmp_path)), without_clock(first))
+    pd.testing.assert_frame_equal(without_clock(schema.read_rows(tmp_path)), without_clock(first))
 
 
 def test_samples_are_a_choice_over_classes_from_all_shards(tmp_path: Path) -> None:
@@ -496,9 +497,9 @@ def test_samples_are_a_choice_over_classes_from_all_shards(tmp_path: Path) -> No
     chosen = shown_rows(labels, 5)
     assert len(set((chosen // 4).tolist())) > 1  # of several shards
     run_grid(grid(data=data, samples=5), tmp_path)
-    found = {(cell["defense"], cell["knowledge"]): tensors for cell, tensors in runs.read_samples(tmp_path)}
+    found = {(cell["defense"], cell["knowledge"]): tensors for cell, tensors in samples.read_samples(tmp_path)}
     assert set(found) == {("none", "oblivious"), ("ours", "oblivious"), ("ours", "white_box")}
-    rows = runs.read_rows(tmp_path).query("defense == 'ours' and knowledge == 'white_box'").set_index("index")
+    rows = schema.read_rows(tmp_path).query("defense == 'ours' and knowledge == 'white_box'").set_index("index")
     tensors = found["ours", "white_box"]
     assert tensors["index"].tolist() == data.index[chosen].tolist()
     assert torch.equal(tensors["clean"], data.images[chosen])
@@ -517,9 +518,9 @@ def test_names_that_read_alike_are_cells_of_their_own(tmp_path: Path) -> None:
     assert len({f.casefold() for f in folders}) == len(folders) == 2 * len(labels)
     assert max(map(len, folders)) == 120
     run_grid(crossed, tmp_path)
-    rows = runs.read_rows(tmp_path)
+    rows = schema.read_rows(tmp_path)
     assert rows.groupby(["defense", "attack"])["index"].nunique().tolist() == [10] * len(folders)
-    assert len(runs.read_samples(tmp_path)) == len(folders)
+    assert len(samples.read_samples(tmp_path)) == len(folders)
 
 
 def test_rows_that_were_copied_over_another_cells_are_refused(recipe: Any, tmp_path: Path) -> None:
@@ -534,7 +535,7 @@ def test_rows_that_were_copied_over_another_cells_are_refused(recipe: Any, tmp_p
         return run_evaluation(small, out, device="cpu", resume=True)
 
     second.write_bytes(first.read_bytes())
-    for read in (again, lambda: runs.read_rows(out)):
+    for read in (again, lambda: schema.read_rows(out)):
         with pytest.raises(
             runs.RunError, match=r"0000.parquet (is of another cell|was copied there).*; delete it and run"
         ):
@@ -637,7 +638,7 @@ def test_an_attack_without_a_budget_has_none_in_its_rows(tmp_path: Path) -> None
             return 1 - context.images
 
     run_grid(grid(attacks={"inverse": (Unbounded(), ["oblivious"])}), tmp_path)
-    assert runs.read_rows(tmp_path)["eps"].isna().all()
+    assert schema.read_rows(tmp_path)["eps"].isna().all()
 
 
 # Whole evaluations ---------------------------------------------------------------------------------------------------
@@ -692,7 +693,7 @@ def test_a_killed_run_resumes_to_the_same_rows(recipe: Any, tmp_path: Path, monk
     shards = sorted(out.glob("rows/*/*.parquet"))
     assert len(shards) == cells * 2
     sample = next(iter(sorted(out.glob("samples/*"))))
-    cell, tensors = runs.read_sample(sample)
+    cell, tensors = samples.read_sample(sample)
     for cache in ("kept", "lost"):
         for file in (shards[1], shards[8], shards[-1], sample):
             file.unlink()
@@ -700,7 +701,7 @@ def test_a_killed_run_resumes_to_the_same_rows(recipe: Any, tmp_path: Path, monk
             monkeypatch.setattr(adversarials, "cache_folder", lambda: tmp_path / "new")
         again = run_evaluation(recipe, out, device="cpu", resume=True)
         pd.testing.assert_frame_equal(without_clock(again), without_clock(whole))
-        found, images = runs.read_sample(sample)
+        found, images = samples.read_sample(sample)
         assert found == cell
         assert all(torch.equal(v, tensors[k]) for k, v in images.items())
 
@@ -831,7 +832,7 @@ def test_evaluate_digits(tmp_path: Path) -> None:
     assert ((found["pred_pure_adv"] == found["label"]).to_numpy() == right.numpy()).mean() > 0.9
     again = evaluate(data, models, [pgd], ["oblivious", "white_box"], n=15, device="cpu")
     pd.testing.assert_frame_equal(without_clock(again), without_clock(rows))
-    pd.testing.assert_frame_equal(runs.read_rows(out), rows)
+    pd.testing.assert_frame_equal(schema.read_rows(out), rows)
 
 
 def refusals() -> Sequence[tuple[Callable[[Path], object], type[Exception], str]]:
@@ -915,10 +916,10 @@ def test_an_evaluation_keeps_what_its_defenses_have_cost(recipe: Any, tmp_path: 
     runs.write_json(Path(recipe.defenses[1]) / "training.json", {"pflop": 0.125, "seconds": 7.0})
     small = recipe.model_copy(update={"n": 2, "defenses": [*recipe.defenses, f"{recipe.defenses[1]}+bit_depth"]})
     run_evaluation(small, tmp_path / "out", device="cpu")
-    kept = runs.read_costs(tmp_path / "out")
+    kept = schema.read_costs(tmp_path / "out")
     assert [name for _, name in kept] == ["none", "ours", "ours+bit_depth"]
     (source,) = {dataset for dataset, _ in kept}
-    assert source == runs.read_rows(tmp_path / "out")["dataset"].iloc[0]
+    assert source == schema.read_rows(tmp_path / "out")["dataset"].iloc[0]
     assert [about["pflop"] for about in kept.values()] == [0.0, 0.125, 0.125]
     assert [about["differentiable"] for about in kept.values()] == [True, True, False]
     assert kept[source, "ours"]["spec"]["name"] == "paired_gan"
@@ -928,7 +929,7 @@ def test_an_evaluation_keeps_what_its_defenses_have_cost(recipe: Any, tmp_path: 
     models = {"none": bare, "ours": Protected(bare, purifier()), "robust": Linear(1)}
     pgd = create_attack("pgd", eps=0.1, steps=1)
     evaluate(toy(), models, [pgd], ["oblivious"], out=tmp_path / "hand", device="cpu")
-    assert {name: about["pflop"] for (_, name), about in runs.read_costs(tmp_path / "hand").items()} == {
+    assert {name: about["pflop"] for (_, name), about in schema.read_costs(tmp_path / "hand").items()} == {
         "none": 0.0,
         "ours": None,
         "robust": None,

@@ -18,7 +18,8 @@ from unperturb.attacks.context import NoGradientError
 from unperturb.classifiers import Normalize, create_classifier, fused_copy, wrap
 from unperturb.defenses import Defense, Protected, create_defense
 from unperturb.modules import ask, classes_of, deep_copy, frozen, logits_of, modules_of
-from unperturb.validation import budget, check_images
+from unperturb.threat_models import budget
+from unperturb.validation import check_images
 
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
 PGD = create_attack("pgd", eps=0.2, steps=4, random_start=False)

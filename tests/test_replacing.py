@@ -21,6 +21,7 @@ from unperturb.devices import Speed
 from unperturb.evaluation import jobs as evaluation_jobs
 from unperturb.evaluation.grid import Grid, run_grid
 from unperturb.evaluation.jobs import estimate, evaluate, grid_of, run_evaluation
+from unperturb.results import schema
 from unperturb.training import jobs
 
 
@@ -175,7 +176,7 @@ def test_a_random_defense_gives_the_same_rows_again(tmp_path: Path) -> None:
             samples=0,
         )
         run_grid(grid, out)
-        return runs.read_rows(out).drop(columns=["seconds_attack", "seconds_purify"])
+        return schema.read_rows(out).drop(columns=["seconds_attack", "seconds_purify"])
 
     torch.manual_seed(11)
     state = torch.random.get_rng_state()

@@ -20,13 +20,16 @@ from PIL import Image
 from unperturb import report, runs
 from unperturb.intervals import wilson
 from unperturb.report import comparison, cost, detectors, escape, figures, page, tables
+from unperturb.results import samples, schema
 
 KEPT = {"oblivious": 0.95, "white_box": 0.1}  # the share of images a defense saves, in the made-up runs
 
 
 def columns(n: int, **given: Any) -> dict[str, Any]:
     """Every column of `n` rows, dull where not given."""
-    blank = {k: {"string": "", "list<float32>": [[]] * n, "bool": False}.get(v, 0) for k, v in runs.ROW_COLUMNS.items()}
+    blank = {
+        k: {"string": "", "list<float32>": [[]] * n, "bool": False}.get(v, 0) for k, v in schema.ROW_COLUMNS.items()
+    }
     return blank | {"index": np.arange(n), "defense": "none", "knowledge": "oblivious", "split": "test"} | given
 
 
@@ -92,7 +95,7 @@ def make_run(
                     key = f"{'-'.join(name[:20] for name in (classifier, defense, attack))}-{knowledge}-{c}{d}{a}"
                     key = key.replace("/", "_")
                     shard = folder / "rows" / key / "00000.parquet"
-                    runs.write_rows(shard, columns(n, **cell, label=label, **seen, **similar))
+                    schema.write_rows(shard, columns(n, **cell, label=label, **seen, **similar))
 
                     noisy = np.clip(clean + eps * np.sign(rng.normal(size=clean.shape)), 0, 1)
                     left = 0.08 if knowledge == "oblivious" else 0.5
@@ -108,7 +111,7 @@ def make_run(
                     tensors["confidence"] = torch.from_numpy(np.stack(sure, 1)[:samples].astype(np.float32))
                     tensors["prediction"] = torch.from_numpy(np.stack(views, 1)[:samples].astype(np.int64))
                     described = cell | {"class_names": list(class_names or map(str, range(10)))}
-                    runs.write_samples(folder / "samples" / f"{key}.safetensors", tensors, described)
+                    samples.write_samples(folder / "samples" / f"{key}.safetensors", tensors, described)
     runs.write_json(folder / "recipe.json", {"name": "made-up"})
     runs.write_json(
         folder / "environment.json",
@@ -290,7 +293,9 @@ def test_no_rows_is_said() -> None:
 
 def test_text_fits_a_terminal_with_three_of_everything(tmp_path: Path) -> None:
     defenses = ("none", "paper-mnist", "protect-mnist", "apegan")
-    rows = runs.read_rows(make_run(tmp_path, dataset="fashion_mnist", defenses=defenses, eps=8 / 255, n=20, samples=1))
+    rows = schema.read_rows(
+        make_run(tmp_path, dataset="fashion_mnist", defenses=defenses, eps=8 / 255, n=20, samples=1)
+    )
     assert max(map(len, report.table(rows, 80).splitlines())) <= 80
     text = report.table(rows)
     assert max(map(len, text.splitlines())) <= 100
@@ -323,7 +328,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["defense_gan", "adversarial_large", "denoised_smoothing", "adversariallytrained"])
 def test_the_name_of_a_defense_stays_on_the_figure(name: str, run: Path) -> None:
-    cell, tensors = runs.read_samples(run)[0]
+    cell, tensors = samples.read_samples(run)[0]
     (axes,) = figures.restored_figure({**cell, "defense": name}, tensors).axes
     renderer = FigureCanvasAgg(axes.figure).get_renderer()
     (label,) = (t for t in axes.texts if t.get_text().replace("\n", "") == name)
@@ -333,7 +338,7 @@ def test_the_name_of_a_defense_stays_on_the_figure(name: str, run: Path) -> None
 
 
 def test_restored_figure_says_what_was_predicted(run: Path) -> None:
-    for cell, tensors in runs.read_samples(run):
+    for cell, tensors in samples.read_samples(run):
         (axes,) = figures.restored_figure(cell, tensors).axes
         texts = [t.get_text() for t in axes.texts]
         assert [t for t in texts if t in ("Normal", "Adv", cell["defense"])] == ["Normal", "Adv", cell["defense"]]
@@ -345,7 +350,7 @@ def test_restored_figure_says_what_was_predicted(run: Path) -> None:
 
 
 def test_confidence_figure_shows_images_that_the_attack_turned(run: Path) -> None:
-    for cell, tensors in runs.read_samples(run):
+    for cell, tensors in samples.read_samples(run):
         label, predicted = tensors["label"], tensors["prediction"]
         attacked = 3 if cell["knowledge"] == "white_box" else 1
         turned = ((predicted[:, 0] == label) & (predicted[:, attacked] != label)).nonzero().flatten().tolist()
@@ -356,7 +361,7 @@ def test_confidence_figure_shows_images_that_the_attack_turned(run: Path) -> Non
 
 
 def test_accuracy_figure_draws_the_table(run: Path) -> None:
-    rows = runs.read_rows(run)
+    rows = schema.read_rows(run)
     table = tables.accuracy_table(rows)
     axes = figures.accuracy_figure(rows).axes
     assert len(axes) == 2  # a panel per classifier
@@ -373,7 +378,7 @@ def test_accuracy_figure_draws_the_table(run: Path) -> None:
 
 
 def test_accuracy_figure_of_many_defenses_is_no_wider_than_a_page(run: Path) -> None:
-    rows = runs.read_rows(run)
+    rows = schema.read_rows(run)
     ours = rows[rows["defense"] == "ours"]
     rows = pd.concat([rows, *(ours.assign(defense=f"ours {i}") for i in range(9))], ignore_index=True)
     figure = figures.accuracy_figure(rows)
@@ -413,12 +418,12 @@ def test_the_report_is_whole_self_contained_and_remade_byte_for_byte(small_run: 
     assert text.count("data:image/webp;base64,") == 1 + 2 * 2 * 3
     for said in ("white-box attacker", "0123abc", "torch 2.13.0", "MIM(targets=None", "seed 0", "n 30"):
         assert said in text
-    line = only(tables.worst_case(runs.read_rows(small_run)), defense="ours", knowledge="white_box")
+    line = only(tables.worst_case(schema.read_rows(small_run)), defense="ours", knowledge="white_box")
     assert f"{100 * line['accuracy']:.1f} %" in text[: text.index("Accuracy per attack")]
 
 
 def test_a_report_of_rows_finds_its_pictures_by_their_runs(small_run: Path, tmp_path: Path) -> None:
-    rows = runs.read_rows(small_run)
+    rows = schema.read_rows(small_run)
     rows.attrs.clear()
     assert not any("restored" in name for name in report.write_report(rows, tmp_path))
     rows.attrs["runs"] = [str(small_run)]
@@ -580,12 +585,12 @@ def test_side_by_side_fits_a_terminal_and_stands_on_the_page(small_run: Path, tm
 
 
 def test_costs_are_read_where_they_are_kept(small_run: Path, tmp_path: Path) -> None:
-    assert runs.read_costs(small_run) == {}  # written before there were any
+    assert schema.read_costs(small_run) == {}  # written before there were any
     entry = {"dataset": "digits", "folder": "runs/ours", "spec": None, "differentiable": True, "random": False}
     for folder, pflop in (("a", 0.5), ("b", 0.5), ("c", 0.7)):
         runs.write_json(tmp_path / folder / "defenses.json", {"ours": {**entry, "pflop": pflop, "seconds": 3.0}})
-    assert runs.read_costs(tmp_path / "a", tmp_path / "b", small_run)["digits", "ours"]["pflop"] == 0.5
-    assert runs.read_costs(tmp_path / "a", tmp_path / "c")["digits", "ours"]["pflop"] is None
+    assert schema.read_costs(tmp_path / "a", tmp_path / "b", small_run)["digits", "ours"]["pflop"] == 0.5
+    assert schema.read_costs(tmp_path / "a", tmp_path / "c")["digits", "ours"]["pflop"] is None
     rows = frame(*TINY)
     rows.attrs["runs"] = [str(tmp_path / "a")]
     assert only(report.comparison_table(rows), defense="ours")["pflop"] == 0.5
@@ -706,7 +711,7 @@ def test_names_in_one_line_and_their_width() -> None:
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # where no font for them is installed
 def test_figures_say_names_as_they_are_and_keep_them_apart(run: Path) -> None:
-    cell, tensors = runs.read_samples(run)[0]
+    cell, tensors = samples.read_samples(run)[0]
     names = ["$x$", "日本語", "a_b" * 9, *map(str, range(7))]
     odd = {**cell, "defense": "$a$\nb", "class_names": names}
     (axes,) = figures.restored_figure(odd, tensors).axes
@@ -739,7 +744,7 @@ def test_answers_and_gradients_that_were_none_are_told(run: Path) -> None:
     assert "75 %" in said
     assert "gradient masked" in front(masked)
     assert f"NOTE {said}" in " ".join(report.table(masked).split())  # wrapped to the terminal
-    cell, tensors = runs.read_samples(run)[0]
+    cell, tensors = samples.read_samples(run)[0]
     none = {**tensors, "prediction": torch.full_like(tensors["prediction"], -1)}
     for draw in (figures.restored_figure, figures.confidence_figure):
         assert any("no answer" in t.get_text() for t in draw(cell, none).axes[0].texts)
@@ -765,7 +770,7 @@ def test_small_images_are_kept_to_the_pixel_and_large_ones_made_small(run: Path)
         with Image.open(io.BytesIO(base64.b64decode(tile["data"].partition(",")[2]))) as picture:
             return np.asarray(picture.convert("RGB"))
 
-    cell, tensors = next(s for s in runs.read_samples(run) if s[0]["defense"] == "ours")
+    cell, tensors = next(s for s in samples.read_samples(run) if s[0]["defense"] == "ours")
     strip, same = page._strips([(cell, tensors), ({**cell, "attack": "other"}, tensors)])
     assert (strip["crisp"], strip["first"], same["first"]) == (True, True, False)
     assert [line["name"] for line in strip["lines"]] == ["clean", "attacked", "ours"]
@@ -780,7 +785,7 @@ def test_small_images_are_kept_to_the_pixel_and_large_ones_made_small(run: Path)
 def test_defenses_share_the_images_that_attack_them_all_and_the_page_stays_small(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cell, tensors = next(s for s in runs.read_samples(run) if s[0]["defense"] == "ours")
+    cell, tensors = next(s for s in samples.read_samples(run) if s[0]["defense"] == "ours")
     cells = [({**cell, "defense": d, "attack": a}, tensors) for a in ("fgsm", "cw") for d in ("ours", "theirs")]
     strips = page._strips(cells)
     assert [[line["name"] for line in s["lines"]] for s in strips] == [["clean", "attacked", "ours", "theirs"]] * 2

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from unperturb import runs
+from unperturb.results import samples, schema
 from unperturb.runs import RunError
 
 CELL = {
@@ -30,8 +31,10 @@ CELL = {
 
 
 def write(path: Path, n: int = 3, **changed: Any) -> Path:
-    blank = {k: {"string": "", "list<float32>": [[]] * n, "bool": False}.get(v, 0) for k, v in runs.ROW_COLUMNS.items()}
-    runs.write_rows(path, blank | CELL | {"index": np.arange(n)} | changed)
+    blank = {
+        k: {"string": "", "list<float32>": [[]] * n, "bool": False}.get(v, 0) for k, v in schema.ROW_COLUMNS.items()
+    }
+    schema.write_rows(path, blank | CELL | {"index": np.arange(n)} | changed)
     return path
 
 
@@ -52,10 +55,10 @@ def rewrite(path: Path, **changed: Any) -> None:
 
 
 def test_rows_of_the_first_schema_are_still_read(shard: Path, tmp_path: Path) -> None:
-    new = dict.fromkeys(runs.ADDED)
+    new = dict.fromkeys(schema.ADDED)
     rewrite(shard, schema=pa.array([1] * 3, pa.int16()), **new)
-    rows = runs.read_rows(tmp_path)
-    assert list(rows.columns) == list(runs.ROW_COLUMNS)
+    rows = schema.read_rows(tmp_path)
+    assert list(rows.columns) == list(schema.ROW_COLUMNS)
     assert rows["schema"].tolist() == [1] * 3
     for column in new:
         assert rows[column].tolist() == [-1] * 3  # not recorded
@@ -81,15 +84,15 @@ def test_what_are_no_rows_is_said_with_path_and_column(
 ) -> None:
     rewrite(shard, **changed)
     with pytest.raises(RunError, match=rf"0000\.parquet:? {message}") as error:
-        runs.read_rows(tmp_path)
+        schema.read_rows(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_a_shard_has_a_place_of_its_own(shard: Path, tmp_path: Path) -> None:
     second = write(shard.with_name("0001.parquet"), index=np.array([3, 4]), n=2)
-    assert len(runs.read_rows(tmp_path)) == 5
-    runs.check_rows(second, CELL, [3, 4])
-    runs.check_rows(write(tmp_path / "nan.parquet", eps=float("nan")), {**CELL, "eps": float("nan")}, [0, 1, 2])
+    assert len(schema.read_rows(tmp_path)) == 5
+    schema.check_rows(second, CELL, [3, 4])
+    schema.check_rows(write(tmp_path / "nan.parquet", eps=float("nan")), {**CELL, "eps": float("nan")}, [0, 1, 2])
     for cell, index, message in (
         ({**CELL, "attack": "fgsm"}, [3, 4], "its attack is 'pgd', not 'fgsm'"),
         ({**CELL, "eps": 0.2}, [3, 4], "its eps is"),
@@ -97,8 +100,8 @@ def test_a_shard_has_a_place_of_its_own(shard: Path, tmp_path: Path) -> None:
         (CELL, [3, 4, 5], "holds 2 rows of other images than its 3"),
     ):
         with pytest.raises(RunError, match=message):
-            runs.check_rows(second, cell, index)
-    other = tmp_path / "rows" / runs.cell_folder("net", "none", "fgsm", "oblivious") / "0000.parquet"
+            schema.check_rows(second, cell, index)
+    other = tmp_path / "rows" / schema.cell_folder("net", "none", "fgsm", "oblivious") / "0000.parquet"
     for place, changed in (
         (second, {"attack": "fgsm", "index": np.array([3, 4]), "n": 2}),  # two cells in one folder
         (second, {"index": np.array([2, 3]), "n": 2}),  # an image twice
@@ -107,32 +110,32 @@ def test_a_shard_has_a_place_of_its_own(shard: Path, tmp_path: Path) -> None:
         kept = second.read_bytes()
         write(place, **changed)
         with pytest.raises(RunError, match=r"000[01]\.parquet was copied there"):
-            runs.read_rows(tmp_path)
+            schema.read_rows(tmp_path)
         second.write_bytes(kept)
         if place != second:
             place.unlink()
     write(other, attack="fgsm")
-    assert len(runs.read_rows(tmp_path)) == 8
+    assert len(schema.read_rows(tmp_path)) == 8
     write(other.with_name("0001.parquet"), index=np.array([7]), n=1)  # the file is named that is not at home
     with pytest.raises(
         RunError, match=rf"{other.parent.name}/0001\.parquet was copied there: its rows of .* pgd, obliv"
     ):
-        runs.read_rows(tmp_path)
+        schema.read_rows(tmp_path)
 
 
 def test_a_folder_that_looks_like_a_partition_adds_no_column(tmp_path: Path) -> None:
     write(tmp_path / "eps=3" / "rows" / "label=7" / "0000.parquet")
-    assert runs.read_rows(tmp_path / "eps=3")["label"].tolist() == [0, 0, 0]
+    assert schema.read_rows(tmp_path / "eps=3")["label"].tolist() == [0, 0, 0]
 
 
 def test_costs_are_of_their_schema(tmp_path: Path) -> None:
     entry = {"dataset": "toy", "folder": "", "spec": None, "differentiable": True, "random": False, "seconds": None}
     runs.write_json(tmp_path / "defenses.json", {"ours": {**entry, "pflop": 1.5}})
-    assert runs.read_costs(tmp_path)["toy", "ours"]["pflop"] == 1.5
+    assert schema.read_costs(tmp_path)["toy", "ours"]["pflop"] == 1.5
     for wrong, said in (([], "the whole"), ({"ours": {**entry}}, "ours.pflop"), ({"ours": 3}, "ours")):
         runs.write_json(tmp_path / "defenses.json", wrong)
         with pytest.raises(RunError, match=rf"defenses\.json is not what was written there: {said}"):
-            runs.read_costs(tmp_path)
+            schema.read_costs(tmp_path)
 
 
 SAMPLE = {
@@ -161,17 +164,17 @@ ABOUT = {"cell": json.dumps({**CELL, "class_names": ["a", "b"]})}
 def test_what_are_no_samples_is_said_with_the_path(tensors: Any, about: Any, message: str, tmp_path: Path) -> None:
     runs.save_tensors(tmp_path / "samples" / "a.safetensors", tensors, about)
     with pytest.raises(RunError, match=rf"a\.safetensors.* {message}"):
-        runs.read_samples(tmp_path)
+        samples.read_samples(tmp_path)
 
 
 def test_samples_belong_to_rows_that_are_there(shard: Path, tmp_path: Path) -> None:
     runs.save_tensors(tmp_path / "samples" / "cell.safetensors", SAMPLE, ABOUT)
-    assert len(runs.read_samples(tmp_path)) == 1
+    assert len(samples.read_samples(tmp_path)) == 1
     other = tmp_path / "samples" / "other.safetensors"
     runs.save_tensors(other, SAMPLE, ABOUT)
     with pytest.raises(RunError, match=r"other\.safetensors is of a cell that .* has no rows of; delete it"):
-        runs.read_samples(tmp_path)
+        samples.read_samples(tmp_path)
     other.write_bytes(other.read_bytes()[:-9])
     shard.rename(shard.with_name("x"))
     with pytest.raises(RunError):
-        runs.read_samples(tmp_path)
+        samples.read_samples(tmp_path)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from unperturb import runs
+from unperturb.results import samples, schema
 from unperturb.runs import RunError
 
 full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -140,7 +141,7 @@ def test_what_a_kill_left_is_swept_up_at_the_next_start(tmp_path: Path) -> None:
 def rows(n: int = 5, **changed: Any) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     columns: dict[str, Any] = {}
-    for key, kind in runs.ROW_COLUMNS.items():
+    for key, kind in schema.ROW_COLUMNS.items():
         if kind == "string":
             columns[key] = f"a {key}"
         elif kind == "bool":
@@ -156,7 +157,7 @@ def rows(n: int = 5, **changed: Any) -> dict[str, Any]:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "weights.safetensors": lambda path: runs.save_tensors(path, {"a": torch.zeros(100_000)}),
-    "rows.parquet": lambda path: runs.write_rows(path, rows(5000)),
+    "rows.parquet": lambda path: schema.write_rows(path, rows(5000)),
     "recipe.json": lambda path: runs.write_json(path, {"a": "b" * 100_000}),
 }
 
@@ -459,19 +460,19 @@ def test_a_locked_folder_may_be_opened_even_after_a_kill(tmp_path: Path) -> None
 
 def test_rows_round_trip(tmp_path: Path) -> None:
     columns = rows(5, psnr_adv=[np.inf, 1, 2, 3, 4], eps=float("nan"), scores_adv=[[]] * 5, seconds_attack=0.5)
-    runs.write_rows(tmp_path / "run" / "rows" / "cell-a" / "0000.parquet", columns)
-    runs.write_rows(tmp_path / "run" / "rows" / "cell-a" / "0001.parquet", rows(2, index=[8, 9]))
-    runs.write_rows(tmp_path / "other" / "rows" / "cell-b" / "0000.parquet", rows(1, defense="ours"))
-    found = runs.read_rows(tmp_path / "run", str(tmp_path / "other"))
-    assert list(found.columns) == list(runs.ROW_COLUMNS)
+    schema.write_rows(tmp_path / "run" / "rows" / "cell-a" / "0000.parquet", columns)
+    schema.write_rows(tmp_path / "run" / "rows" / "cell-a" / "0001.parquet", rows(2, index=[8, 9]))
+    schema.write_rows(tmp_path / "other" / "rows" / "cell-b" / "0000.parquet", rows(1, defense="ours"))
+    found = schema.read_rows(tmp_path / "run", str(tmp_path / "other"))
+    assert list(found.columns) == list(schema.ROW_COLUMNS)
     assert found["index"].tolist() == [0, 1, 2, 3, 4, 8, 9, 0]
     assert found["defense"].tolist() == ["a defense"] * 7 + ["ours"]
-    assert found["schema"].tolist() == [runs.SCHEMA_VERSION] * 8
+    assert found["schema"].tolist() == [schema.SCHEMA_VERSION] * 8
     assert np.isinf(found["psnr_adv"][0])
     assert found["eps"][:5].isna().all()
     assert [list(s) for s in found["scores_adv"][:5]] == [[]] * 5
     assert [list(s) for s in found["scores_clean"]] == [[0.25, 0.5]] * 8
-    for key, kind in runs.ROW_COLUMNS.items():
+    for key, kind in schema.ROW_COLUMNS.items():
         if not (kind.startswith("list") or kind == "string"):
             assert str(found[key].dtype) == kind, key
     np.testing.assert_array_equal(found["l2"][:5], columns["l2"])
@@ -483,28 +484,28 @@ def test_a_missing_column_or_a_wrong_length(tmp_path: Path) -> None:
     short = rows()
     del short["psnr_adv"]
     with pytest.raises(KeyError, match="psnr_adv"):
-        runs.write_rows(path, short)
+        schema.write_rows(path, short)
     with pytest.raises(ValueError, match="length"):
-        runs.write_rows(path, rows(5, label=[1, 2]))
+        schema.write_rows(path, rows(5, label=[1, 2]))
     assert not path.exists()
 
 
 def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no rows under .*rows; make them with: unperturb evaluate RECIPE --out"):
-        runs.read_rows(tmp_path)
+        schema.read_rows(tmp_path)
     path = tmp_path / "rows" / "cell" / "0000.parquet"
-    runs.write_rows(path, rows())
+    schema.write_rows(path, rows())
     whole = path.read_bytes()
     for broken in (whole[:-10], whole[:100], b""):
         path.write_bytes(broken)
         with pytest.raises(RunError, match=r"0000.parquet is truncated or not Parquet .*delete it and run again"):
-            runs.read_rows(tmp_path)
+            schema.read_rows(tmp_path)
     path.write_bytes(whole)
     frame = pd.read_parquet(path)
-    frame["schema"] = np.int16(runs.SCHEMA_VERSION + 1)
+    frame["schema"] = np.int16(schema.SCHEMA_VERSION + 1)
     frame.to_parquet(path)
-    with pytest.raises(RunError, match=rf"written by a newer unperturb \(row schema {runs.SCHEMA_VERSION + 1}\)"):
-        runs.read_rows(tmp_path)
+    with pytest.raises(RunError, match=rf"written by a newer unperturb \(row schema {schema.SCHEMA_VERSION + 1}\)"):
+        schema.read_rows(tmp_path)
 
 
 def test_samples_round_trip(tmp_path: Path) -> None:
@@ -519,16 +520,16 @@ def test_samples_round_trip(tmp_path: Path) -> None:
         "confidence": torch.rand(3, 4),
         "prediction": torch.arange(12).reshape(3, 4),
     }
-    cell = dict.fromkeys(runs.CELL_KEYS, "") | {"classifier": "convnet", "eps": 0.1, "class_names": ["a", "b", "ç"]}
-    assert runs.read_samples(tmp_path) == []
-    runs.write_samples(tmp_path / "samples" / "b.safetensors", {**tensors, "extra": images}, cell)
-    runs.write_samples(tmp_path / "samples" / "a.safetensors", tensors, {**cell, "classifier": "lenet"})
-    found = runs.read_samples(tmp_path)
+    cell = dict.fromkeys(schema.CELL_KEYS, "") | {"classifier": "convnet", "eps": 0.1, "class_names": ["a", "b", "ç"]}
+    assert samples.read_samples(tmp_path) == []
+    samples.write_samples(tmp_path / "samples" / "b.safetensors", {**tensors, "extra": images}, cell)
+    samples.write_samples(tmp_path / "samples" / "a.safetensors", tensors, {**cell, "classifier": "lenet"})
+    found = samples.read_samples(tmp_path)
     assert [c["classifier"] for c, _ in found] == ["lenet", "convnet"]
     assert found[1][0] == cell
     for _, again in found:
-        assert set(again) == set(runs.SAMPLE_TENSORS)
+        assert set(again) == set(samples.SAMPLE_TENSORS)
         assert all(torch.equal(again[k], v) for k, v in tensors.items())
     (tmp_path / "samples" / "a.safetensors").write_bytes(b"half")
     with pytest.raises(RunError, match="truncated or not a safetensors file"):
-        runs.read_samples(tmp_path)
+        samples.read_samples(tmp_path)

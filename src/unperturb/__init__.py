@@ -30,7 +30,7 @@ _WHERE = {
     "load_dataset": "data",
     "load_defense": "defenses",
     "prepare": "data",
-    "read_rows": "runs",
+    "read_rows": "results.schema",
     "run_evaluation": "evaluation.jobs",
     "table": "report",
     "train_classifier": "training.jobs",
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from unperturb.defenses import Defense, Protected, create_defense, load_defense
     from unperturb.evaluation.jobs import evaluate, run_evaluation
     from unperturb.report import compare, comparison_table, table, write_report
-    from unperturb.runs import read_rows
+    from unperturb.results.schema import read_rows
     from unperturb.training.jobs import train_classifier, train_defense
 
 

@@ -434,7 +434,7 @@ def report(
 ) -> None:
     """Remake every table, figure and the page from rows and samples alone."""
     from unperturb.report import compare, table, write_report
-    from unperturb.runs import read_rows
+    from unperturb.results.schema import read_rows
 
     with _bar("writing tables, figures and the page"):
         written = write_report(list(runs), out, title=title, note=note)

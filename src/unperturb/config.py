@@ -33,6 +33,41 @@ class ComponentConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+class _Entry(_Settings):
+    """An attack, and beside it what a list says of it; an entry with a `name` is the attack itself."""
+
+    attack: ComponentConfig = Field(description="Which attack.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "name" not in value:
+            return value
+        beside = sorted(set(value) & set(cls.model_fields))
+        if beside:
+            first = beside[0]
+            raise ValueError(
+                f"{first} stands beside the attack: {{ attack = {{ name = {value['name']!r}, ... }}, {first} = ... }}"
+            )
+        return {"attack": value}
+
+
+KnowledgeName = Literal["none", "transfer", "oblivious", "gray_box", "black_box", "bpda", "white_box"]
+
+
+class AttackerConfig(_Entry):
+    """An attack of an evaluation."""
+
+    knowledge: list[KnowledgeName] | None = Field(None, description="What its attacker knows; None: the recipe's.")
+    label: str | None = Field(None, description="Its name in tables; None: made of its name, norm and steps.")
+
+
+class MixtureConfig(_Entry):
+    """An attack of a mixture; an option given as `{ uniform = [low, high] }` is drawn anew each step."""
+
+    fraction: float = Field(1.0, gt=0, description="Its part of each batch, beside those of the others.")
+
+
 class Training(_Settings):
     """How the loop steps."""
 
@@ -82,10 +117,7 @@ class AdversarialBatchesConfig(_Settings):
     """How clean and adversarial images are paired."""
 
     knowledge: Literal["oblivious", "white_box", "bpda"] = Field("oblivious", description="What the attacker sees.")
-    attacks: list[ComponentConfig] = Field(
-        min_length=1,
-        description="The mixture. share = part of each batch; an option given as [low, high] is drawn each step.",
-    )
+    attacks: list[MixtureConfig] = Field(min_length=1, description="The mixture.")
     augment: Augmentation = Field(Augmentation(), description="Of the clean images, before they are attacked.")
 
 
@@ -132,9 +164,6 @@ class DefenseRecipe(DataRecipe):
     seed: int = Field(0, ge=0, lt=2**32, description="Of weights, order, augmentation and attacks.")
 
 
-Knowledge = Literal["none", "transfer", "oblivious", "bpda", "white_box", "black_box"]
-
-
 class EvaluationRecipe(DataRecipe):
     """Cross classifiers, defenses, attacks and kinds of knowledge, and keep a row per image."""
 
@@ -143,16 +172,17 @@ class EvaluationRecipe(DataRecipe):
     n: int | None = Field(None, gt=0, description="A fixed, named random subset of this many; None takes all.")
     classifiers: list[str] = Field(min_length=1, description="Run folders.")
     surrogate: str | None = Field(None, description="Run folder of the classifier that a transfer attack is made on.")
-    defenses: list[str] = Field(["none"], min_length=1, description="Run folders, or none for the bare classifier.")
-    attacks: list[ComponentConfig] = Field(
-        min_length=1, description="Each may carry a label (its name in tables) and its own list of knowledge."
+    systems: list[str] = Field(
+        ["undefended"], min_length=1, description="Run folders of defenses; undefended is the classifier itself."
     )
-    knowledge: list[Knowledge] = Field(
+    attacks: list[AttackerConfig] = Field(min_length=1, description="Each with its own knowledge and label, if any.")
+    knowledge: list[KnowledgeName] = Field(
         ["oblivious", "white_box"], description="For attacks without a list of their own."
     )
     eot_samples: int | None = Field(
         None, gt=0, description="Draws of a random defense that a gradient is averaged over; None means 20."
     )
+    draws: int = Field(10, gt=0, description="How often each image is shown to a random system.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of the attacks' draws.")
     batch: int = Field(200, gt=0, description="Images attacked at once.")
     shard: int = Field(1000, gt=0, description="Rows a file; a killed run goes on at the next missing one.")

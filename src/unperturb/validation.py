@@ -1,32 +1,11 @@
-"""What an image, a label and a budget are, and how one that is not is refused."""
+"""What an image and a label are, and how one that is not is refused."""
 
 from __future__ import annotations
-
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 _OVERSHOOT = 1e-6  # what arithmetic in float32 leaves outside [0, 1]
-
-
-def budget(value: float | str, norm: str | None = None) -> float:
-    """A budget in [0, 1] pixel units from a number or a fraction such as `"8/255"`; raises `ValueError`.
-
-    norm: a `"linf"` budget is at most 1, which is all that a pixel can move; an L2 budget may be larger.
-    """
-    try:
-        number = float(Fraction(value)) if isinstance(value, str) else float(value)
-    except (ValueError, ZeroDivisionError, TypeError):
-        raise ValueError(f"a budget is a number or a fraction such as '8/255', not {value!r}") from None
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"a budget is finite and not negative, not {value!r}")
-    if norm == "linf" and number > 1:
-        raise ValueError(
-            f"a budget in Linf is at most 1, for pixels lie in [0, 1], not {value!r}; "
-            f"{number:g} levels of 255 are '{number:g}/255'"
-        )
-    return number
 
 
 def check_form(images: Tensor) -> None:

@@ -17,7 +17,7 @@ from unperturb.attacks import (
     square,
 )
 from unperturb.attacks.base import Attack, AttackResult, attacks, create_attack
-from unperturb.validation import budget
+from unperturb.threat_models import budget
 
 __all__ = [
     "Attack",

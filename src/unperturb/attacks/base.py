@@ -19,7 +19,8 @@ from unperturb.attacks.losses import LOSSES
 from unperturb.attacks.projections import Norm, column, l2_norm, project_
 from unperturb.modules import frozen, logits_of
 from unperturb.registry import Registry
-from unperturb.validation import budget, check_images, check_labels
+from unperturb.threat_models import budget
+from unperturb.validation import check_images, check_labels
 
 attacks: Registry[Attack] = Registry("attack")
 

@@ -12,7 +12,7 @@ from unperturb.attacks.base import Best, MinimalAttack, attacks
 from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import LossFunction, margin
 from unperturb.attacks.projections import Norm
-from unperturb.validation import budget
+from unperturb.threat_models import budget
 
 
 def onto_plane(x: Tensor, w: Tensor, b: Tensor, norm: Norm) -> Tensor:

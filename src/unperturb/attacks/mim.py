@@ -11,7 +11,7 @@ from unperturb.attacks.base import BallAttack, Best, attacks
 from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import attack_loss
 from unperturb.attacks.projections import projection
-from unperturb.validation import budget
+from unperturb.threat_models import budget
 
 
 @attacks.register("mim")

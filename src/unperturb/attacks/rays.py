@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unperturb.attacks.base import MinimalAttack, attacks
 from unperturb.attacks.context import AttackContext
-from unperturb.validation import budget
+from unperturb.threat_models import budget
 
 _CORNERS = 64
 

@@ -23,6 +23,7 @@ from unperturb.evaluation.adversarials import COUNTS, Adversarials, AdversarialS
 from unperturb.evaluation.checks import check_name
 from unperturb.evaluation.identity import Identity, identify, is_known
 from unperturb.modules import ask, check_logits, logits_of
+from unperturb.results import samples, schema
 
 Progress = Callable[[int, int, str], None]
 WHOLE = ("white_box", "bpda", "black_box")  # the kinds of knowledge that see the purifier
@@ -41,7 +42,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """A file name for the cell, its own."""
-        return runs.cell_folder(self.classifier, self.defense, self.label, self.knowledge)
+        return schema.cell_folder(self.classifier, self.defense, self.label, self.knowledge)
 
     def __str__(self) -> str:
         return f"{self.classifier} · {self.defense} · {self.label} · {self.knowledge}"
@@ -121,7 +122,7 @@ class Grid:
         return Identity(key, function.lasting and is_known(kind))
 
     def about(self, cell: Cell) -> dict[str, Any]:
-        """What its rows say of the cell, by `runs.CELL_KEYS`."""
+        """What its rows say of the cell, by `schema.CELL_KEYS`."""
         return {
             "dataset": self.data.source,
             "split": self.data.name,
@@ -239,7 +240,7 @@ def _fill(grid: Grid, out: Path, stores: Mapping[bool, AdversarialStore], progre
             before = _samples(samples, grid.about(cell)) if len(here) else {}
             missing = set(grid.data.index[here].tolist()) - set(before["index"].tolist() if before else ())
             if path.exists():
-                runs.check_rows(path, grid.about(cell), grid.data.index[rows].tolist())
+                schema.check_rows(path, grid.about(cell), grid.data.index[rows].tolist())
             if missing or not path.exists():
                 identity = identities[cell]
                 with drawing(_seed(grid, cell, number), grid.device):
@@ -256,8 +257,8 @@ def _fill(grid: Grid, out: Path, stores: Mapping[bool, AdversarialStore], progre
                 columns, views = _judge(grid, cell, rows, made, (identity.key, cell.attack), known)
                 if missing:  # before the rows: where these are there, so are its samples
                     tensors = _in_order(before, _shown(here - int(rows[0]), views, columns), grid.data.index[shown])
-                    runs.write_samples(samples, tensors, grid.about(cell) | {"class_names": grid.data.class_names})
-                runs.write_rows(path, columns)
+                    samples.write_samples(samples, tensors, grid.about(cell) | {"class_names": grid.data.class_names})
+                schema.write_rows(path, columns)
             done += 1
             if progress:
                 progress(done, len(cells) * len(shards), str(cell))
@@ -366,7 +367,7 @@ def _judge(
     pred_pure, conf_pure = (pred_adv, conf_adv) if undefended else answers(classifier, attacked.purified)
     quality_pure = quality_adv if undefended else quality(attacked.purified)
     columns = {
-        "schema": runs.SCHEMA_VERSION,
+        "schema": schema.SCHEMA_VERSION,
         **grid.about(cell),
         "draw": 0,
         "index": grid.data.index[rows].numpy(),
@@ -411,7 +412,7 @@ def shown_rows(labels: Tensor, count: int) -> Tensor:
 def _samples(path: Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
     """The samples of a cell so far; nothing where they are damaged or another's: they are then made again."""
     with contextlib.suppress(runs.RunError):
-        cell, tensors = runs.read_sample(path)
+        cell, tensors = samples.read_sample(path)
         if all(str(cell[key]) == str(value) for key, value in about.items()):
             return tensors
     return {}

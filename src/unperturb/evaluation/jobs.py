@@ -32,6 +32,7 @@ from unperturb.evaluation.checks import (
 from unperturb.evaluation.grid import Grid, Progress, answers_of, run_grid
 from unperturb.evaluation.identity import identify
 from unperturb.registry import unknown
+from unperturb.results import schema
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -250,7 +251,7 @@ def _run(
         recognize(grid, out)
         runs.write_json(out / "defenses.json", costs)
         run_grid(grid, out, progress)
-    rows = runs.read_rows(out)
+    rows = schema.read_rows(out)
     _check_whole(grid, rows, out)
     _warn_of_gradients_and_logits(rows)
     return rows
@@ -349,7 +350,7 @@ def evaluate(
     attacker sees. n: a fixed, named random subset of this many images. out: run folder (default: a temporary one).
     eot_samples: draws that the gradient of a random defense is averaged over; fewer than 20 flatter it. progress: gets
     (done, total, cell) in place of the bar that is shown unless `quiet`. Returns the rows
-    (`unperturb.runs.ROW_COLUMNS`); `unperturb.table` makes a table.
+    (`unperturb.schema.ROW_COLUMNS`); `unperturb.table` makes a table.
 
     Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed. Warns where a classifier is
     hardly better than chance, where logits are not finite, and where an attacker's gradients were mostly zero.

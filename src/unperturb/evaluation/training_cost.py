@@ -42,7 +42,7 @@ def of_model(defense: Defense, classifier: nn.Module | None = None) -> TrainingC
 
 
 def about(dataset: str, defense: Defense, cost: TrainingCost, folder: str = "") -> dict[str, Any]:
-    """One entry of `defenses.json` (`unperturb.runs.read_costs`)."""
+    """One entry of `defenses.json` (`unperturb.schema.read_costs`)."""
     pflop, seconds = cost
     return {
         "dataset": dataset,

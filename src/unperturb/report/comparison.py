@@ -19,7 +19,7 @@ from unperturb.report.tables import (
     share,
     survivors,
 )
-from unperturb.runs import read_costs
+from unperturb.results.schema import read_costs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +44,7 @@ def comparison_table(rows: pd.DataFrame, costs: Costs | None = None) -> pd.DataF
     `worst: white box`, per image under all of these; `worst: all`. On the bare classifier every attack is direct: it
     stands in the columns of both attackers.
 
-    rows: as `unperturb.runs.read_rows` gives them. costs: as `unperturb.runs.read_costs` does; by default those of the
+    rows: as `unperturb.schema.read_rows` gives them. costs: as `unperturb.schema.read_costs` does; by default those of the
     folders in `rows.attrs["runs"]`. What is not known stays empty.
     """
     import pandas as pd

@@ -39,7 +39,7 @@ def restored_figure(cell: Mapping[str, Any], tensors: Mapping[str, Any]) -> Figu
     """Rows "Normal", "Adv" and the defense's name: at most ten sampled images clean, attacked, attacked and purified.
 
     Under each its predicted class, blue with a tick where right, orange with a cross where wrong. cell, tensors: one
-    entry of `unperturb.runs.read_samples`. Source: the paper, Figs. 3-7.
+    entry of `unperturb.samples.read_samples`. Source: the paper, Figs. 3-7.
     """
     count, side, margin = min(len(tensors["label"]), 10), 0.95, 0.9
     axes = _sheet(max(margin + count * side, 7.1), 0.66 + 3 * 1.26)
@@ -67,7 +67,7 @@ def confidence_figure(cell: Mapping[str, Any], tensors: Mapping[str, Any], examp
     Shown are the first `examples` sampled images that are right when clean and wrong in the model that was attacked
     (bare for an oblivious attacker, whether or not the defense then saves them; protected for one who knows of it), or
     the first of all where there are none. cell, tensors: one entry of
-    `unperturb.runs.read_samples`. Source: the paper, Fig. 1.
+    `unperturb.samples.read_samples`. Source: the paper, Fig. 1.
     """
     label, predicted = tensors["label"].numpy(), tensors["prediction"].numpy()
     attacked = ADVERSARIAL if cell["knowledge"] in OBLIVIOUS else RESTORED
@@ -101,7 +101,7 @@ def accuracy_figure(rows: pd.DataFrame) -> Figure:
     """Accuracy with its 95 % Wilson interval: a panel per classifier and defense, in it a group per attack and
     the worst case, in that a bar for undefended, oblivious and white box.
 
-    rows: as `unperturb.runs.read_rows` gives them; of one data set, or the panels get small.
+    rows: as `unperturb.schema.read_rows` gives them; of one data set, or the panels get small.
     """
     import pandas as pd
     from matplotlib.figure import Figure

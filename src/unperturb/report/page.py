@@ -13,7 +13,9 @@ from unperturb.report import comparison, cost, detectors, figures, tables
 from unperturb.report.escape import in_csv, in_file_name, one_line, readable, renamed
 from unperturb.report.tables import BLOCK, attack_name, attacker_name, budget_name, groups, records
 from unperturb.report.text import compare_in_markdown, quality_number, to_markdown
-from unperturb.runs import read_costs, read_json, read_rows, read_samples, write_text
+from unperturb.results.samples import read_samples
+from unperturb.results.schema import read_costs, read_rows
+from unperturb.runs import read_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from unperturb import intervals
 from unperturb.report.escape import one_line
-from unperturb.runs import CELL_KEYS
+from unperturb.results.schema import CELL_KEYS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +71,7 @@ def attack_rank(attack: str) -> int:
 def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per cell, and one with attack "clean" per dataset, classifier and defense.
 
-    rows: as `unperturb.runs.read_rows` gives them. Columns: the cell's keys, then n, accuracy, low, high (95 % Wilson).
+    rows: as `unperturb.schema.read_rows` gives them. Columns: the cell's keys, then n, accuracy, low, high (95 % Wilson).
     For defense "none", knowledge "oblivious" is white box too: there is nothing to know.
     """
     import pandas as pd

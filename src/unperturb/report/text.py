@@ -10,7 +10,7 @@ from unperturb import screen
 from unperturb.report.comparison import Costs, comparison_table, comparisons, with_names
 from unperturb.report.escape import columns, in_markdown, readable
 from unperturb.report.tables import BLOCK, attack_name, attacker_name, groups, notes, quality_table, records, wide_table
-from unperturb.runs import read_costs
+from unperturb.results.schema import read_costs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ def table(rows: pd.DataFrame, width: int | None = None) -> str:
     """Accuracy and image quality as plain text for a terminal `width` columns wide (default: this one), and how to read
     them.
 
-    rows: as `unperturb.runs.read_rows` gives them. Defenses that do not fit side by side continue below.
+    rows: as `unperturb.schema.read_rows` gives them. Defenses that do not fit side by side continue below.
     """
     rows, _ = readable(rows, NAME)
     width = width or screen.width()

@@ -18,8 +18,8 @@ from unperturb.config import ComponentConfig
 from unperturb.defenses.base import Batch, Defense
 from unperturb.modules import frozen
 from unperturb.registry import Registry
+from unperturb.threat_models import budget
 from unperturb.training.adversarial_batches import AdversarialBatches, Mixture, Sampler, hardest
-from unperturb.validation import budget
 
 objectives: Registry[Task] = Registry("objective")
 

@@ -1,0 +1,232 @@
+"""Rows: one image in one cell. What their columns are, how they are written, and how old ones are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unperturb.runs import RunError, read_json, write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 3
+
+# One image in one cell, and one draw of a random system. Keys first, then what was seen. `clean`/`adv` are the base
+# classifier's view, `pure_clean` and `pure_adv` the system's; a confidence is the probability given to the true label.
+# A prediction of -1, with confidence 0, is of logits that are not finite: a wrong answer.
+ROW_COLUMNS: dict[str, str] = {
+    "schema": "int16",
+    "dataset": "string",
+    "split": "string",
+    "classifier": "string",
+    "system": "string",
+    "defended": "bool",  # false: the undefended classifier itself
+    "attack": "string",  # the cell's short name, such as "pgd-40"
+    "attack_repr": "string",  # the whole record
+    "norm": "string",  # of the budget; "": no budget
+    "eps": "float32",  # NaN: no budget
+    "knowledge": "string",
+    "surrogate": "string",  # transfer: the classifier it was made on, else ""
+    "seed": "int64",
+    "draw": "int16",  # which draw of a random system; else 0
+    "index": "int64",  # the image's number in its split
+    "label": "int32",
+    "made_by": "string",  # "": by this cell's attack; else the earlier stage of a cascade that had broken the image
+    "pred_clean": "int32",
+    "pred_adv": "int32",
+    "pred_pure_clean": "int32",
+    "pred_pure_adv": "int32",
+    "pred_pure_adv_8bit": "int32",  # of the system, x_adv rounded to 8 bits; -2: not recorded
+    "conf_clean": "float32",
+    "conf_adv": "float32",
+    "conf_pure_clean": "float32",
+    "conf_pure_adv": "float32",
+    "l0": "int32",  # pixels (all channels of a place counted once) that differ between x and x_adv
+    "l2": "float32",
+    "linf": "float32",
+    "psnr_adv": "float32",  # x_adv against x, dB; inf where identical
+    "psnr_pure_adv": "float32",  # G(x_adv) against x
+    "psnr_pure_clean": "float32",  # G(x) against x
+    "ssim_adv": "float32",  # NaN for images smaller than the window
+    "ssim_pure_adv": "float32",
+    "ssim_pure_clean": "float32",
+    "rejected_clean": "bool",
+    "rejected_adv": "bool",
+    "scores_clean": "list<float32>",
+    "scores_adv": "list<float32>",
+    "seconds_attack": "float32",  # per image
+    "seconds_purify": "float32",  # per attacked image; of its detectors too where the defense has some
+    "gradients": "int32",  # how often the attacker asked for the image's gradient
+    "zero_gradients": "int32",  # how often it was exactly zero
+    "nonfinite": "int32",  # how often the attacked logits were not finite
+}
+# Columns that older rows lack: the schema that brought them, and what stands for "not recorded".
+ADDED = {"gradients": (2, -1), "zero_gradients": (2, -1), "nonfinite": (2, -1)}
+CELL_KEYS = [
+    "dataset",
+    "split",
+    "classifier",
+    "system",
+    "defended",
+    "attack",
+    "attack_repr",
+    "norm",
+    "eps",
+    "knowledge",
+    "surrogate",
+    "seed",
+]
+_NAMES = ["classifier", "system", "attack", "knowledge"]
+_FOLDER_KEYS = ["dataset", "split", *_NAMES]
+
+
+def cell_folder(classifier: str, system: str, attack: str, knowledge: str) -> str:
+    """The folder of a cell's rows and the stem of its samples: words to read, then a hash, since other names may have
+    the same words; at most 120 characters, different also where a disk takes `A` for `a`."""
+    names = [classifier, system, attack, knowledge]
+    words = re.sub(r"[^A-Za-z0-9._-]+", "_", ".".join(names))
+    return f"{words[:107]}-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}"
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    types = {"list<float32>": pa.list_(pa.float32()), "bool": pa.bool_(), "string": pa.string()}
+    return pa.schema([(k, types.get(v) or getattr(pa, v)()) for k, v in ROW_COLUMNS.items()])
+
+
+def write_rows(path: Path, columns: Mapping[str, Any]) -> None:
+    """One shard of rows to a Parquet file, atomically. `columns` holds every name of `ROW_COLUMNS`: a list or array of
+    N values, or one value for all N rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    n = len(columns["index"])
+    full = {k: v if hasattr(v, "__len__") and not isinstance(v, str) else [v] * n for k, v in columns.items()}
+    full["schema"] = [SCHEMA_VERSION] * n
+    table = pa.table({k: full[k] for k in ROW_COLUMNS}, schema=_schema())
+    write_atomically(path, lambda p: pq.write_table(table, p, compression="zstd"))
+
+
+def read_rows(*runs: str | Path) -> pd.DataFrame:
+    """The rows of one or more run folders, in the order of their cells and images; what older rows lack is filled.
+
+    Raises `RunError` where a folder holds none, a file is truncated, is no file of rows or of a newer schema, or where
+    a file was copied from another cell's folder.
+    """
+    import pandas as pd
+
+    found = []
+    for run in runs:
+        files = sorted(Path(run).glob("rows/*/*.parquet"))
+        if not files:
+            raise RunError(f"no rows under {Path(run) / 'rows'}; make them with: unperturb evaluate RECIPE --out {run}")
+        rows = pd.concat([_read_shard(file).assign(file=i) for i, file in enumerate(files)], ignore_index=True)
+        _check_places(rows, files)
+        found.append(rows.drop(columns="file"))
+    rows = pd.concat(found, ignore_index=True)
+    rows.attrs["runs"] = [str(r) for r in runs]  # where the samples and the environment lie
+    return rows
+
+
+def _check_places(rows: pd.DataFrame, files: list[Path]) -> None:
+    """Raise `RunError` unless each folder is of one cell, each cell in one folder, and no image there twice."""
+    folders = [file.parent for file in files]
+    rows = rows[[*CELL_KEYS, "index", "draw", "file"]].assign(folder=[str(folders[i]) for i in rows["file"]])
+    cells = rows.drop_duplicates([*CELL_KEYS, "folder"])
+    at_home = [
+        cell_folder(*names) == Path(home).name for *names, home in cells[[*_NAMES, "folder"]].to_numpy().tolist()
+    ]
+    cells = cells.assign(at_home=at_home).sort_values("at_home", kind="stable")
+    names = cells.drop_duplicates([*_FOLDER_KEYS, "folder"])
+    wrong = [names[names["folder"].duplicated(keep=False)], cells[cells[CELL_KEYS].duplicated(keep=False)]]
+    wrong.append(rows[rows[["folder", "index", "draw"]].duplicated()])
+    for first in (part.iloc[0] for part in wrong if len(part)):
+        raise RunError(
+            f"{files[first['file']]} was copied there: its rows of {', '.join(first[_FOLDER_KEYS])} stand beside those "
+            f"of another cell, or elsewhere too; delete it and {AGAIN}"
+        )
+
+
+AGAIN = "run again with --resume"
+
+
+def check_rows(path: Path, cell: Mapping[str, Any], index: Sequence[int]) -> None:
+    """Raise `RunError` unless the shard at `path` holds the images `index` of `cell` (`CELL_KEYS`), and no others."""
+    import numpy as np
+
+    frame = _read_shard(path)
+    for found in frame[CELL_KEYS].drop_duplicates().to_dict("records"):
+        for key in CELL_KEYS:
+            value, want = found[key], cell[key]
+            if ROW_COLUMNS[key] == "float32":
+                want = float(np.float32(want))
+            if repr(value) != repr(want):  # as text, NaN is itself
+                raise RunError(
+                    f"{path} is of another cell: its {key} is {value!r}, not {want!r}; delete it and {AGAIN}"
+                )
+    if frame["index"].tolist() != list(index):
+        raise RunError(f"{path} holds {len(frame)} rows of other images than its {len(index)}; delete it and {AGAIN}")
+
+
+def _read_shard(path: Path) -> pd.DataFrame:
+    """One file of rows, with every column of `ROW_COLUMNS`; raises `RunError` with path and column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, partitioning=None)
+        if not table.num_rows:
+            raise RunError(f"{path} holds no rows; delete it and {AGAIN}")
+        versions = table["schema"].unique().to_pylist() if "schema" in table.column_names else [SCHEMA_VERSION]
+        if not all(isinstance(version, int) and version > 0 for version in versions):
+            raise RunError(f"{path} does not say of which schema its rows are; delete it and {AGAIN}")
+        if max(versions) > SCHEMA_VERSION:
+            raise RunError(f"{path} was written by a newer unperturb (row schema {max(versions)})")
+        for name, (since, unknown) in ADDED.items():
+            if name not in table.column_names and max(versions) < since:
+                table = table.append_column(name, pa.array([unknown] * table.num_rows, pa.int32()))
+        for field in _schema():
+            if field.name not in table.column_names:
+                raise RunError(f"{path} has no column {field.name!r}; delete it and {AGAIN}")
+            column = table[field.name]
+            if column.type != field.type and not (column.type == pa.large_string() and field.type == pa.string()):
+                raise RunError(
+                    f"{path}: column {field.name!r} is {column.type}, not {field.type}; delete it and {AGAIN}"
+                )
+            if column.null_count and not pa.types.is_floating(field.type):  # pandas writes NaN so
+                raise RunError(f"{path}: column {field.name!r} has empty entries; delete it and {AGAIN}")
+        return table.select(list(ROW_COLUMNS)).cast(_schema()).to_pandas()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise RunError(f"{path} is truncated or not Parquet ({error}); delete it and {AGAIN}") from None
+
+
+def read_costs(*runs: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What one or more run folders keep of their defenses, by (data set, name), in the order that they were asked for:
+    folder, spec, differentiable, random, and pflop and seconds of training (None: not known). Nothing of folders that
+    were written without. Where two folders mean different things by one name, its training cost is not known.
+    """
+    from typing_extensions import TypedDict
+
+    class About(TypedDict):
+        dataset: str
+        folder: str
+        spec: dict[str, Any] | None
+        differentiable: bool
+        random: bool
+        pflop: float | None
+        seconds: float | None
+
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in runs:
+        path = Path(run) / "defenses.json"
+        for name, about in read_json(path, dict[str, About]).items() if path.exists() else ():
+            key = (about["dataset"], name)
+            same = found.setdefault(key, about)["pflop"] == about["pflop"]
+            found[key] = about if same else {**about, "pflop": None, "seconds": None}
+    return found
