@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unperturb.results.schema import AGAIN, CELL_KEYS
+from unperturb.results.schema import AGAIN, CELL_KEYS, of_today
 from unperturb.runs import RunError, load_tensors, read_metadata, save_tensors
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def read_sample(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """`(cell, tensors)` of one file of samples (see `write_samples`); raises `RunError` where it is anything else."""
     tensors = load_tensors(path, expect=SAMPLE_TENSORS)
     try:
-        cell = json.loads(read_metadata(path).get("cell", ""))
+        cell = of_today(json.loads(read_metadata(path).get("cell", "")))
         lacking = [k for k in (*CELL_KEYS, "class_names") if k not in cell]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         lacking = ["cell"]
     if lacking:
         raise RunError(f"{path} does not say of which {lacking[0]} its images are; delete it and {AGAIN}")

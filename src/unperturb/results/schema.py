@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import NotRequired, TypedDict
+
 from unperturb.runs import RunError, read_json, write_atomically
 
 if TYPE_CHECKING:
@@ -66,7 +68,12 @@ ROW_COLUMNS: dict[str, str] = {
     "nonfinite": "int32",  # how often the attacked logits were not finite
 }
 # Columns that older rows lack: the schema that brought them, and what stands for "not recorded".
-ADDED = {"gradients": (2, -1), "zero_gradients": (2, -1), "nonfinite": (2, -1)}
+ADDED: dict[str, tuple[int, int | str]] = {
+    **dict.fromkeys(("gradients", "zero_gradients", "nonfinite"), (2, -1)),
+    "made_by": (3, ""),
+    "pred_pure_adv_8bit": (3, -2),
+}
+UNDEFENDED = "undefended"  # how the third schema calls the system that older rows call the defense "none"
 CELL_KEYS = [
     "dataset",
     "split",
@@ -91,6 +98,19 @@ def cell_folder(classifier: str, system: str, attack: str, knowledge: str) -> st
     names = [classifier, system, attack, knowledge]
     words = re.sub(r"[^A-Za-z0-9._-]+", "_", ".".join(names))
     return f"{words[:107]}-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}"
+
+
+def of_today(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's values by `CELL_KEYS`, from those of any schema: what older ones called the defense "none" is the
+    undefended system, and the norm of a budget stood in the attack's record alone."""
+    if "defense" not in cell:
+        return dict(cell)
+    changed = {k: v for k, v in cell.items() if k != "defense"}
+    changed["defended"] = cell["defense"] != "none"
+    changed["system"] = cell["defense"] if changed["defended"] else UNDEFENDED
+    given = re.search(r"(?<![a-z_])norm='(\w+)'", cell["attack_repr"])
+    changed["norm"] = "" if cell["eps"] != cell["eps"] else given[1] if given else "linf"
+    return changed
 
 
 def _schema() -> Any:
@@ -140,7 +160,8 @@ def _check_places(rows: pd.DataFrame, files: list[Path]) -> None:
     rows = rows[[*CELL_KEYS, "index", "draw", "file"]].assign(folder=[str(folders[i]) for i in rows["file"]])
     cells = rows.drop_duplicates([*CELL_KEYS, "folder"])
     at_home = [
-        cell_folder(*names) == Path(home).name for *names, home in cells[[*_NAMES, "folder"]].to_numpy().tolist()
+        Path(folder).name in _folder_names(*names, defended)
+        for *names, defended, folder in cells[[*_NAMES, "defended", "folder"]].to_numpy().tolist()
     ]
     cells = cells.assign(at_home=at_home).sort_values("at_home", kind="stable")
     names = cells.drop_duplicates([*_FOLDER_KEYS, "folder"])
@@ -153,11 +174,18 @@ def _check_places(rows: pd.DataFrame, files: list[Path]) -> None:
         )
 
 
+def _folder_names(classifier: str, system: str, attack: str, knowledge: str, defended: bool) -> set[str]:
+    """The folders where a cell is at home: today's, and that of older rows."""
+    names = {system} if defended else {system, "none"}
+    return {cell_folder(classifier, name, attack, knowledge) for name in names}
+
+
 AGAIN = "run again with --resume"
 
 
-def check_rows(path: Path, cell: Mapping[str, Any], index: Sequence[int]) -> None:
-    """Raise `RunError` unless the shard at `path` holds the images `index` of `cell` (`CELL_KEYS`), and no others."""
+def check_rows(path: Path, cell: Mapping[str, Any], index: Sequence[int], draws: int = 1) -> None:
+    """Raise `RunError` unless the shard at `path` holds the images `index` of `cell` (`CELL_KEYS`), in their order, and
+    no others, each in the draws 0 to `draws` - 1, one whole draw after the other."""
     import numpy as np
 
     frame = _read_shard(path)
@@ -170,8 +198,10 @@ def check_rows(path: Path, cell: Mapping[str, Any], index: Sequence[int]) -> Non
                 raise RunError(
                     f"{path} is of another cell: its {key} is {value!r}, not {want!r}; delete it and {AGAIN}"
                 )
-    if frame["index"].tolist() != list(index):
-        raise RunError(f"{path} holds {len(frame)} rows of other images than its {len(index)}; delete it and {AGAIN}")
+    wanted = [(draw, i) for draw in range(draws) for i in index]
+    if list(zip(frame["draw"].tolist(), frame["index"].tolist())) != wanted:
+        of = f"{len(index)}" + (f" in {draws} draws" if draws > 1 else "")
+        raise RunError(f"{path} holds {len(frame)} rows of other images than its {of}; delete it and {AGAIN}")
 
 
 def _read_shard(path: Path) -> pd.DataFrame:
@@ -188,9 +218,7 @@ def _read_shard(path: Path) -> pd.DataFrame:
             raise RunError(f"{path} does not say of which schema its rows are; delete it and {AGAIN}")
         if max(versions) > SCHEMA_VERSION:
             raise RunError(f"{path} was written by a newer unperturb (row schema {max(versions)})")
-        for name, (since, unknown) in ADDED.items():
-            if name not in table.column_names and max(versions) < since:
-                table = table.append_column(name, pa.array([unknown] * table.num_rows, pa.int32()))
+        table = _filled(table, max(versions))
         for field in _schema():
             if field.name not in table.column_names:
                 raise RunError(f"{path} has no column {field.name!r}; delete it and {AGAIN}")
@@ -206,27 +234,60 @@ def _read_shard(path: Path) -> pd.DataFrame:
         raise RunError(f"{path} is truncated or not Parquet ({error}); delete it and {AGAIN}") from None
 
 
-def read_costs(*runs: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What one or more run folders keep of their defenses, by (data set, name), in the order that they were asked for:
-    folder, spec, differentiable, random, and pflop and seconds of training (None: not known). Nothing of folders that
-    were written without. Where two folders mean different things by one name, its training cost is not known.
+def _filled(table: Any, version: int) -> Any:
+    """An Arrow table of rows of schema `version`, with the columns that older ones lack."""
+    import pyarrow as pa
+
+    for name, (since, unknown) in ADDED.items():
+        if name not in table.column_names and version < since:
+            kind = pa.string() if isinstance(unknown, str) else pa.int32()
+            table = table.append_column(name, pa.array([unknown] * table.num_rows, kind))
+    old = ["defense", "attack_repr", "eps"]
+    if version < 3 and set(old) <= set(table.column_names):
+        cells = [of_today(cell) for cell in table.select(old).to_pylist()]
+        for name, kind in (("system", pa.string()), ("defended", pa.bool_()), ("norm", pa.string())):
+            table = table.append_column(name, pa.array([cell[name] for cell in cells], kind))
+    return table
+
+
+class _System(TypedDict):
+    dataset: str
+    folder: str
+    spec: dict[str, Any] | None
+    differentiable: bool
+    random: bool
+    defended: NotRequired[bool]
+    pflop: float | None
+    seconds: float | None
+
+
+def read_systems(*runs: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What one or more run folders keep of their systems, by (data set, name), in the order that they were asked for:
+    folder, spec, differentiable, random, defended, and pflop and seconds of training (None: not known). Nothing of
+    folders that were written without. Where two folders mean different things by one name, its training cost is not
+    known. Raises `RunError` for a damaged file.
     """
-    from typing_extensions import TypedDict
-
-    class About(TypedDict):
-        dataset: str
-        folder: str
-        spec: dict[str, Any] | None
-        differentiable: bool
-        random: bool
-        pflop: float | None
-        seconds: float | None
-
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for run in runs:
-        path = Path(run) / "defenses.json"
-        for name, about in read_json(path, dict[str, About]).items() if path.exists() else ():
-            key = (about["dataset"], name)
-            same = found.setdefault(key, about)["pflop"] == about["pflop"]
-            found[key] = about if same else {**about, "pflop": None, "seconds": None}
+        old, path = Path(run) / "defenses.json", Path(run) / "systems.json"
+        path = path if path.exists() or not old.exists() else old  # as older rows had it beside them
+        for name, about in read_json(path, dict[str, _System]).items() if path.exists() else ():
+            defended = about.get("defended", name != "none")
+            key = (about["dataset"], UNDEFENDED if path == old and not defended else name)
+            same = found.setdefault(key, {**about, "defended": defended})["pflop"] == about["pflop"]
+            found[key] = {**about, "defended": defended} | ({} if same else {"pflop": None, "seconds": None})
+    return found
+
+
+def read_probes(*runs: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What a short probe measured of each system, by (data set, name), from the `probe.json` of one or more run folders;
+    nothing of folders without one. The first folder that has a system's numbers gives them. Raises `RunError` for a
+    damaged file."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in runs:
+        path = Path(run) / "probe.json"
+        probes = read_json(path, dict[str, dict[str, Any]]) if path.exists() else {}
+        datasets = {name: dataset for dataset, name in read_systems(run)} if probes else {}
+        for name, numbers in probes.items():
+            found.setdefault((datasets.get(name, ""), name), numbers)
     return found
