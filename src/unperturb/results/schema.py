@@ -7,9 +7,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from unperturb.runs import RunError, read_json, write_atomically
 
@@ -160,7 +160,7 @@ def _check_places(rows: pd.DataFrame, files: list[Path]) -> None:
     rows = rows[[*CELL_KEYS, "index", "draw", "file"]].assign(folder=[str(folders[i]) for i in rows["file"]])
     cells = rows.drop_duplicates([*CELL_KEYS, "folder"])
     at_home = [
-        Path(folder).name in _folder_names(*names, defended)
+        _is_at_home(Path(folder).name, names, defended)
         for *names, defended, folder in cells[[*_NAMES, "defended", "folder"]].to_numpy().tolist()
     ]
     cells = cells.assign(at_home=at_home).sort_values("at_home", kind="stable")
@@ -174,10 +174,11 @@ def _check_places(rows: pd.DataFrame, files: list[Path]) -> None:
         )
 
 
-def _folder_names(classifier: str, system: str, attack: str, knowledge: str, defended: bool) -> set[str]:
-    """The folders where a cell is at home: today's, and that of older rows."""
-    names = {system} if defended else {system, "none"}
-    return {cell_folder(classifier, name, attack, knowledge) for name in names}
+def _is_at_home(folder: str, names: Sequence[str], defended: bool) -> bool:
+    """Whether a cell of these `_NAMES` is kept in `folder`, today or as older rows were."""
+    classifier, system, attack, knowledge = names
+    called = (system,) if defended else (system, "none")
+    return folder in [cell_folder(classifier, name, attack, knowledge) for name in called]
 
 
 AGAIN = "run again with --resume"
@@ -280,9 +281,9 @@ def read_systems(*runs: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def read_probes(*runs: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What a short probe measured of each system, by (data set, name), from the `probe.json` of one or more run folders;
-    nothing of folders without one. The first folder that has a system's numbers gives them. Raises `RunError` for a
-    damaged file."""
+    """What a short probe measured of each system, by (data set, name), from the `probe.json` of one or more run
+    folders; nothing of folders without one. The first folder that has a system's numbers gives them. Raises `RunError`
+    for a damaged file."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for run in runs:
         path = Path(run) / "probe.json"
