@@ -24,14 +24,14 @@ _WHERE = {
     "create_attack": "attacks",
     "create_classifier": "classifiers",
     "create_defense": "defenses",
-    "evaluate": "evaluation.jobs",
+    "evaluate": "evaluation.run",
     "known_copy_note": "data",
     "load_classifier": "classifiers",
     "load_dataset": "data",
     "load_defense": "defenses",
     "prepare": "data",
     "read_rows": "results.schema",
-    "run_evaluation": "evaluation.jobs",
+    "run_evaluation": "evaluation.run",
     "table": "report",
     "train_classifier": "training.jobs",
     "train_defense": "training.jobs",
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from unperturb.data import ImageSet, Splits, known_copy_note, load_dataset
     from unperturb.data.prepare import prepare
     from unperturb.defenses import Defense, Protected, create_defense, load_defense
-    from unperturb.evaluation.jobs import evaluate, run_evaluation
+    from unperturb.evaluation.run import evaluate, run_evaluation
     from unperturb.report import compare, comparison_table, table, write_report
     from unperturb.results.schema import read_rows
     from unperturb.training.jobs import train_classifier, train_defense

@@ -18,14 +18,14 @@ def list_available() -> dict[str, dict[str, str]]:
     from unperturb.config import read_recipe, recipe_names
     from unperturb.data import NAMES
     from unperturb.defenses import defenses
-    from unperturb.threats import KNOWLEDGE
+    from unperturb.threat_models import KNOWLEDGE
 
     return {
         "datasets": {**NAMES, "folder:PATH": "class folders of pictures", "hub:NAME": "any image set on the hub"},
         "classifiers": {n: _line(classifiers[n]) for n in classifiers},
         "attacks": {n: _line(attacks[n]) for n in attacks},
         "defenses": {n: _line(defenses[n]) for n in defenses},
-        "knowledge": dict(KNOWLEDGE),
+        "knowledge": {n: kind.meaning for n, kind in KNOWLEDGE.items()},
         "zoo": {f"{zoo.PREFIX}{n}": _card(folder) for n, folder in zoo.folders().items()},
         "recipes": {n: f"{VERBS[read_recipe(n).kind]}: {_phrase(describe(n))}" for n in recipe_names()},
     }

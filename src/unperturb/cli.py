@@ -226,11 +226,11 @@ def _needs(recipe: Any) -> list[str]:
     from unperturb.unsaved import missing
     from unperturb.zoo import how_to_make
 
-    entries = [*getattr(recipe, "classifiers", []), *getattr(recipe, "defenses", [])]
-    entries += [getattr(recipe, key, None) for key in ("surrogate", "start")]
+    entries = [*getattr(recipe, "classifiers", []), *getattr(recipe, "systems", [])]
+    entries += [getattr(recipe, key, None) for key in ("surrogate", "surrogate_defense", "start")]
     entries.append(recipe.objective.options.get("teacher") if recipe.kind == "classifier" else None)
     lines = []
-    for entry in dict.fromkeys(e for e in entries if e and e != "none"):
+    for entry in dict.fromkeys(e for e in entries if e and e != "undefended"):
         gone = missing(entry)
         lines += [f"missing: {f}; {how_to_make(f, classifiers)}" for f in gone] or [f"there: {entry}"]
     return lines
@@ -380,7 +380,7 @@ def evaluate(
     mean: Mean = None,
     std: Std = None,
     size: Size = None,
-    defense: Cells = None,
+    system: Cells = None,
     attack: Cells = None,
     knowledge: Cells = None,
     device: Device = "auto",
@@ -388,11 +388,12 @@ def evaluate(
     resume: Resume = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Attack bare and protected models as each attacker would; keep a row per image."""
+    """Attack undefended and protected models as each attacker would; keep a row per image."""
     from unperturb.config import read_recipe
     from unperturb.data import load_dataset
-    from unperturb.evaluation import jobs
-    from unperturb.report import table
+    from unperturb.evaluation.plan import estimate, plan_of
+    from unperturb.evaluation.run import only, run_evaluation
+    from unperturb.results.render import table
     from unperturb.unsaved import stand_ins
 
     _threads(threads)
@@ -400,27 +401,28 @@ def evaluate(
         *(overrides or []),
         *(f"{k}={v}" for k, v in {"n": n, "eot_samples": eot_samples, "size": size}.items() if v),
     ]
-    cells = [defense or [], attack or [], knowledge or []]
-    resolved = jobs.only(_with(read_recipe(recipe, changes, "evaluation"), classifier), *cells)
+    cells = [system or [], attack or [], knowledge or []]
+    resolved = only(_with(read_recipe(recipe, changes, "evaluation"), classifier), *cells)
     out = out or Path("runs") / "-".join([Path(recipe).stem, *(name for part in cells for name in part)])
     data = load_dataset(**resolved.data_options)
     own = _own(resolved, data.train, weights, mean, std)
     if dry_run:
-        entries = [*resolved.classifiers, *([resolved.surrogate] if resolved.surrogate else []), *resolved.defenses]
+        named = [*resolved.classifiers, resolved.surrogate, resolved.surrogate_defense, *resolved.systems]
+        entries = [entry for entry in named if entry is not None]
         gone = _missing(entries, own)
         own |= stand_ins([e for e in entries if e not in own], data.train)
         _show_recipe(resolved)
         if unknown := [e for e in entries if e in gone and e not in own]:
             say(f"cost: not counted while {', '.join(unknown)} is missing")
             return
-        cost = jobs.estimate(jobs.grid_of(resolved, device, own))
+        cost = estimate(plan_of(resolved, device, own))
         say(
             f"cost: {cost.cells} cells of {cost.images} images, at most {cost.pflop:g} PFLOP, "
             f"about {cost.minutes:g} minutes"
         )
         return
     with _bar("evaluating") as update:
-        rows = jobs.run_evaluation(resolved, out, device=device, resume=resume, models=own, progress=update)
+        rows = run_evaluation(resolved, out, device=device, resume=resume, models=own, progress=update)
     say(table(rows))
     say(f"\nrows: {out}. Tables, figures and a page: unperturb report {shlex.quote(str(out))}")
 

@@ -172,6 +172,9 @@ class EvaluationRecipe(DataRecipe):
     n: int | None = Field(None, gt=0, description="A fixed, named random subset of this many; None takes all.")
     classifiers: list[str] = Field(min_length=1, description="Run folders.")
     surrogate: str | None = Field(None, description="Run folder of the classifier that a transfer attack is made on.")
+    surrogate_defense: str | None = Field(
+        None, description="Run folder of the purifier of the attacker's own that a gray-box attack is made through."
+    )
     systems: list[str] = Field(
         ["undefended"], min_length=1, description="Run folders of defenses; undefended is the classifier itself."
     )

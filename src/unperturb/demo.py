@@ -37,8 +37,9 @@ def run_demo(
     """
     from unperturb.config import read_recipe
     from unperturb.data import load_dataset
-    from unperturb.evaluation.jobs import run_evaluation
-    from unperturb.report import table, write_report
+    from unperturb.evaluation.run import run_evaluation
+    from unperturb.results.page import write_report
+    from unperturb.results.render import table
     from unperturb.runs import RunError, read_json, write_json
     from unperturb.screen import bar as own_bar
     from unperturb.training.jobs import train_classifier, train_defense
@@ -77,7 +78,7 @@ def run_demo(
         f"{cost.share:.0%} of a plain convolution's rate"
     )
     evaluation = plan.evaluation.model_copy(
-        update={"classifiers": [str(out / "classifier")], "defenses": ["none", str(out / "ours")]}
+        update={"classifiers": [str(out / "classifier")], "systems": ["undefended", str(out / "ours")]}
     )
     with bar("attacking") as update:
         rows = run_evaluation(evaluation, out / "rows", progress=update)
