@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import unperturb as up
-from unperturb import threats
+from unperturb.attackers import Attacker
 from unperturb.data import ImageSet
+from unperturb.systems import System
 
 NET = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).requires_grad_(False)
 NET[1].weight.copy_(torch.randn(4, 64, generator=torch.Generator().manual_seed(3)))
@@ -86,7 +87,8 @@ class Noisy(up.Defense):
 @pytest.mark.parametrize("knowledge", ["white_box", "bpda"])
 def test_draws_of_a_purifier_that_works_in_place_do_not_pile_up(knowledge: str) -> None:
     images = torch.full((200, 1, 8, 8), 0.5)
-    logits = threats.target(NET, Noisy(), knowledge, eot_samples=16)(images)
+    attacker = Attacker(up.create_attack("fgsm", eps=0.1), knowledge, eot_samples=16)
+    logits = attacker.model_for(System("noisy", NET, Noisy()))(images)
     one = 0.3 * NET[1].weight.norm(dim=1)  # of one draw; the mean of 16 spreads a quarter as far
     assert (logits.std(0) / one).sub(0.25).abs().max() < 0.1
     assert torch.equal(images, torch.full_like(images, 0.5))

@@ -238,7 +238,7 @@ def save_defense(folder: Path, defense: Defense, about: Mapping[str, Any]) -> No
 def load_defense(source: str | Path) -> Defense:
     """A defense in eval mode, its weights frozen; what its training cost is in its `outcome`.
 
-    source: a run folder or `zoo:NAME`; or the name of a defense that has nothing to learn (`"none"`, `"jpeg"`, ...),
+    source: a run folder or `zoo:NAME`; or the name of a defense that has nothing to learn (`"jpeg"`, `"median"`, ...),
     then with its default options; or several of these joined by `+`, a pipeline, first to last.
 
     Raises `RunError` where a folder holds no defense or its files are damaged or do not fit together.
