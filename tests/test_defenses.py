@@ -120,7 +120,7 @@ def test_shape_and_range(case: str, shape: tuple[int, int, int]) -> None:
     images = images_for(defense, shape)
     images[0], images[1] = 0.0, 1.0
     before = images.clone()
-    out = defense.purify(images)
+    out = defense(images)
     assert out.shape == images.shape
     assert out.dtype == torch.float32
     assert bool(torch.isfinite(out).all())
@@ -131,6 +131,50 @@ def test_shape_and_range(case: str, shape: tuple[int, int, int]) -> None:
     assert logits is None or logits.shape == (5, 10)
     with torch.no_grad():
         assert defense.purify(images[:0]).shape == (0, *images.shape[1:])
+
+
+@pytest.mark.parametrize("name", defenses)
+def test_no_defense_checks_or_clamps_for_itself(name: str) -> None:
+    made_by: Any = defenses[name]
+    assert made_by.forward is Defense.forward
+    assert made_by.purify_and_score is Defense.purify_and_score
+    assert made_by.purify is not Defense.purify
+
+
+class Brighter(Defense):
+    """Half a grey brighter, in place; what is too bright overshoots. Its detector writes over its images too."""
+
+    channels = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_detectors(1, 0.1)
+
+    def purify(self, images: Tensor) -> Tensor:
+        return images.add_(0.5)
+
+    def scores(self, images: Tensor, logits_fn: Any) -> Tensor:
+        return images.mul_(0).flatten(1).sum(1, keepdim=True)
+
+
+def test_what_is_called_checks_copies_and_clamps() -> None:
+    defense, images = Brighter(), torch.tensor([0.0, 0.2, 0.5, 0.9]).reshape(1, 1, 2, 2)
+    before, brighter = images.clone(), torch.tensor([0.5, 0.7, 1.0, 1.0]).reshape(1, 1, 2, 2)
+    torch.testing.assert_close(defense(images), brighter)
+    purified, scores = defense.purify_and_score(images, nn.Flatten())
+    torch.testing.assert_close(purified, brighter)
+    assert scores.shape == (1, 1)
+    assert torch.equal(images, before)
+    at = images.requires_grad_()
+    (slope,) = torch.autograd.grad(defense(at).sum(), at)
+    assert slope.flatten().tolist() == [1, 1, 1, 0]  # none of what is cut off
+    for asked in (defense, lambda x: defense.purify_and_score(x, nn.Flatten())):
+        with pytest.raises(ValueError, match=r"purifies images of 1 channel\(s\), and these have 3"):
+            asked(torch.rand(2, 3, 2, 2))
+        with pytest.raises(ValueError, match=r"must have shape \(N, C, H, W\), not \(2, 2\)"):
+            asked(torch.rand(2, 2))
+        with pytest.raises(TypeError, match=r"must be a float tensor in \[0, 1\], not torch.uint8"):
+            asked(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
 
 
 @every_case
@@ -172,6 +216,8 @@ def test_judging_is_purifying_and_scoring(case: str) -> None:
     torch.manual_seed(7)
     purified, scores = defense.purify_and_score(images, classifier())
     assert torch.equal(purified, seeded(defense, images))
+    torch.manual_seed(7)
+    assert torch.equal(purified, defense(images))
     assert scores.shape == (5, len(defense.thresholds))
     if not defense.random:
         assert torch.equal(scores, defense.scores(images, classifier()))
