@@ -214,15 +214,17 @@ def _pixels(given: Any, where: str) -> Tensor:
     if len(shape) not in (3, 4) or (last and isinstance(given, Tensor)):
         advice = ": move the channels, images.permute(0, 3, 1, 2)" if last else ""
         raise DataError(f"{where} have shape {shape}; expected (N, C, H, W){advice}")
-    if isinstance(given, Tensor):
-        images_ = given.detach().cpu()
-    elif given.dtype in (np.uint8, np.float32, np.float64):
-        images_ = torch.from_numpy(np.array(given, given.dtype.newbyteorder("=")))
+    if isinstance(given, np.ndarray):
+        dtype = given.dtype.newbyteorder("=")  # torch knows the machine's own only
+        fits = dtype in (np.uint8, np.float32, np.float64)
     else:
-        raise _of_dtype(given.dtype, where)
-    if images_.dtype not in (torch.uint8, torch.float32, torch.float64):
-        raise _of_dtype(images_.dtype, where)
-    return images_[:, None] if len(shape) == 3 else images_.permute(0, 3, 1, 2) if last else images_
+        fits = given.dtype in (torch.uint8, torch.float32, torch.float64)
+    if not fits:
+        raise DataError(f"{where} are {given.dtype}; expected uint8, or float32 in [0, 1]")
+    pixels = given.detach().cpu() if isinstance(given, Tensor) else torch.from_numpy(np.array(given, dtype))
+    if len(shape) == 3:
+        return pixels[:, None]
+    return pixels.permute(0, 3, 1, 2) if last else pixels
 
 
 def _quantized(images: Tensor, where: str, quantize: bool) -> tuple[Tensor, bool]:
@@ -242,10 +244,6 @@ def _quantized(images: Tensor, where: str, quantize: bool) -> tuple[Tensor, bool
             "resizing floats. Pass 8-bit images, or quantize=True to round them, which moves a pixel by 1/510 at most"
         )
     return rounded.to(torch.uint8).contiguous(), inexact
-
-
-def _of_dtype(dtype: object, where: str) -> DataError:
-    return DataError(f"{where} are {dtype}; expected uint8, or float32 in [0, 1]")
 
 
 def _of_two_sizes(first: Sequence[int], other: Sequence[int], where: str) -> DataError:
