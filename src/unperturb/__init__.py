@@ -17,6 +17,7 @@ _WHERE = {
     "ImageSet": "data",
     "Protected": "defenses",
     "Splits": "data",
+    "as_image_set": "data",
     "budget": "attacks",
     "list_available": "available",
     "compare": "report",
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from unperturb.attacks import Attack, AttackResult, budget, create_attack
     from unperturb.available import list_available
     from unperturb.classifiers import create_classifier, load_classifier, wrap
-    from unperturb.data import ImageSet, Splits, known_copy_note, load_dataset
+    from unperturb.data import ImageSet, Splits, as_image_set, known_copy_note, load_dataset
     from unperturb.data.prepare import prepare
     from unperturb.defenses import Defense, Protected, create_defense, load_defense
     from unperturb.evaluation.run import evaluate, run_evaluation
