@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from unperturb import intervals
 from unperturb.results.names import attacker_name, budget_name, norm_name
 from unperturb.results.results import BLOCK, Block, Results
-from unperturb.threat_models import ThreatModel
+from unperturb.threat_models import KNOWLEDGE, ThreatModel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # L2 adds up over the pixels. Places that changed are counted, not measured.
 TOLERANCE = {"linf": 2e-5, "l2": 5e-4, "l0": 0.5}
 PAPER = ("FGSM", "PGD", "MIM", "JSMA", "CW", "DeepFool")  # the six attacks of the paper, by their classes
+# What is known of the defense, where anything is: more than who attacks another classifier, or the undefended one.
+ADAPTIVE = tuple(k for k, kind in KNOWLEDGE.items() if kind.includes >= {"transfer", "oblivious"})
 wilson = functools.cache(intervals.wilson)  # most tables ask for the same few
 
 
@@ -66,7 +68,7 @@ def robust_accuracy(results: Results, threat_model: ThreatModel, *, system: str 
     judged = _one_of(results, system)
     found = judged.under(threat_model)
     if found is None:
-        tried = ", ".join(f"{attacker_name(k)}: {name}" for k, name in judged.tried())
+        tried = "; ".join(f"{attacker_name(k)}: {n}" for k, n in zip(judged.cells["knowledge"], judged.cells["name"]))
         budget = f"{norm_name(threat_model.norm)} {budget_name(float(threat_model.eps))}"
         raise ValueError(
             f"no attack of at most {budget} by {attacker_name(threat_model.knowledge)} was tried on {judged.system}: "
@@ -139,9 +141,10 @@ class Judged:
             {norm: seen[norm].to_numpy().reshape(shape) for norm in TOLERANCE},
         )
 
-    def tried(self) -> list[tuple[str, str]]:
-        """The knowledge and name of each cell."""
-        return list(self.cells[["knowledge", "name"]].itertuples(index=False, name=None))
+    @property
+    def adaptive(self) -> bool:
+        """Whether an attacker who knows of the defense was tried; of what is undefended, everybody knows all."""
+        return not self.defended or bool(self.cells["knowledge"].isin(ADAPTIVE).any())
 
     def under(self, threat_model: ThreatModel) -> RobustAccuracy | None:
         """Its robust accuracy; None where no attack that was tried is admitted, or no image is left to count."""
@@ -202,7 +205,7 @@ def _one_of(results: Results, system: str | None) -> Judged:
     if len(mine) == 1:
         judged = Judged.of(results, *mine[0])
         if not len(judged.index):
-            raise ValueError(f"the attacks on {judged.system} have no image in common: none can stand under all of them")
+            raise ValueError(f"the attacks on {judged.system} have no image in common to stand under all of them")
         return judged
     listed = "; ".join(f"{name} ({', '.join(block)})" for block, name in mine or choices)
     if not mine:
