@@ -90,7 +90,7 @@ def main() -> None:
         "--sizes", type=lambda t: [int(s) for s in t.split(",")], default=list(NETS), help="of 28,32,128"
     )
     parser.add_argument("--n", type=int, default=32, help="images")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "attacks_memory.json")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results/attacks/memory.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []

@@ -1,4 +1,4 @@
-"""Fills the tables of `docs/table2.md` and of the README's comparison from `results/table2-*`."""
+"""Fills the tables of `docs/table2.md` and of the comparison in `docs/results.md` from `results/table2-*`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from unperturb.runs import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/table2.md")
+PAGES = ("docs/results.md", "docs/table2.md")
 
 Line = dict[str, str]
 Table = dict[str, Line]
