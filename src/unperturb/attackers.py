@@ -130,7 +130,8 @@ class Attacker:
     """An attack and what who makes it knows.
 
     eot_samples: passes that the gradient of a random system is averaged over. surrogate_backward: for `bpda`, what is
-    differentiated in place of the purifier (default: the identity), images to images.
+    differentiated in place of the purifier (default: the identity), images to images. randomness: True for an attacker
+    who is sent against random systems alone, False for one against all others, None for one against any.
 
     Raises `UnknownNameError` for another knowledge, `ValueError` for an attack by gradients that is to see outputs only
     or for fewer than one pass.
@@ -140,6 +141,7 @@ class Attacker:
     knowledge: str
     eot_samples: int = 20
     surrogate_backward: Callable[[Tensor], Tensor] | None = None
+    randomness: bool | None = None
 
     def __post_init__(self) -> None:
         check_knowledge(self.knowledge)
@@ -150,6 +152,10 @@ class Attacker:
                 f"{type(self.attack).__name__} needs a gradient, and black_box gives none: its random start would pass "
                 "for robustness. Ask by queries there (square, rays), or give it another knowledge"
             )
+
+    def is_sent_against(self, system: System) -> bool:
+        """Whether `system` is one that this attacker is meant for."""
+        return self.randomness in (None, system.random)
 
     def knowledge_of(self, system: System) -> str:
         """The least knowledge that amounts to the same for `system`: where nothing is defended, who attacks the

@@ -205,6 +205,15 @@ class DefenseRecipe(DataRecipe):
     seed: int = Field(0, ge=0, lt=2**32, description="Of weights, order, augmentation and attacks.")
 
 
+class LadderConfig(_Settings):
+    """The attackers that a system has to stand, weakest first; each meets only what the others have left standing."""
+
+    norm: Literal["linf", "l2"] = Field("linf", description="Of every attacker.")
+    eps: float | str = Field(description="Of every attacker: a number or a fraction such as 8/255.")
+    budget: Literal["quick", "standard", "thorough"] = Field("standard", description="What each may spend on an image.")
+    doubted: int = Field(64, ge=0, description="So many images are attacked by everyone, to see who is worth what.")
+
+
 class EvaluationRecipe(DataRecipe):
     """Cross classifiers, defenses, attacks and kinds of knowledge, and keep a row per image."""
 
@@ -221,7 +230,8 @@ class EvaluationRecipe(DataRecipe):
         min_length=1,
         description="Run folders, or filters by name; undefended is the classifier itself.",
     )
-    attacks: list[AttackerConfig] = Field(min_length=1, description="Each with its own knowledge and label, if any.")
+    attacks: list[AttackerConfig] = Field([], description="Each with its own knowledge and label, if any.")
+    ladder: LadderConfig | None = Field(None, description="After them, the attackers of a ladder.")
     knowledge: list[KnowledgeName] = Field(
         ["oblivious", "white_box"], description="For attacks without a list of their own."
     )
@@ -233,6 +243,12 @@ class EvaluationRecipe(DataRecipe):
     batch: int = Field(200, gt=0, description="Images attacked at once.")
     shard: int = Field(1000, gt=0, description="Rows a file; a killed run goes on at the next missing one.")
     samples: int = Field(10, ge=0, description="Images per cell that are kept for the figures.")
+
+    @model_validator(mode="after")
+    def _someone_attacks(self) -> EvaluationRecipe:
+        if not self.attacks and self.ladder is None:
+            raise ValueError("give attacks, or a ladder")
+        return self
 
 
 class DemoRecipe(_Settings):

@@ -84,6 +84,9 @@ class Work:
         return {}
 
 
+Each = Callable[[Work, Cell, Shard], None]
+
+
 @contextlib.contextmanager
 def at_work(plan: Plan, out: Path) -> Iterator[Work]:
     """`plan` at work in the run folder `out`: inside, its models are on its device in eval mode."""
@@ -103,8 +106,10 @@ def shards(plan: Plan) -> Iterator[Shard]:
         yield Shard(plan, number, rows)
 
 
-def run_grid(plan: Plan, out: Path, progress: Progress | None = None) -> None:
+def run_grid(plan: Plan, out: Path, progress: Progress | None = None, each: Each | None = None) -> None:
     """Write the rows and samples of every cell of `plan` under `out`; what is already there is not made again.
+
+    each: what writes one shard of one cell (default: `run_cell`, the attack made on every image).
 
     Raises `RunError` where what is there is damaged, or of another cell.
     """
@@ -113,7 +118,7 @@ def run_grid(plan: Plan, out: Path, progress: Progress | None = None) -> None:
     with at_work(plan, out) as work:
         for shard in shards(plan):
             for cell in cells:
-                run_cell(work, cell, shard)
+                (each or run_cell)(work, cell, shard)
                 done += 1
                 if progress:
                     progress(done, total, str(cell))

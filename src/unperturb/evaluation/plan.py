@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from unperturb.devices import FlopCounter, pick_device, probe
 from unperturb.evaluation.adversarials import cache_limit
 from unperturb.evaluation.checks import check_name, subset
 from unperturb.evaluation.identity import Identity, identify
+from unperturb.evaluation.ladder import ladder
 from unperturb.modules import ask, check_logits, logits_of
 from unperturb.results import schema
 from unperturb.systems import System
+from unperturb.threat_models import ThreatModel
 
 UNDEFENDED = "undefended"  # the entry of a recipe's `systems` that means the classifier itself
 
@@ -86,6 +88,21 @@ class Cell:
         return identify(target, self.attacker.attack)
 
 
+@dataclass(frozen=True)
+class Cascade:
+    """Each attacker meets only the images that those before it have left standing.
+
+    threat: what breaks an image: an answer that is wrong in every draw, at most eps away in its norm. doubted: so many
+    images, the first, are attacked by everyone, from the image itself, broken or not: what each attacker is worth alone
+    shows whether one who knows more does worse, which is how a hidden gradient shows. whole: labels of attacks that are
+    made on every image all the same.
+    """
+
+    threat: ThreatModel
+    doubted: int = 64
+    whole: Collection[str] = ()
+
+
 @dataclass(eq=False)
 class Plan:
     """What is crossed with what, and on which images.
@@ -94,7 +111,8 @@ class Plan:
     their attack. classifiers: the undefended ones by name, each the block of the systems that stand on it (default:
     named after their family). surrogates: by the knowledge that needs one. batch: images attacked at once. shard:
     images a file of rows. samples: images of each cell that are kept to be looked at. draws: how often each image is
-    shown to a random system. note: what is wrong with this copy of the data, if anything.
+    shown to a random system. cascade: what makes of the attackers one after the other (default: each attacks every
+    image). note: what is wrong with this copy of the data, if anything.
     """
 
     data: ImageSet
@@ -107,6 +125,7 @@ class Plan:
     shard: int = 1000
     samples: int = 10
     draws: int = 10
+    cascade: Cascade | None = None
     note: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -124,7 +143,7 @@ class Plan:
         for classifier in self.classifiers:
             for label, attackers in self.attackers.items():
                 for attacker in attackers:
-                    for system in self.block(classifier):
+                    for system in filter(attacker.is_sent_against, self.block(classifier)):
                         surrogate = self.surrogates.get(attacker.knowledge)
                         cell = Cell.of(classifier, system, label, attacker, surrogate)
                         found.setdefault(cell.names, cell)
@@ -266,24 +285,33 @@ def plan_of(recipe: EvaluationRecipe, device: str = "auto", models: Mapping[str,
     def surrogate(entry: str, load: Callable[[str], nn.Module]) -> Surrogate:
         return Surrogate(name_of(entry, recipe.dataset), load(entry))
 
-    attackers = attackers_in(recipe)
+    attackers, cascade = attackers_in(recipe), None
+    if recipe.ladder is not None:
+        threat = ThreatModel(recipe.ladder.norm, recipe.ladder.eps)
+        cascade = Cascade(threat, recipe.ladder.doubted, whole=tuple(attackers))
+        transfer, gray_box = bool(recipe.surrogate), bool(recipe.surrogate_defense)
+        for label, sent in ladder(threat, recipe.ladder.budget, transfer=transfer, gray_box=gray_box).items():
+            if label in attackers:
+                raise ValueError(f"an attack of the ladder is called {label!r} too; give the recipe's a label")
+            attackers[label] = sent
     named = by_name(recipe.systems, recipe.dataset)
     splits = load_dataset(**recipe.data_options)
     data = subset(splits.test if recipe.split == "test" else splits.val, recipe.n)
     classifiers = {name: classifier(entry) for name, entry in by_name(recipe.classifiers, recipe.dataset).items()}
     parts = {name: None if entry == UNDEFENDED else part(entry) for name, entry in named.items()}
-    surrogates = {}
+    made_on = {}
     if recipe.surrogate:
-        surrogates["transfer"] = surrogate(recipe.surrogate, classifier)
+        made_on["transfer"] = surrogate(recipe.surrogate, classifier)
     if recipe.surrogate_defense:
-        surrogates["gray_box"] = surrogate(recipe.surrogate_defense, part)
+        made_on["gray_box"] = surrogate(recipe.surrogate_defense, part)
     return Plan(
         data=data,
         systems=[_system(name, one, base) for base in classifiers.values() for name, one in parts.items()],
         attackers=attackers,
         classifiers=classifiers,
-        surrogates=surrogates,
+        surrogates=made_on,
         **{key: getattr(recipe, key) for key in ("seed", "batch", "shard", "samples", "draws")},
+        cascade=cascade,
         device=pick_device(device),
         note=known_copy_note(splits),
     )

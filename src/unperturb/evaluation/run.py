@@ -20,6 +20,7 @@ from unperturb.defenses.base import Defense
 from unperturb.devices import pick_device
 from unperturb.evaluation import training_cost
 from unperturb.evaluation.behavior import recognize
+from unperturb.evaluation.cascade import cascading
 from unperturb.evaluation.checks import attackers_of, check_data, check_number, subset, systems_of
 from unperturb.evaluation.grid import Progress, run_grid
 from unperturb.evaluation.identity import identify
@@ -48,6 +49,7 @@ def only(
     empty list keeps all. Raises `UnknownNameError` for what the recipe does not have, ValueError if no cell is left."""
     if not (systems or attacks or knowledge):
         return recipe
+    ladder = recipe.ladder if not (attacks or knowledge) else None
     named = by_name(recipe.systems, recipe.dataset)
     entries = dict(zip(attackers_in(recipe), recipe.attacks))
     kinds = {label: list(entry.knowledge or recipe.knowledge) for label, entry in entries.items()}
@@ -66,10 +68,14 @@ def only(
         if not attacks or label in attacks
     }
     changed = [entries[label].model_copy(update={"knowledge": own}) for label, own in kept.items() if own]
-    if not changed:
+    if not changed and ladder is None:
         raise ValueError(f"the recipe has no {' or '.join(knowledge)} cell of {', '.join(attacks)}")
     return recipe.model_copy(
-        update={"systems": [v for k, v in named.items() if not systems or k in systems], "attacks": changed}
+        update={
+            "systems": [entry for name, entry in named.items() if not systems or name in systems],
+            "attacks": changed,
+            "ladder": ladder,
+        }
     )
 
 
@@ -100,7 +106,7 @@ def run_evaluation(
         for s in plan.systems
     }
     with screen.shown("evaluating", progress, quiet) as update:
-        return _run(plan, Path(out), snapshot(recipe), about, resume, update)
+        return run_plan(plan, Path(out), snapshot(recipe), about, resume, update)
 
 
 # From models in hand ------------------------------------------------------------------------------------------------
@@ -158,7 +164,7 @@ def evaluate(
     source = data.source
     about = {s.name: training_cost.about(source, s, training_cost.of_system(s)) for s in plan.systems}
     with screen.shown("evaluating", progress, quiet) as update, tempfile.TemporaryDirectory() as folder:
-        return _run(plan, Path(folder) / "run" if out is None else Path(out), _record(plan), about, resume, update)
+        return run_plan(plan, Path(folder) / "run" if out is None else Path(out), _record(plan), about, resume, update)
 
 
 def _surrogates(classifier: object, purifier: object) -> dict[str, Surrogate]:
@@ -201,7 +207,7 @@ def _record(plan: Plan) -> dict[str, Any]:
 # A run --------------------------------------------------------------------------------------------------------------
 
 
-def _run(
+def run_plan(
     plan: Plan,
     out: Path,
     recipe: Mapping[str, Any],
@@ -218,7 +224,7 @@ def _run(
         runs.open_run(out, {**recipe, "fingerprints": _fingerprints(plan)}, resume=resume, about=note)
         recognize(plan, out)
         runs.write_json(out / "systems.json", about)
-        run_grid(plan, out, progress)
+        run_grid(plan, out, progress, cascading(plan.cascade) if plan.cascade else None)
     rows = schema.read_rows(out)
     _check_whole(plan, rows, out)
     _warn_of_gradients_and_logits(rows)
