@@ -155,19 +155,36 @@ def evaluate(
         data=subset(data, n),
         systems=systems_of(systems),
         attackers=attackers_of(attacks, knowledge, eot_samples),
-        surrogates=_surrogates(surrogate, surrogate_defense),
+        surrogates=surrogates_of(surrogate, surrogate_defense),
         seed=seed,
         batch=batch,
         draws=draws,
         device=pick_device(device),
     )
-    source = data.source
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder) / "run" if out is None else Path(out)
+        return run_in_hand(plan, where, resume=resume, progress=progress, quiet=quiet)
+
+
+def run_in_hand(
+    plan: Plan,
+    out: Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    quiet: bool = False,
+) -> pd.DataFrame:
+    """The rows of a plan of models in hand, made in the run folder `out`; `evaluate` says the rest. settings: what else
+    fixes the run."""
+    source = plan.data.source
     about = {s.name: training_cost.about(source, s, training_cost.of_system(s)) for s in plan.systems}
-    with screen.shown("evaluating", progress, quiet) as update, tempfile.TemporaryDirectory() as folder:
-        return run_plan(plan, Path(folder) / "run" if out is None else Path(out), _record(plan), about, resume, update)
+    with screen.shown("evaluating", progress, quiet) as update:
+        return run_plan(plan, out, {**_record(plan), **(settings or {})}, about, resume, update)
 
 
-def _surrogates(classifier: object, purifier: object) -> dict[str, Surrogate]:
+def surrogates_of(classifier: object, purifier: object) -> dict[str, Surrogate]:
+    """By the knowledge that needs one, the attacker's own classifier and purifier, if any; raises `TypeError`."""
     found = {}
     if classifier is not None:
         if not isinstance(classifier, nn.Module) or isinstance(classifier, Defense):
@@ -314,4 +331,4 @@ def _some(index: Iterable[int]) -> str:
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
 
-__all__ = ["evaluate", "only", "run_evaluation"]
+__all__ = ["evaluate", "only", "run_evaluation", "run_in_hand", "surrogates_of"]
