@@ -131,14 +131,14 @@ def run_cell(
     *,
     attacked: Tensor | None = None,
     before: Tensor | None = None,
-    made_by: str | Sequence[str] = "",
+    made_by: Sequence[tuple[str, str]] | None = None,
     start: Tensor | None = None,
 ) -> None:
     """Write the rows and samples of one shard of `cell`, each file whole or not at all; nothing where they are there.
 
     attacked: `(N,)` bool, the images of the shard that are attacked (default: all). The others, which earlier stages
     of a cascade have broken, keep the adversarial images that those made: before: `(N, C, H, W)`, used there. made_by:
-    the stages' names, one for all of them or N. start: `(N, C, H, W)`, images that the attack begins at.
+    N times (attack, knowledge) of those stages. start: `(N, C, H, W)`, images that the attack begins at.
 
     Raises `RunError` where what is there is damaged, or of another cell.
     """
@@ -147,14 +147,14 @@ def run_cell(
         return
     made = adversarials_of(work, cell, shard, attacked=attacked, before=before, start=start)
     plain = attacked is None and start is None
-    stages = [made_by] * len(shard.rows) if isinstance(made_by, str) else list(made_by)
+    own = ("", "")
     kept = torch.zeros(len(shard.rows), dtype=torch.bool) if attacked is None else ~attacked.cpu()
     columns, views = measure(
         cell,
         shard,
         made,
         key=work.seen_by(cell)[1].key if plain else object(),
-        made_by=[stage if inherited else "" for stage, inherited in zip(stages, kept.tolist())],
+        made_by=[m if inherited else own for m, inherited in zip(made_by or [own] * len(kept), kept.tolist())],
     )
     if len(lacking):  # before the rows: where these are there, so are its samples
         plan = work.plan

@@ -162,18 +162,20 @@ def seed_of(*parts: object) -> int:
 
 
 def measure(
-    cell: Cell, shard: Shard, made: Adversarials, key: Hashable, made_by: Sequence[str]
+    cell: Cell, shard: Shard, made: Adversarials, key: Hashable, made_by: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The rows of one shard of `cell`, by column, one draw after the other, and the images of its first draw.
 
     made: the adversarial images of the shard. key: of these images; cells that name the same share what is measured of
-    them. made_by: of each image, the stage that made it, or "".
+    them. made_by: of each image, (attack, knowledge) of the earlier cell that made it, or ("", "").
     """
     draws = [_of_draw(cell, shard, made, key, draw) for draw in range(shard.plan.draws_of(cell.system))]
     views = {"clean": shard.images, "adversarial": made.images}
     for name, column in (("restored", "pure_adv"), ("restored_clean", "pure_clean")):
         views[name] = draws[0].pop(column)
-    once = _of_image(cell, shard, made, key) | {"made_by": np.array(made_by, dtype=object)}
+    once = _of_image(cell, shard, made, key)
+    for column, names in zip(("made_by", "made_with"), zip(*made_by)):
+        once[column] = np.array(names, dtype=object)
     columns: dict[str, Any] = {name: np.concatenate([values] * len(draws)) for name, values in once.items()}
     for name in draws[0]:
         parts = [draw[name] for draw in draws]

@@ -89,7 +89,8 @@ class Results:
 
         Columns: cell, draw, index; clean_right, right (the system on the image, on the adversarial image), right_8bit
         (on that image rounded to 8 bits; empty where that is not recorded); l0, l2, linf (how far the adversarial image
-        is away); inherited (it was made by an earlier stage of a cascade); zero_gradients (the fraction of the
+        is away); made_with (what the attacker of an earlier stage of a cascade knew, who made it; "" for the cell's own);
+        zero_gradients (the fraction of the
         attacker's gradients that were exactly zero; NaN where none was asked for, or that is not recorded).
         """
         import pandas as pd
@@ -104,7 +105,7 @@ class Results:
                 "right": rows["pred_pure_adv"] == rows["label"],
                 "right_8bit": rounded.mask(rows["pred_pure_adv_8bit"] == -2),
                 **{k: rows[k] for k in ("l0", "l2", "linf")},
-                "inherited": rows["made_by"] != "",
+                "made_with": rows["made_with"],
                 "zero_gradients": (rows["zero_gradients"] / asked).clip(0, 1),
             }
         )

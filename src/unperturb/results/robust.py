@@ -72,7 +72,7 @@ def robust_accuracy(results: Results, threat_model: ThreatModel, *, system: str 
         budget = f"{norm_name(threat_model.norm)} {budget_name(float(threat_model.eps))}"
         raise ValueError(
             f"no attack of at most {budget} by {attacker_name(threat_model.knowledge)} was tried on {judged.system}: "
-            f"its accuracy would be that on clean images. There are {tried}"
+            f"its accuracy would be that on clean images; or only on what a stronger attacker had left. There are {tried}"
         )
     return found
 
@@ -103,7 +103,8 @@ class Judged:
     """What one system made of the images that all of its cells saw, in the draws that all of them have.
 
     cells: a part of `Results.cells`, C lines. index: `(N,)` the images. clean: bool `(D, N)`, right when clean in each
-    draw. right: bool `(C, D, N)`. distances: by norm, `(C, D, N)`.
+    draw. right: bool `(C, D, N)`. distances: by norm, `(C, D, N)`. made_with: `(C, N)`, what another cell's attacker
+    knew, who made the adversarial image, or "".
     """
 
     block: Block
@@ -114,6 +115,7 @@ class Judged:
     clean: np.ndarray[Any, Any]
     right: np.ndarray[Any, Any]
     distances: dict[str, np.ndarray[Any, Any]]
+    made_with: np.ndarray[Any, Any]
 
     @classmethod
     def of(cls, results: Results, block: Block, system: str) -> Judged:
@@ -139,6 +141,7 @@ class Judged:
             np.asarray(seen["clean_right"].to_numpy().reshape(shape).all(axis=0)),
             seen["right"].to_numpy().reshape(shape),
             {norm: seen[norm].to_numpy().reshape(shape) for norm in TOLERANCE},
+            seen["made_with"].to_numpy(dtype=object).reshape(shape)[:, 0] if draws else np.empty((len(cells), 0)),
         )
 
     @property
@@ -153,6 +156,9 @@ class Judged:
         norm, eps = threat_model.norm, float(threat_model.eps)
         distance, most = self.distances[norm], eps + TOLERANCE[norm]
         admitted = np.array([threat_model.admits(knowledge) for knowledge in self.cells["knowledge"]])
+        others = {kind for kind in self.made_with[admitted].ravel() if kind and not threat_model.admits(kind)}
+        if others:  # made on what a stronger attacker had left: nobody knows what it does to the rest
+            return None
         within = ~(distance > most)  # a distance that is no number is no excuse
         budgeted = (self.cells["norm"] == norm).to_numpy() & (self.cells["eps"] <= most).to_numpy()
         moved = (within & (distance > TOLERANCE[norm])).any(axis=(1, 2))
