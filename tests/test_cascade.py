@@ -43,7 +43,7 @@ class Noisy(Defense):
         return images + 0.3 * torch.randn_like(images)
 
 
-PGD = create_attack("pgd", eps=0.1, steps=3)
+PGD = create_attack("pgd", eps=0.02, steps=3)
 
 
 def plan(protects: Defense, kinds: tuple[str, ...] = ("oblivious", "white_box"), **changed: Any) -> Plan:
@@ -79,8 +79,8 @@ def test_a_random_system_is_shown_each_image_as_often_as_the_plan_says(tmp_path:
         assert len(one.drop_duplicates()) == 1  # one adversarial image, in five draws
         assert image["psnr_pure_adv"].nunique() == image["psnr_pure_clean"].nunique() == 5
         assert not set(image["psnr_pure_adv"]) & set(image["psnr_pure_clean"])
-    assert (noisy.groupby(["knowledge", "index"])["pred_pure_adv"].nunique() > 1).any()
-    # Clean images are the same in every cell; more draws are more of them, not others; all of them come back.
+    assert any(len(set(image["pred_pure_adv"])) > 1 for _, image in noisy.groupby(["knowledge", "index"]))
+    # Clean images are the same in every cell; more draws are more of them, not others.
     clean = [part.sort_values(["draw", "index"])["psnr_pure_clean"] for _, part in noisy.groupby("knowledge")]
     np.testing.assert_array_equal(*clean)
     run_grid(plan(Noisy(), draws=3), tmp_path / "three")
@@ -187,6 +187,7 @@ def test_a_cascade_that_was_killed_goes_on_to_the_same_rows(tmp_path: Path, monk
     whole = rows_in(tmp_path / "out")
     files = sorted(tmp_path.glob("out/rows/*/*"))
     assert len(files) == 2 * 3
+    assert 0 < (whole["made_by"] != "").sum() < 10
     for lost in (files[1:2], files[4:5], files[:1] + files[-2:], files[3:]):
         times = {file: file.stat().st_mtime_ns for file in files if file not in lost}
         for file in lost:
