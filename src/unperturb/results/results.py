@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -125,6 +126,12 @@ class Results:
         """The parts of `cells` that are equal in the columns `by`, in the order of reading; NaN is equal to itself."""
         yield from (part for _, part in self.cells.groupby(by, sort=False, dropna=False))
 
+    def budgets(self, block: Block) -> list[tuple[str, float]]:
+        """The (norm, eps) that attacks of a block were given, that of most cells first, then the largest."""
+        mine = self.cells[(self.cells[BLOCK] == list(block)).all(axis=1) & self.cells["eps"].notna()]
+        counted = Counter(zip(mine["norm"], mine["eps"].astype(float).round(7)))
+        return sorted(counted, key=lambda budget: (-counted[budget], budget[0] != "linf", budget[0], -budget[1]))
+
     def where(self, **values: Any) -> Results:
         """The results of the cells that have these values in these columns of `cells`; a collection means any of its
         values, NaN or None no budget. Raises `ValueError`, which lists the choices, where nothing is left."""
@@ -181,6 +188,11 @@ class Results:
         found = Results(rows, about=renamed(self._about), probes=renamed(self._probes))
         found.runs, found.names = self.runs, dict(self.names)
         return found
+
+
+def records(frame: pd.DataFrame) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """`(number, values by column)` of each line."""
+    yield from zip(frame.index, ({str(k): v for k, v in line.items()} for line in frame.to_dict("records")))
 
 
 def _among(column: pd.Series[Any], values: list[Any]) -> pd.Series[Any]:
