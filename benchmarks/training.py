@@ -43,7 +43,7 @@ def measure(name: str, steps: int, repeat: int) -> dict[str, object]:
                 classifiers.append(
                     create_classifier(family, mean=[0.5] * channels, std=[0.5] * channels, **shape).eval()
                 )
-        task, _ = jobs.defense_task(recipe, data, classifiers)
+        task = jobs.defense_task(recipe, data, classifiers)
     with tempfile.TemporaryDirectory() as folder:
         plan = jobs.decided(recipe, task, Path(folder), resume=False)
         settings = plan.training.model_copy(update={"steps": steps, "epochs": None, "checkpoint_seconds": 1e9})

@@ -347,7 +347,7 @@ def test_protected_is_one_differentiable_module() -> None:
     torch.testing.assert_close(gradient, by_hand)
     assert protected.rejects(images).tolist() == [False] * 4  # no detectors
     assert {k.split(".")[0] for k in protected.state_dict()} == {"classifier", "defense"}
-    assert torch.equal(Protected(classifier, create_defense("none"))(images), classifier(images))
+    assert torch.equal(Protected(classifier, create_defense("identity"))(images), classifier(images))
 
 
 @pytest.mark.parametrize("discriminator", [None, APE])
@@ -368,7 +368,7 @@ def test_a_folder_rebuilds_its_defense_bit_for_bit(discriminator: dict[str, Any]
 
 
 def test_folders_that_hold_no_defense(tmp_path: Path) -> None:
-    assert torch.equal(load_defense("none").purify(torch.ones(1, 1, 2, 2)), torch.ones(1, 1, 2, 2))
+    assert torch.equal(load_defense("identity").purify(torch.ones(1, 1, 2, 2)), torch.ones(1, 1, 2, 2))
     with pytest.raises(RunError, match="holds no trained defense; train one with"):
         load_defense(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="only a defense made by create_defense"):

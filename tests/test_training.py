@@ -26,13 +26,22 @@ from torch import Tensor, nn
 from unperturb import runs
 from unperturb.attacks import create_attack
 from unperturb.classifiers import create_classifier, load_classifier, save_classifier
-from unperturb.config import Augmentation, ComponentConfig, Training, resolve
+from unperturb.config import (
+    AdversarialBatchesConfig,
+    Augmentation,
+    ComponentConfig,
+    RecipeError,
+    Training,
+    mixture,
+    resolve,
+)
 from unperturb.data import Splits, load_dataset
-from unperturb.defenses import create_defense, load_defense, save_defense
+from unperturb.defenses import Defense, create_defense, load_defense, save_defense
 from unperturb.devices import FlopCounter, Speed, pick_device, probe, set_threads
 from unperturb.registry import UnknownNameError
+from unperturb.systems import System
 from unperturb.training import checkpoints, jobs, loop, profiling
-from unperturb.training.adversarial_batches import Mixture, Sampler, _draw, hardest
+from unperturb.training.adversarial_batches import AdversarialBatches, Mixture, Sampler, hardest
 from unperturb.training.loop import DivergedError, learning_rate, total_steps, train
 from unperturb.training.muon import Muon, orthogonalized
 from unperturb.training.objectives import PlainClassifier
@@ -92,8 +101,8 @@ def defense_recipe(classifier: str = "unused", **training: Any) -> Any:
             "adversarial_batches": {
                 "knowledge": "white_box",
                 "attacks": [
-                    {"name": "fgsm", "share": 0.4, "eps": [0.1, 0.3]},
-                    {"name": "pgd", "share": 0.6, "eps": 0.2, "steps": [1, 2]},
+                    {"attack": {"name": "fgsm", "eps": {"uniform": [0.1, 0.3]}}, "fraction": 0.4},
+                    {"attack": {"name": "pgd", "eps": 0.2, "steps": {"uniform": [1, 2]}}, "fraction": 0.6},
                 ],
                 "augment": {"pad": 1},
             },
@@ -573,57 +582,97 @@ def test_each_image_exactly_once_an_epoch(batch: int, world: int, data: Splits) 
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-THINGS = [
-    ComponentConfig(name="fgsm", share=0.25, eps=[0.1, 0.3]),
-    ComponentConfig(name="pgd", share=0.25, eps=0.3, steps=[3, 8], alpha=0.01),
-    ComponentConfig(name="mim", share=0.5, eps=0.05),
-]
+ENTRIES = mixture(
+    [
+        {"fraction": 0.25, "attack": {"name": "fgsm", "eps": {"uniform": [0.1, 0.3]}}},
+        {"fraction": 0.25, "attack": {"name": "pgd", "eps": 0.3, "steps": {"uniform": [3, 8]}, "alpha": 0.01}},
+        {"fraction": 0.5, "attack": {"name": "mim", "eps": 0.05}},
+    ]
+)
 
 
 @pytest.mark.parametrize("n", [1, 7, 16, 128])
-def test_shares_of_a_mixture(n: int) -> None:
-    parts = Mixture(THINGS, 0).split(n)
+def test_fractions_of_a_mixture(n: int) -> None:
+    parts = Mixture(ENTRIES, 0).split(n)
     assert [i for part in parts for i in range(n)[part]] == list(range(n))
-    assert all(abs((part.stop - part.start) - share * n) <= 1 for part, share in zip(parts, (0.25, 0.25, 0.5)))
+    assert all(abs((part.stop - part.start) - part_of * n) <= 1 for part, part_of in zip(parts, (0.25, 0.25, 0.5)))
 
 
 def test_ranges_are_drawn_afresh_each_step() -> None:
-    mixture = Mixture(THINGS, 3)
-    drawn = [mixture.at(step) for step in range(400)]
+    drawn = [Mixture(ENTRIES, 3).at(step) for step in range(400)]
     eps = [a[0].eps for a in drawn]  # type: ignore[attr-defined]
     assert stats.kstest(eps, stats.uniform(0.1, 0.2).cdf).pvalue > 1e-3
     steps = [a[1].steps for a in drawn]  # type: ignore[attr-defined]
     assert stats.chisquare([steps.count(k) for k in range(3, 9)]).pvalue > 1e-3
     assert set(steps) == set(range(3, 9))
     assert {a[2] for a in drawn} == {create_attack("mim", eps=0.05)}
-    assert Mixture(THINGS, 3).at(17) == drawn[17]
-    assert Mixture(THINGS, 4).at(17) != drawn[17]
-    assert hardest(THINGS[1]) == ("pgd", {"eps": 0.3, "steps": 8, "alpha": 0.01})
-    ranged = ComponentConfig(name="pgd", eps=["2/255", "8/255"], steps=2)
-    assert all(2 / 255 <= Mixture([ranged], 1).at(step)[0].eps <= 8 / 255 for step in range(9))  # type: ignore[attr-defined]
-    assert hardest(ranged) == ("pgd", {"eps": 8 / 255, "steps": 2})
-    assert [_draw(v, 0.5) for v in ([True, False], ["a", "b"], [0.1], [0, "1/2"])] == [
-        [True, False],
-        ["a", "b"],
-        [0.1],
-        0.25,
-    ]
-    with pytest.raises(ValueError, match=r"a range is \[low, high\]; got \[0.3, 0.1\]"):
-        Mixture([ComponentConfig(name="fgsm", eps=[0.3, 0.1])], 0)
-    with pytest.raises(ValueError, match="share must be above 0"):
-        Mixture([ComponentConfig(name="fgsm", eps=0.1, share=0)], 0)
+    assert Mixture(ENTRIES, 3).at(17) == drawn[17]
+    assert Mixture(ENTRIES, 4).at(17) != drawn[17]
+    assert hardest(ENTRIES[1]) == ("pgd", {"eps": 0.3, "steps": 8, "alpha": 0.01})
+    ranged = mixture([{"name": "pgd", "eps": {"uniform": ["2/255", "8/255"]}, "steps": 2}])
+    assert all(2 / 255 <= Mixture(ranged, 1).at(step)[0].eps <= 8 / 255 for step in range(9))  # type: ignore[attr-defined]
+    assert hardest(ranged[0]) == ("pgd", {"eps": 8 / 255, "steps": 2})
+
+
+def test_a_list_of_two_numbers_is_a_list(classifier: nn.Module) -> None:
+    entries = mixture([{"name": "patch", "area": 0.2, "scale": [0.8, 1.1], "steps": {"uniform": [1, 2]}}])
+    drawn = [Mixture(entries, 1).at(step)[0] for step in range(20)]
+    assert {tuple(a.scale) for a in drawn} == {(0.8, 1.1)}  # type: ignore[attr-defined]
+    assert {a.steps for a in drawn} == {1, 2}  # type: ignore[attr-defined]
+    images, labels, index = torch.rand(4, 1, 8, 8), torch.arange(4), torch.arange(4)
+    x_adv = Mixture(entries, 1)(System("net", classifier), images, labels, index, 0)
+    assert not torch.equal(x_adv, images)
+
+
+def test_a_mixture_that_does_not_fit() -> None:
+    with pytest.raises(RecipeError, match=r"attacks.0: eps: a range goes up, \{ uniform = \[0.1, 0.3\] \}, not down"):
+        mixture([{"name": "fgsm", "eps": {"uniform": [0.3, 0.1]}}])
+    with pytest.raises(RecipeError, match=r"attacks.0.fraction: Input should be greater than 0"):
+        mixture([{"attack": {"name": "fgsm", "eps": 0.1}, "fraction": 0}])
+    with pytest.raises(ValueError, match=r"a budget is a number or a fraction such as '8/255', not \[0.1, 0.3\]"):
+        Mixture(mixture([{"name": "fgsm", "eps": [0.1, 0.3]}]), 0)
 
 
 def test_each_part_of_a_batch_meets_its_own_attack(classifier: nn.Module) -> None:
-    mixture = Mixture([ComponentConfig(name="fgsm", eps=0.2), ComponentConfig(name="pgd", eps=0.05, steps=2)], 1)
+    attacks = Mixture(mixture([{"name": "fgsm", "eps": 0.2}, {"name": "pgd", "eps": 0.05, "steps": 2}]), 1)
+    net = System("net", classifier)
     images, labels, index = torch.rand(8, 1, 8, 8) * 0.5 + 0.25, torch.arange(8), torch.arange(8) + 100
-    x_adv = mixture(classifier, images, labels, index, 4)
+    x_adv = attacks(net, images, labels, index, 4)
     torch.testing.assert_close(
         x_adv[:4], create_attack("fgsm", eps=0.2)(classifier, images[:4], labels[:4]), rtol=0, atol=1e-6
     )
     assert float((x_adv - images)[4:].abs().max()) <= 0.05 + 1e-6
-    assert not torch.equal(x_adv[4:], mixture(classifier, images, labels, index, 5)[4:])  # other draws at another step
-    assert torch.equal(x_adv, mixture(classifier, images, labels, index, 4))
+    assert not torch.equal(x_adv[4:], attacks(net, images, labels, index, 5)[4:])  # other draws at another step
+    assert torch.equal(x_adv, attacks(net, images, labels, index, 4))
+
+
+class Halved(Defense):
+    """Half as bright, without a gradient to give."""
+
+    differentiable = False
+
+    def purify(self, images: Tensor) -> Tensor:
+        return images.detach() / 2
+
+    def surrogate_backward(self, images: Tensor) -> Tensor:
+        return 1 - images
+
+
+def test_pairs_are_made_against_what_the_attacker_knows(data: Splits, classifier: nn.Module) -> None:
+    # FGSM by hand: against the net alone, against the whole by the identity's slope, by the surrogate's opposite one.
+    system, defense = System("halved", classifier.eval(), Halved()), Halved()
+    sampler = Sampler(data.train, 6, 0, Augmentation(), torch.device("cpu"))
+    for knowledge, seen in (
+        ("oblivious", lambda x: classifier(x)),
+        ("bpda", lambda x: classifier(x + (x / 2 - x).detach())),
+        ("white_box", lambda x: classifier(defense.surrogate_backward(x) + (x / 2 - (1 - x)).detach())),
+    ):
+        config = AdversarialBatchesConfig(attacks=mixture([{"name": "fgsm", "eps": 0.1}]), knowledge=knowledge)
+        batch = AdversarialBatches(sampler, config, [system]).batch(0)
+        at = batch.x_real.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(F.cross_entropy(seen(at), batch.y, reduction="sum"), at)
+        expected = (batch.x_real + 0.1 * slope.sign()).clamp(0, 1)
+        torch.testing.assert_close(batch.x_adv, expected)
 
 
 # Cost and precision --------------------------------------------------------------------------------------------------
@@ -735,7 +784,7 @@ def test_what_was_used_is_what_is_kept(data: Splits, classifier: nn.Module, tmp_
     data = data.with_class_names([str(9 - k) for k in range(10)])
     filter_ = {"name": "jpeg", "quality": 30}
     values = {**defense_recipe().model_dump(mode="json"), "dataset": "mnist", "size": None, "defense": filter_}
-    values["adversarial_batches"]["attacks"] = [{"name": "fgsm", "eps": ["2/255", "8/255"]}]
+    values["adversarial_batches"]["attacks"] = [{"name": "fgsm", "eps": {"uniform": ["2/255", "8/255"]}}]
     recipe, own = resolve(values), Own()
     folder = tmp_path / "run"
     jobs.train_defense(recipe, [own, classifier], data, out=folder, device="cpu")
@@ -786,7 +835,7 @@ def test_a_run_folder_rebuilds_what_was_trained(data: Splits, classifier: nn.Mod
 def test_a_run_starts_with_the_weights_of_another(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
     first = jobs.train_defense(defense_recipe(steps=2), classifier, data, out=tmp_path / "first", device="cpu")
     recipe = defense_recipe().model_copy(update={"start": str(tmp_path / "first")})
-    task, _ = jobs.defense_task(recipe, data, [classifier], "cpu")
+    task = jobs.defense_task(recipe, data, [classifier], "cpu")
     assert {k: v.tolist() for k, v in task.defense.state_dict().items()} == {
         k: v.tolist() for k, v in first.state_dict().items()
     }

@@ -205,13 +205,13 @@ def show(
     overrides: Overrides = None,
 ) -> None:
     """Print a recipe whole, with what it is for and what it needs: a file to begin your own with."""
-    from unperturb.available import VERBS, describe
+    from unperturb.available import VERBS, describe, to_toml
     from unperturb.config import read_recipe
 
     resolved = read_recipe(recipe, overrides or [])
     for line in textwrap.wrap(describe(recipe), 118):
         say(f"# {line}")
-    _show_recipe(resolved)
+    say(to_toml(resolved, recipe, overrides or []))
     part = getattr(resolved, "evaluation", resolved)
     say(f"# Run it: unperturb {VERBS[resolved.kind]}" + ("" if resolved.kind == "demo" else f" {recipe}"))
     say(f"# It needs the data set {part.dataset}: unperturb prepare {part.dataset}")
@@ -333,7 +333,7 @@ def train(
             say("cost: not counted while no classifier is there")
             return
         start = {"start": None} if resolved.start in gone else {}  # its weights do not change what a step costs
-        task, _ = jobs.defense_task(resolved.model_copy(update=start), data, known, device)
+        task = jobs.defense_task(resolved.model_copy(update=start), data, known, device)
         resolved = jobs.decided(resolved, task, out, say)
         _show_recipe(resolved)
         _show_cost(jobs.estimate(task, resolved.training, device))

@@ -137,7 +137,7 @@ class DefenseGAN(Defense):
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
         return self.reconstruct(images)[1][:, None] if self.detect else images.new_zeros(len(images), 0)
 
-    def purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         found, errors = self.reconstruct(images)
         return found, errors[:, None] if self.detect else images.new_zeros(len(images), 0)
 

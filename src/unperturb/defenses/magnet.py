@@ -150,7 +150,7 @@ class MagNet(Defense):
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
         return self._scores(images, self.reformers.members[0](images)[-1], logits_fn)
 
-    def purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         purified = self.purify(images)
         if self.random:  # drawn from the pack: not the first reformer's
             return purified, self.scores(images, logits_fn)
