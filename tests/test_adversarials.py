@@ -78,14 +78,13 @@ class Counted(Linear):
 
 @dataclass(frozen=True, kw_only=True)
 class Begun(Attack):
-    """Halves the way to white from where it begins: stands for attacks that take a start."""
+    """Halfway from where it begins to white."""
+
+    uses_start = True
 
     def perturb(self, context: AttackContext) -> Tensor:
         context.logits(context.images)
-        return (context.images + 1) / 2
-
-    def solve(self, model: Any, images: Tensor, labels: Tensor, *, start: Tensor | None = None, **given: Any) -> Any:  # type: ignore[override, misc]
-        return super().solve(model, images if start is None else start, labels, **given)
+        return ((context.images if context.start is None else context.start) + 1) / 2
 
 
 def get(store: AdversarialStore, model: nn.Module, **changed: Any) -> Tensor:

@@ -219,13 +219,13 @@ def test_where_nothing_stands_nothing_is_attacked(tmp_path: Path) -> None:
 def test_a_cell_may_begin_at_the_images_of_another(tmp_path: Path) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Begun(Attack):
-        """Halfway from where it begins to white: stands for attacks that take a start."""
+        """Halfway from where it begins to white."""
+
+        uses_start = True
 
         def perturb(self, context: AttackContext) -> Tensor:
-            return (context.images + 1) / 2
-
-        def solve(self, model: Any, images: Tensor, labels: Tensor, *, start: Tensor, **given: Any) -> Any:  # type: ignore[override, misc]
-            return super().solve(model, start, labels, **given)
+            assert context.start is not None
+            return (context.start + 1) / 2
 
     begun = {"it": [Attacker(Begun(), kind) for kind in ("oblivious", "white_box")]}
     with stages(tmp_path, attackers=begun) as (work, _, second, parts):

@@ -198,7 +198,7 @@ def test_what_detects_is_judged_as_purifying_and_scoring_apart_would(tmp_path: P
     x, _ = toy().batch(torch.arange(10))
     for (at, by, knowledge), part in rows.groupby(["classifier", "system", "knowledge"]):
         with torch.no_grad():
-            own = made[by] or create_defense("none")
+            own = made[by] or create_defense("identity")
             purified, scores = own.purify(x), own.scores(x, two[at])
             predicted = two[at](purified).argmax(1)
         mine = part.sort_values("index")

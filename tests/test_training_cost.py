@@ -44,7 +44,7 @@ def test_what_a_folder_has_cost(where: str, tmp_path: Path) -> None:
     assert training_cost.of_folder(pupil) == (3.0, 20.0)  # the teacher has moved along with it
     assert training_cost.of_folder(f"{first}+jpeg") == (0.5, 10.0)
     assert training_cost.of_folder(f"{first}+{second}") == (1.25, 30.0)
-    assert training_cost.of_folder("median") == training_cost.of_folder("none") == (0.0, 0.0)
+    assert training_cost.of_folder("median") == training_cost.of_folder("undefended") == (0.0, 0.0)
     unknown = trained(tmp_path / "unknown", "classifier", None, where)
     assert training_cost.of_folder(unknown) == (None, None)
     assert training_cost.of_folder(f"{first}+{unknown}") == (None, None)

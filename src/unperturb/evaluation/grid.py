@@ -177,9 +177,10 @@ def adversarials_of(
     if before is not None and not attacked.any():
         return Adversarials(before.to(work.plan.device), *_zeros(len(attacked)))
     function, identity = work.seen_by(cell)
+    attack = cell.attacker.attack
     with work.plan.drawing(_seed(work.plan, cell, shard.number)):
         made = work.stores[identity.lasting].get(
-            cell.attacker.attack,
+            attack,
             function,
             identity.key,
             work.plan.data,
@@ -187,7 +188,7 @@ def adversarials_of(
             seed=work.plan.seed,
             batch=work.plan.batch,
             device=work.plan.device,
-            start=None if start is None else start[attacked.to(start.device)],
+            start=start[attacked.to(start.device)] if start is not None and attack.uses_start else None,
         )
     if before is None or attacked.all():
         return made
