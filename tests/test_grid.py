@@ -23,7 +23,7 @@ from unperturb.devices import Speed
 from unperturb.evaluation import adversarials
 from unperturb.evaluation import plan as plans
 from unperturb.evaluation.grid import run_grid, shown_rows
-from unperturb.evaluation.plan import Plan, estimate
+from unperturb.evaluation.plan import Plan, Surrogate, estimate
 from unperturb.results import samples, schema
 from unperturb.systems import System
 
@@ -225,6 +225,33 @@ def test_each_image_is_reconstructed_once(tmp_path: Path, monkeypatch: pytest.Mo
     kinds = {"a": attackers(FGSM, "oblivious"), "b": attackers(create_attack("pgd", eps=0.1, steps=2), "oblivious")}
     run_grid(plan({"bare": None, "gan": gan()}, attackers=kinds), tmp_path)
     assert sum(seen) == 10 * (1 + 2 * 2)  # clean images once; those of each attack, and these rounded to 8 bits
+
+
+def test_systems_share_what_is_made_without_them(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Counted(Attack):
+        def perturb(self, context: AttackContext) -> Tensor:
+            seen.append(len(context.images))
+            return (context.images + 0.1).clamp(0, 1)
+
+    made = {"bare": None, "ours": purifier(), "median": create_defense("median")}
+    kinds = {"counted": attackers(Counted(), "oblivious", "white_box", "bpda", "transfer", "gray_box")}
+    surrogates = {"transfer": Surrogate("other", Linear(5)), "gray_box": Surrogate("mine", purifier(1))}
+    crossed = plan(made, attackers=kinds, surrogates=surrogates, samples=0)
+    run_grid(crossed, tmp_path)
+    assert len(crossed.cells()) == 3 + 2 + 2 + 3 + 2
+    # On the classifier, on the other one and through the attacker's own purifier once; on each of two systems twice.
+    assert sum(seen) == 10 * (1 + 1 + 1 + 2 * 2)
+    rows = schema.read_rows(tmp_path)
+    assert rows.groupby("knowledge")["surrogate"].agg(set).to_dict() == {
+        "oblivious": {""},
+        "white_box": {""},
+        "bpda": {""},
+        "transfer": {"other"},
+        "gray_box": {"mine"},
+    }
 
 
 def test_one_purifier_before_two_classifiers_purifies_clean_images_once(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from unperturb import per_image_rng, runs
-from unperturb.attackers import SEES_ALL
 from unperturb.classifiers import fused_copy
 from unperturb.evaluation.adversarials import COUNTS, Adversarials, AdversarialStore
 from unperturb.evaluation.identity import Identity
@@ -215,7 +214,7 @@ def rows_of(work: Work, cell: Cell, shard: Shard) -> pd.DataFrame:
 
 def _seed(plan: Plan, cell: Cell, shard: int) -> int:
     """Of what a random model draws while it is attacked: one for all cells that see the same model."""
-    whole = cell.attacker.knowledge in SEES_ALL
+    whole = cell.attacker.attacked == "system"
     return seed_of(cell.classifier, cell.system.name if whole else "", cell.label, whole, plan.seed, shard)
 
 
