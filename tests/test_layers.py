@@ -58,7 +58,11 @@ ORDER = {
     "evaluation": ["identity", "adversarials", "training_cost", "checks", "grid", "behavior", "jobs"],
 }
 # An arrow from one attack to another: a cascade is made of its members.
-FAMILIES = {("attacks", "autoattack"): {"apgd", "fab", "square"}, ("attacks", "fab"): {"apgd"}}
+FAMILIES = {
+    ("attacks", "autoattack"): {"apgd", "fab", "square"},
+    ("attacks", "fab"): {"apgd"},
+    ("attacks", "nifgsm"): {"mim"},
+}
 FORBIDDEN = {"report": {"torch"}, "intervals": {"torch"}}
 
 
