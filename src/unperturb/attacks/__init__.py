@@ -8,6 +8,7 @@ from unperturb.attacks import (
     deepfool,
     fab,
     fgsm,
+    foreign,
     jsma,
     mim,
     nifgsm,
@@ -18,6 +19,7 @@ from unperturb.attacks import (
     square,
 )
 from unperturb.attacks.base import Attack, AttackResult, attacks, create_attack
+from unperturb.attacks.foreign import wrap_attack
 from unperturb.threat_models import budget
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "deepfool",
     "fab",
     "fgsm",
+    "foreign",
     "jsma",
     "mim",
     "nifgsm",
@@ -41,4 +44,5 @@ __all__ = [
     "pgd",
     "rays",
     "square",
+    "wrap_attack",
 ]

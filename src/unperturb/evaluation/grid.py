@@ -117,9 +117,10 @@ class Grid:
         as long as the identity is used."""
         function = identify(target)
         kind = type(cell.attack)
-        # Another's attack may hold what its repr does not tell.
-        key = f"{function.key} {kind.__qualname__} {id(cell.attack)}" if not is_known(kind) else function.key
-        return Identity(key, function.lasting and is_known(kind))
+        # An attack of another's, or one with a loss of another's, may hold what its repr does not tell.
+        known = is_known(kind) and not cell.attack.holds_own
+        key = function.key if known else f"{function.key} {kind.__qualname__} {id(cell.attack)}"
+        return Identity(key, function.lasting and known)
 
     def about(self, cell: Cell) -> dict[str, Any]:
         """What its rows say of the cell, by `schema.CELL_KEYS`."""
