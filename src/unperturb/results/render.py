@@ -306,7 +306,8 @@ def comparison_sheets(compared: pd.DataFrame) -> list[Sheet]:
     percent, with their n where it is not the sheet's."""
     sheets = []
     for (*block, norm, eps), part in groups(compared, [*BLOCK, "norm", "eps"]):
-        measures = list(dict.fromkeys((group, name) for group, name, _ in part.columns.to_list() if group != COST))
+        columns: list[Any] = list(part.columns)
+        measures = list(dict.fromkeys((group, name) for group, name, _ in columns if group != COST))
         sizes = [int(n) for m in measures for n in part[(*m, "n")].dropna()]
         common = max(set(sizes), key=sizes.count)
         lines = []
