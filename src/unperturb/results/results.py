@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -129,7 +130,7 @@ class Results:
     def budgets(self, block: Block) -> list[tuple[str, float]]:
         """The (norm, eps) that attacks of a block were given, that of most cells first, then the largest."""
         mine = self.cells[(self.cells[BLOCK] == list(block)).all(axis=1) & self.cells["eps"].notna()]
-        counted = Counter(zip(mine["norm"], mine["eps"].astype(float).round(7)))
+        counted = Counter(zip(mine["norm"], map(_as_given, mine["eps"])))
         return sorted(counted, key=lambda budget: (-counted[budget], *reading_order(budget)))
 
     def where(self, **values: Any) -> Results:
@@ -209,6 +210,11 @@ def groups(frame: pd.DataFrame, by: list[str]) -> Iterator[tuple[Any, pd.DataFra
 def key_of(line: Mapping[str, Any], columns: Iterable[str]) -> tuple[Any, ...]:
     """A line's values in `columns`, to look it up by: NaN, which is not equal to itself, is None."""
     return tuple(None if line[k] != line[k] else line[k] for k in columns)
+
+
+def _as_given(eps: float) -> float:
+    """A budget without what float32 has added to it: to seven digits."""
+    return round(float(eps), 6 - math.floor(math.log10(eps))) if eps > 0 else 0.0
 
 
 def _among(column: pd.Series[Any], values: list[Any]) -> pd.Series[Any]:
