@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from unperturb.intervals import mcnemar
 from unperturb.results.names import CLEAN, attack_rank
-from unperturb.results.results import BLOCK, Block, Results, records
+from unperturb.results.results import BLOCK, Block, Results, key_of, reading_order, records
 from unperturb.results.robust import ADAPTIVE, Judged, RobustAccuracy, every_system, proportion
 from unperturb.threat_models import KNOWLEDGE, ThreatModel
 
@@ -49,8 +49,8 @@ def comparison_table(results: Results, eps: float | None = None) -> pd.DataFrame
     for judged in every_system(results):
         by_block.setdefault(judged.block, []).append(judged)
     for block, systems in by_block.items():
-        found = sorted(b for b in results.budgets(block) if eps is None or abs(b[1] - eps) < 1e-6)
-        for norm, budget in found or ([("", float("nan"))] if eps is None else []):
+        found = [b for b in results.budgets(block) if eps is None or abs(b[1] - eps) < 1e-6]
+        for norm, budget in sorted(found, key=reading_order) or ([("", float("nan"))] if eps is None else []):
             attacks = _attacks(systems, norm, budget)
             for judged in systems:
                 cells = _of_budget(judged.cells, norm, budget)
@@ -199,12 +199,12 @@ def _both(a: Results, one: Judged, b: Results, other: Judged) -> Iterable[tuple[
     clean = [_per_image(of, judged.cells.index, "clean_right") for of, judged in ((a, one), (b, other))]
     yield nothing, clean[0], clean[1]
     keys = ["knowledge", "short", "norm", "eps"]
-    theirs = {_key(cell, keys): number for number, cell in records(other.cells)}
+    theirs = {key_of(cell, keys): number for number, cell in records(other.cells)}
     for number, cell in records(one.cells):
-        if (same := theirs.get(_key(cell, keys))) is not None:
+        if (same := theirs.get(key_of(cell, keys))) is not None:
             what = {"kind": "attack", "attack": cell["short"]} | {k: cell[k] for k in ("knowledge", "norm", "eps")}
             yield nothing | what, _per_image(a, [number], "right"), _per_image(b, [same], "right")
-    for norm, eps in sorted(set(a.budgets(one.block)) & set(b.budgets(other.block))):
+    for norm, eps in sorted(set(a.budgets(one.block)) & set(b.budgets(other.block)), key=reading_order):
         for knowledge in ["oblivious", *(["white_box"] if one.adaptive and other.adaptive else [])]:
             threat_model = ThreatModel(norm, eps, knowledge)  # type: ignore[arg-type]
             if (mine := one.under(threat_model)) and (its := other.under(threat_model)):
@@ -212,11 +212,6 @@ def _both(a: Results, one: Judged, b: Results, other: Judged) -> Iterable[tuple[
                 yield nothing | what, _of_images(mine), _of_images(its)
     if (mine := one.by_the_paper()) and (its := other.by_the_paper()):
         yield nothing | {"kind": PAPER, "knowledge": "oblivious"}, _of_images(mine), _of_images(its)
-
-
-def _key(cell: dict[str, Any], keys: list[str]) -> tuple[Any, ...]:
-    """A cell's values, NaN being itself."""
-    return tuple(None if cell[k] != cell[k] else cell[k] for k in keys)
 
 
 def _per_image(results: Results, cells: Any, column: str) -> pd.DataFrame:
