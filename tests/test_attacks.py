@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fab-t": {"steps": 4, "target_classes": 2, "restarts": 2},
     "fgsm": {"eps": 0.1},
     "mim": {"eps": 0.1, "steps": 4},
+    "ni_fgsm": {"eps": 0.1, "steps": 4},
     "noise": {"eps": 0.1},
     "patch": {"area": 0.1, "steps": 4, "rotation": 20.0, "scale": (0.8, 1.1)},
     "pgd": {"eps": 0.1, "steps": 4, "restarts": 2},

@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder; how quick this machine is, and what a step costs, is looked at briefly."""
     speed = Speed({("float32", "contiguous"): 10.0})
-    for module in ("training.jobs", "training.loop", "evaluation.jobs"):
+    for module in ("training.jobs", "training.loop", "evaluation.plan"):
         monkeypatch.setattr(f"unperturb.{module}.probe", functools.cache(lambda *_: speed))
     for module in ("training.jobs", "training.loop"):
         monkeypatch.setattr(f"unperturb.{module}.flop_per_image", functools.partial(flop_per_image, steps=1, batch=2))
@@ -66,7 +66,7 @@ TRAINING = ["training.batch=2", "training.precision=float32", "training.memory_f
 # Evaluations that need what the lines before them have trained look at the zoo's instead.
 ZOO = [
     'classifiers=["zoo:mnist-lenet5"]',
-    'defenses=["none", "zoo:protect-mnist"]',
+    'systems=["undefended", "zoo:protect-mnist"]',
     'surrogate="zoo:mnist-convnet"',
     "samples=0",
 ]
@@ -82,7 +82,7 @@ def small(line: str) -> list[str]:
         words += DIGITS + [word for key in keys for word in ("--set", key)] + ["--threads", "1", "--dry-run"]
     if verb == "evaluate":
         # On MNIST a table leaves "-mnist" out of the names.
-        words = [f"{w}-mnist" if before == "--defense" else w for before, w in zip(["", *words], words)]
+        words = [f"{w}-mnist" if before == "--system" else w for before, w in zip(["", *words], words)]
         words += [*DIGITS, "--n", "2", "--threads", "1"]
         words += [] if "--attack" in words else ["--attack", "fgsm", "--out", f"runs/{words[0]}"]
         words += [word for key in ZOO if not words[0].startswith("zoo-") for word in ("--set", key)]

@@ -170,7 +170,7 @@ def test_a_folder_may_not_pass_for_no_defense() -> None:
         ValueError, match="runs/undefended would be called 'undefended' in tables, as if there were no defense"
     ):
         by_name(["undefended", "runs/undefended"], "digits")
-    assert by_name(["undefended", "none"], "digits") == {"undefended": "undefended", "none": "none"}
+    assert by_name(["undefended", "identity"], "digits") == {"undefended": "undefended", "identity": "identity"}
 
 
 @pytest.mark.parametrize("names", [("none", "undefended"), ("undefended", "none")])

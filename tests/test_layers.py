@@ -77,6 +77,7 @@ ORDER = {
 FAMILIES = {
     ("attacks", "autoattack"): {"apgd", "fab", "square"},
     ("attacks", "fab"): {"apgd"},
+    ("attacks", "nifgsm"): {"mim"},
     ("classifiers", "wrapped"): {"onnx_file"},
 }
 FORBIDDEN = {"report": {"torch"}, "intervals": {"torch"}, "threat_models": {"torch"}}

@@ -35,7 +35,7 @@ def test_a_filter_is_trained_by_the_same_verb(tmp_path: Path) -> None:
             "training": {"steps": 1},
         }
     )
-    task, _ = jobs.defense_task(recipe, data, [net(0)])
+    task = jobs.defense_task(recipe, data, [net(0)])
     assert jobs.estimate(task, recipe.training).pflop == 0
     defense = jobs.train_defense(recipe, net(0), data, out=tmp_path / "run", device="cpu")
     assert (defense.outcome.steps, defense.outcome.pflop) == (0, 0.0)

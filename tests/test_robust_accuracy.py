@@ -43,7 +43,8 @@ def random_rows(case: int, *, system: str = "ours", cells: int | None = None, sa
             "linf": linf,
             "l2": linf * rng.choice([2.0, 5.0], n),
             "l0": rng.integers(0, 30, n),
-            "made_by": rng.choice(["", "oblivious: pgd"], n),
+            "made_by": "noise",
+            "made_with": rng.choice(["", "none"], n),
         }
         for draw in range(draws if same else int(rng.integers(1, draws + 1))):
             right = {"right_clean": hard[draw, seen] < 0.85, "right_adv": rng.random(n) < 0.7}
@@ -185,10 +186,20 @@ def test_who_attacks_the_undefended_classifier_sees_all_there_is() -> None:
 
 
 def test_an_image_that_an_earlier_stage_broke_stays_broken() -> None:
-    cascade = OURS | {"knowledge": "white_box", "made_by": ["", "oblivious: pgd-40", "", ""], "right_adv": [1, 0, 1, 0]}
+    maker = {"made_by": ["", "pgd-40", "", ""], "made_with": ["", "oblivious", "", ""]}
+    cascade = OURS | {"knowledge": "white_box", "right_adv": [1, 0, 1, 0]} | maker
     results = Results(frame(PGD, cascade))
     assert results.outcomes.loc[results.outcomes["inherited"], "index"].tolist() == [1]
     assert robust_accuracy(results, ThreatModel("linf", 0.3)).images.tolist() == [1, 0, 1, 0]
+
+
+def test_what_was_tried_on_the_rest_of_a_stronger_attack_says_nothing_of_the_whole() -> None:
+    maker = {"made_by": ["", "apgd-ce", "", ""], "made_with": ["", "white_box", "", ""]}
+    queries = OURS | {"attack": "square-300", "knowledge": "black_box", "right_adv": [1, 0, 1, 0]} | maker
+    results = Results(frame(PGD, queries))
+    with pytest.raises(ValueError, match="what a stronger attacker had left"):
+        robust_accuracy(results, ThreatModel("linf", 0.3, "black_box"))
+    assert robust_accuracy(results, ThreatModel("linf", 0.3, "white_box")).images.tolist() == [1, 0, 1, 0]
 
 
 def test_no_attack_admitted_is_an_error_and_not_the_clean_accuracy() -> None:

@@ -37,12 +37,13 @@ _WHERE = {
     "train_classifier": "training.jobs",
     "train_defense": "training.jobs",
     "wrap": "classifiers",
+    "wrap_attack": "attacks",
     "write_report": "report",
 }
 __all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
-    from unperturb.attacks import Attack, AttackResult, budget, create_attack
+    from unperturb.attacks import Attack, AttackResult, budget, create_attack, wrap_attack
     from unperturb.available import list_available
     from unperturb.classifiers import create_classifier, load_classifier, wrap
     from unperturb.data import ImageSet, Splits, as_image_set, known_copy_note, load_dataset

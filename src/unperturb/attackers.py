@@ -13,9 +13,7 @@ from unperturb.attacks.base import Attack, attacks
 from unperturb.defenses.base import Defense, Protected
 from unperturb.modules import ask
 from unperturb.systems import System
-from unperturb.threat_models import check_knowledge
-
-SEES_ALL = ("bpda", "white_box", "black_box")  # the kinds of knowledge that meet the purifier itself
+from unperturb.threat_models import KNOWLEDGE, check_knowledge
 
 
 def label_of(attack: Attack) -> str:
@@ -157,6 +155,11 @@ class Attacker:
         """Whether `system` is one that this attacker is meant for."""
         return self.randomness in (None, system.random)
 
+    @property
+    def attacked(self) -> str:
+        """What the attack is made on: the undefended "classifier", a "surrogate" or the "system" itself."""
+        return KNOWLEDGE[self.knowledge].attacked
+
     def knowledge_of(self, system: System) -> str:
         """The least knowledge that amounts to the same for `system`: where nothing is defended, who attacks the
         undefended classifier sees all there is; where there is no purifier, its backward pass needs no surrogate."""
@@ -169,7 +172,7 @@ class Attacker:
     def attack_for(self, system: System, surrogate: nn.Module | None = None) -> Attack:
         """The attack as it is to be made: where the attacker meets a random system, one success is a draw, so that no
         attack stops at its first. Raises `ValueError` for a minimal-norm attack there."""
-        met = system if self.knowledge in SEES_ALL else self._own(system, surrogate)
+        met = system if self.attacked == "system" else self._own(system, surrogate)
         meets_random = met is not None and met.random
         return self.attack.for_random_model(eot_samples=1) if meets_random else self.attack  # `EOT` averages already
 
@@ -186,18 +189,19 @@ class Attacker:
 
         Raises `ValueError` for a transfer or a gray box without a surrogate.
         """
-        own = self._own(system, surrogate)
-        if own is not None:
-            return replace(self, knowledge="white_box").model_for(own)
-        if self.knowledge in ("transfer", "gray_box"):
-            key, what = {
-                "transfer": ("surrogate", "another classifier"),
-                "gray_box": ("surrogate_defense", "a purifier"),
-            }[self.knowledge]
-            raise ValueError(
-                f"a {self.knowledge} attack is made on {what} of the attacker's own and needs that surrogate: set {key}"
+        owned = self._own(system, surrogate)
+        if owned is not None:
+            return replace(self, knowledge="white_box").model_for(owned)
+        if self.attacked == "surrogate":
+            own, key = (
+                ("another classifier", "surrogate")
+                if self.knowledge == "transfer"
+                else ("a purifier", "surrogate_defense")
             )
-        if self.knowledge in ("none", "oblivious"):
+            raise ValueError(
+                f"a {self.knowledge} attack is made on {own} of the attacker's own and needs that surrogate: set {key}"
+            )
+        if self.attacked == "classifier":
             return system.bare
         if self.knowledge == "black_box":
             return OutputsOnly(system.model)
@@ -214,7 +218,7 @@ class Attacker:
 
     def _own(self, system: System, surrogate: nn.Module | None) -> System | None:
         """The system of the attacker's own that a transfer or a gray-box attack is made on."""
-        if self.knowledge not in ("transfer", "gray_box") or surrogate is None:
+        if self.attacked != "surrogate" or surrogate is None:
             return None
         if isinstance(surrogate, Defense):
             return System("surrogate", system.bare, surrogate)

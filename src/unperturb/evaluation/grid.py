@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from unperturb import per_image_rng, runs
-from unperturb.attackers import SEES_ALL
 from unperturb.classifiers import fused_copy
 from unperturb.evaluation.adversarials import COUNTS, Adversarials, AdversarialStore
 from unperturb.evaluation.identity import Identity
@@ -182,9 +181,10 @@ def adversarials_of(
     if before is not None and not attacked.any():
         return Adversarials(before.to(work.plan.device), *_zeros(len(attacked)))
     function, identity = work.seen_by(cell)
+    attack = cell.attacker.attack
     with work.plan.drawing(_seed(work.plan, cell, shard.number)):
         made = work.stores[identity.lasting].get(
-            cell.attacker.attack,
+            attack,
             function,
             identity.key,
             work.plan.data,
@@ -192,7 +192,7 @@ def adversarials_of(
             seed=work.plan.seed,
             batch=work.plan.batch,
             device=work.plan.device,
-            start=None if start is None else start[attacked.to(start.device)],
+            start=start[attacked.to(start.device)] if start is not None and attack.uses_start else None,
         )
     if before is None or attacked.all():
         return made
@@ -219,7 +219,7 @@ def rows_of(work: Work, cell: Cell, shard: Shard) -> pd.DataFrame:
 
 def _seed(plan: Plan, cell: Cell, shard: int) -> int:
     """Of what a random model draws while it is attacked: one for all cells that see the same model."""
-    whole = cell.attacker.knowledge in SEES_ALL
+    whole = cell.attacker.attacked == "system"
     return seed_of(cell.classifier, cell.system.name if whole else "", cell.label, whole, plan.seed, shard)
 
 

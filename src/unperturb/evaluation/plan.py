@@ -57,7 +57,7 @@ class Cell:
     ) -> Cell:
         """The cell in which `attacker` meets `system`. Raises `ValueError` where its attack cannot."""
         attacker = replace(attacker, knowledge=attacker.knowledge_of(system))
-        surrogate = surrogate if attacker.knowledge in ("transfer", "gray_box") else None
+        surrogate = surrogate if attacker.attacked == "surrogate" else None
         attack = attacker.attack_for(system, None if surrogate is None else surrogate.model)
         return cls(classifier, system, label, replace(attacker, attack=attack), surrogate)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,20 +233,32 @@ def run_plan(
     resume: bool,
     progress: Progress | None,
 ) -> pd.DataFrame:
-    """The rows of `plan`, made in the run folder `out`. recipe: what fixes the run. about: of each system, for
-    `systems.json`."""
+    """The rows of `plan`, made in the run folder `out`; the rest as for `opened`."""
     plan.check()
     _warn_near_chance(plan)
-    with runs.lock(out):
-        note = {f"data {plan.data.source}": plan.note} if plan.note else None
-        runs.open_run(out, {**recipe, "fingerprints": _fingerprints(plan)}, resume=resume, about=note)
-        recognize(plan, out)
-        runs.write_json(out / "systems.json", about)
+    with opened(plan, out, recipe, about, resume=resume):
         run_grid(plan, out, progress, cascading(plan.cascade) if plan.cascade else None)
     rows = schema.read_rows(out)
     _check_whole(plan, rows, out)
     _warn_of_gradients_and_logits(rows)
     return rows
+
+
+@contextlib.contextmanager
+def opened(
+    plan: Plan, out: Path, recipe: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool
+) -> Iterator[None]:
+    """`out` as the locked run folder of `plan`: inside, its rows may be made.
+
+    recipe: what fixes the run beside its models. about: of each system, for `systems.json`. Raises `RunError` where
+    the folder holds anything else, another process has it, or `resume` is off and it holds this run.
+    """
+    with runs.lock(out):
+        note = {f"data {plan.data.source}": plan.note} if plan.note else None
+        runs.open_run(out, {**recipe, "fingerprints": _fingerprints(plan)}, resume=resume, about=note)
+        recognize(plan, out)
+        runs.write_json(out / "systems.json", about)
+        yield
 
 
 def _fingerprints(plan: Plan) -> dict[str, Any]:
@@ -331,4 +344,4 @@ def _some(index: Iterable[int]) -> str:
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
 
-__all__ = ["evaluate", "only", "run_evaluation", "run_in_hand", "surrogates_of"]
+__all__ = ["evaluate", "only", "opened", "run_evaluation", "run_in_hand", "surrogates_of"]

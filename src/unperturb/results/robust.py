@@ -72,7 +72,8 @@ def robust_accuracy(results: Results, threat_model: ThreatModel, *, system: str 
         budget = f"{norm_name(threat_model.norm)} {budget_name(float(threat_model.eps))}"
         raise ValueError(
             f"no attack of at most {budget} by {attacker_name(threat_model.knowledge)} was tried on {judged.system}: "
-            f"its accuracy would be that on clean images; or only on what a stronger attacker had left. There are {tried}"
+            "its accuracy would be that on clean images; or only on what a stronger attacker had left. There are "
+            f"{tried}"
         )
     return found
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from unperturb.results.names import CLEAN
-from unperturb.results.results import BLOCK, Results, records
+from unperturb.results.results import BLOCK, Results, reading_order, records
 from unperturb.results.robust import every_system, proportion
 from unperturb.threat_models import KNOWLEDGE, ThreatModel
 
@@ -62,7 +62,7 @@ def robust_table(results: Results) -> pd.DataFrame:
         ):  # who attacks it knows all there is, whatever there is to know of others
             mine |= {k for k in tried[judged.block] if "oblivious" in KNOWLEDGE[k].includes}
         first = dict(zip(SYSTEM, (*judged.block, judged.system, judged.defended)))
-        for norm, eps in results.budgets(judged.block):
+        for norm, eps in sorted(results.budgets(judged.block), key=reading_order):
             for knowledge in (k for k in KNOWLEDGE if k in mine):
                 found = judged.under(ThreatModel(norm, eps, knowledge))  # type: ignore[arg-type]
                 if found is not None:
