@@ -54,7 +54,7 @@ SHARED = {
     "classifiers": {"base"},
 }
 ORDER = {
-    "training": ["adversarial_batches", "objectives", "muon", "profiling", "checkpoints", "loop", "jobs"],
+    "training": ["adversarial_batches", "objectives", "muon", "profiling", "state", "loop", "jobs"],
     "evaluation": ["identity", "adversarials", "training_cost", "checks", "grid", "behavior", "jobs"],
 }
 # An arrow from one attack to another: a cascade is made of its members.
@@ -265,7 +265,7 @@ HOUSE = {
         (
             "training/adversarial_batches.py",
             "from unperturb.training.loop import train",
-            "up in training/: adversarial_batches < objectives < muon < profiling < checkpoints < loop",
+            "up in training/: adversarial_batches < objectives < muon < profiling < state < loop",
         ),
         (
             "training/adversarial_batches.py",

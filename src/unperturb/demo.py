@@ -74,7 +74,7 @@ def run_demo(
     cost = defense.outcome
     show(
         f"purifier    {cost.seconds:.0f} s, {cost.images_per_second:.0f} pairs/s, {cost.pflop:.2g} PFLOP, "
-        f"{cost.share:.0%} of a plain convolution's rate"
+        f"{cost.fraction_of_peak:.0%} of a plain convolution's rate"
     )
     evaluation = plan.evaluation.model_copy(
         update={"classifiers": [str(out / "classifier")], "defenses": ["none", str(out / "ours")]}
