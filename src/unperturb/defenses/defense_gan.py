@@ -82,9 +82,9 @@ class DefenseGAN(Defense):
     each call. unroll: so many of the last steps keep their graph, so that an attacker can differentiate through them
     (0: none; `steps`: the exact gradient, of memory in proportion). detect: score images by their reconstruction error,
     which costs as much as purifying them. precision: of the search alone, "float32", "bfloat16" or "auto" (the faster
-    here); which of its finds is nearest is always judged in float32. drop_rate: share of clean validation images that
-    this detector may turn away. critic_steps: updates of the critic per update of the generator, each on its own part
-    of the batch. penalty: weight of the gradient penalty.
+    here); which of its finds is nearest is always judged in float32. drop_rate: fraction of clean validation images
+    that this detector may turn away. critic_steps: updates of the critic per update of the generator, each on its own
+    part of the batch. penalty: weight of the gradient penalty.
 
     Source: Samangouei, Kabkab and Chellappa, ICLR 2018, and the authors' code.
     """

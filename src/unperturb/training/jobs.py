@@ -146,7 +146,7 @@ def _of_data(plan: Any, data: Splits) -> Any:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: ImageSet, device: torch.device, batch: int = 500) -> float:
-    """Share of the images of `data` that `model` gives their label."""
+    """Fraction of the images of `data` that `model` gives their label."""
     right = 0
     for rows in torch.arange(len(data)).split(batch):
         images, labels = data.batch(rows, device)
