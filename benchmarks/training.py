@@ -50,7 +50,7 @@ def measure(name: str, steps: int, repeat: int) -> dict[str, object]:
         outcomes = [asdict(train(task, settings, Path(folder) / str(i))) for i in range(repeat)]
     figures: dict[str, object] = {"recipe": name, "steps": steps, "repeat": repeat}
     figures |= {k: outcomes[0][k] for k in ("precision", "memory_format")}
-    for key in ("images_per_second", "gflops", "convolution_gflops", "share"):
+    for key in ("images_per_second", "gflops", "convolution_gflops", "fraction_of_peak"):
         values = [o[key] for o in outcomes]
         figures[key] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return figures

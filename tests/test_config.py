@@ -289,6 +289,8 @@ def test_what_is_shown_says_where_it_comes_from(based: Path) -> None:
         ("'third.toml'", r"its own base: .*second.toml is based on .*third.toml is based on .*second.toml"),
         ("'protect-mnst'", r"second.toml: its base: unknown recipe 'protect-mnst'\. Did you mean 'protect-mnist'"),
         ("'nowhere.toml'", r"second.toml: its base: no recipe at .*deep/nowhere.toml"),
+        ('"\\u0000.toml"', r"second.toml: its base: no recipe at "),
+        (f"'{'x' * 300}.toml'", r"second.toml: its base: no recipe at "),
         ("'broken.toml'", r"broken.toml is not valid TOML"),
         ("3", r"second.toml: base is the name of a recipe, or a path that ends in .toml, not 3"),
         ("'classifier-digits'", r"second.toml: unknown key 'defense'"),

@@ -269,7 +269,7 @@ def test_the_gradient_of_a_learned_defense_against_finite_differences(case: str)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not made(c).differentiable])
-def test_what_hides_its_gradient_is_attacked_through_a_stand_in(case: str) -> None:
+def test_what_hides_its_gradient_is_attacked_through_its_surrogate(case: str) -> None:
     defense = made(case)
     images = images_for(defense).requires_grad_()
     torch.manual_seed(3)

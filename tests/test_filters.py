@@ -218,7 +218,7 @@ class Scale(Defense):
 
 
 class Steps(Defense):
-    """Five levels, and a stand-in that is neither them nor the identity."""
+    """Five levels, and a surrogate that is neither them nor the identity."""
 
     differentiable = False
 
@@ -250,7 +250,7 @@ def test_a_chain_that_is_differentiable_has_the_gradient_of_the_composition() ->
 
 
 def test_the_gradient_through_a_chain_with_a_step_in_it() -> None:
-    # f(s(q(s(x)))) with s(x) = 0.8 x^2 and q five levels, its stand-in 3 x: by the chain rule at the exact values
+    # f(s(q(s(x)))) with s(x) = 0.8 x^2 and q five levels, its surrogate 3 x: by the chain rule at the exact values
     # w * 2 * 0.8 * q * 3 * 2 * 0.8 * x.
     chain = Pipeline(parts=[Scale(0.8), Steps(), Scale(0.8)])
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).eval()
@@ -278,7 +278,7 @@ def test_chains_of_chains_are_one_chain() -> None:
         torch.autograd.grad(seen_by("white_box", classifier, chain)(x)[:, 1].sum(), x)[0] for chain in (outer, flat)
     ]
     assert torch.equal(*gradients)
-    # Its stand-in, for who takes the chain as one: the exact value and, again, the same gradient.
+    # Its surrogate, for who takes the chain as one: the exact value and, again, the same gradient.
     torch.testing.assert_close(outer.surrogate_backward(x), outer.purify(x))
     torch.testing.assert_close(
         torch.autograd.grad(classifier(outer.surrogate_backward(x))[:, 1].sum(), x)[0], gradients[0]

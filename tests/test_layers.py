@@ -57,7 +57,7 @@ SHARED = {
     "classifiers": {"base"},
 }
 ORDER = {
-    "training": ["adversarial_batches", "objectives", "muon", "profiling", "checkpoints", "loop", "jobs"],
+    "training": ["adversarial_batches", "objectives", "muon", "profiling", "state", "loop", "jobs"],
     "evaluation": [
         "identity",
         "adversarials",
@@ -287,7 +287,7 @@ PACKAGE = {
         (
             "training/adversarial_batches.py",
             "from unperturb.training.loop import train",
-            "up in training/: adversarial_batches < objectives < muon < profiling < checkpoints < loop",
+            "up in training/: adversarial_batches < objectives < muon < profiling < state < loop",
         ),
         (
             "training/adversarial_batches.py",

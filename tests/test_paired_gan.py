@@ -211,9 +211,9 @@ def test_each_network_moves_alone(batch: Batch) -> None:
             assert all(moved) if other == name else not any(moved), (name, other)
 
 
-@pytest.mark.parametrize(("share", "clean"), [(1.0, 6), (0.5, 3), (0.34, 2), (0.01, 1)])
-def test_clean_share(share: float, clean: int, batch: Batch) -> None:
-    defense = gan(weights={"repair": 1.0, "recovery": 1.0, "isomorphic": 1.0}, clean_share=share)
+@pytest.mark.parametrize(("fraction", "clean"), [(1.0, 6), (0.5, 3), (0.34, 2), (0.01, 1)])
+def test_clean_share(fraction: float, clean: int, batch: Batch) -> None:
+    defense = gan(weights={"repair": 1.0, "recovery": 1.0, "isomorphic": 1.0}, clean_share=fraction)
     shake(defense)
     fed: list[int] = []
     defense.generator.register_forward_hook(lambda _, args, __: fed.append(len(args[0])))

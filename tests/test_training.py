@@ -40,11 +40,12 @@ from unperturb.defenses import Defense, create_defense, load_defense, save_defen
 from unperturb.devices import FlopCounter, Speed, pick_device, probe, set_threads
 from unperturb.registry import UnknownNameError
 from unperturb.systems import System
-from unperturb.training import checkpoints, jobs, loop, profiling
+from unperturb.training import jobs, loop, profiling
 from unperturb.training.adversarial_batches import AdversarialBatches, Mixture, Sampler, hardest
-from unperturb.training.loop import DivergedError, learning_rate, total_steps, train
+from unperturb.training.loop import learning_rate, make_optimizer, total_steps, train
 from unperturb.training.muon import Muon, orthogonalized
 from unperturb.training.objectives import PlainClassifier
+from unperturb.training.state import BEFORE, LAST, DivergedError, TrainingState
 
 RATES = {(p, m): 10.0 for p in ("float32", "bfloat16") for m in ("contiguous", "channels_last")}
 KNOWN = functools.cache(lambda device="cpu": Speed(RATES))
@@ -201,9 +202,9 @@ def recipes(classifier: Path) -> dict[str, Any]:
     return {"classifier": classifier_recipe(optimizer="muon"), "defense": defense_recipe(str(classifier))}
 
 
-def step_of(folder: Path, name: str = checkpoints.LAST) -> int:
+def step_of(folder: Path, name: str = LAST) -> int:
     """The step that a checkpoint was kept at."""
-    return int(json.loads(runs.read_metadata(folder / name)["numbers"])["progress"]["step"])
+    return int(json.loads(runs.read_metadata(folder / name)["numbers"])["step"])
 
 
 @pytest.mark.parametrize("kind", ["classifier", "defense"])
@@ -215,7 +216,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     job(recipe, data=data, out=whole, device="cpu")
     assert not (folder / "model.safetensors").exists()
     assert bool(list(folder.glob(".checkpoint.*.tmp"))) == (kind == "classifier")
-    assert (step_of(folder), step_of(folder, checkpoints.BEFORE)) == (4, 3)
+    assert (step_of(folder), step_of(folder, BEFORE)) == (4, 3)
 
     steps: list[int] = []
     job(recipe, data=data, out=folder, device="cpu", resume=True, progress=lambda step, _: steps.append(step))
@@ -277,56 +278,98 @@ def test_a_damaged_checkpoint_is_met_by_the_one_before(data: Splits, tmp_path: P
     jobs.train_classifier(recipe, data, out=whole, device="cpu")
     shutil.copytree(whole, out)
     (out / "model.safetensors").unlink()
-    last, before = out / checkpoints.LAST, out / checkpoints.BEFORE
+    last, before = out / LAST, out / BEFORE
     last.write_bytes(damaged(last.read_bytes(), 0))
     with pytest.warns(UserWarning, match=r"checkpoint.safetensors is damaged: .*from the one before, at step 2"):
         jobs.train_classifier(recipe, data, out=out, device="cpu", resume=True)
     assert weights(out) == weights(whole)
     assert records(out) == records(whole)
-    task = jobs.classifier_task(recipe, data)
-    good, older, used = last.read_bytes(), before.read_bytes(), 0
+    good, older = last.read_bytes(), before.read_bytes()
     for number in range(30):
         last.write_bytes(damaged(good, number))
+        state = fresh_state(data, recipe)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = checkpoints.load(out, task.networks(), 3)
-        assert found is not None
-        used += found.progress.step == 2 or last.read_bytes() == good
-    assert used == 30
+            state.load(out, 3)
+        assert state.step == 2 or last.read_bytes() == good
     before.write_bytes(damaged(older, 1))
     with pytest.raises(
         runs.RunError, match=r"is (damaged|truncated).*No checkpoint is left to go on from; delete"
     ) as e:
-        checkpoints.load(out, task.networks(), 3)
+        fresh_state(data, recipe).load(out, 3)
     assert "\n" not in str(e.value)
 
 
 def test_a_checkpoint_of_another_run_is_refused(data: Splits, tmp_path: Path) -> None:
-    task = jobs.classifier_task(classifier_recipe(), data)
-    networks = task.networks()
-    state = {"classifier": {k: v.clone() for k, v in task.classifier.state_dict().items()}}
-    optimizer = loop._optimizer(task.classifier, classifier_recipe().training).state_dict()
-    first = next(iter(state["classifier"]))
+    recipe = classifier_recipe()
+    fresh_state(data, recipe).save(tmp_path)
+    tensors, numbers = runs.load_tensors(tmp_path / LAST), json.loads(runs.read_metadata(tmp_path / LAST)["numbers"])
+    first = next(name for name in tensors if name.startswith("networks/classifier/"))
 
-    def kept(progress: checkpoints.Progress, **changed: Tensor) -> None:
-        state_ = {"classifier": {**state["classifier"], **changed}}
-        checkpoints.save(tmp_path, checkpoints.Checkpoint(progress, state_, {"classifier": optimizer}))
-        (tmp_path / checkpoints.BEFORE).unlink(missing_ok=True)
+    def load(changed: Mapping[str, Any], **others: Tensor) -> None:
+        written = {"numbers": json.dumps({**numbers, **changed})}
+        runs.save_tensors(tmp_path / LAST, {**tensors, **others}, written)
+        fresh_state(data, recipe).load(tmp_path, 8)
 
-    kept(checkpoints.Progress(step=5))
-    assert checkpoints.load(tmp_path, networks, 5) is not None
-    for progress, changed, said in (
-        (checkpoints.Progress(step=10**9), {}, "not of this run: it is at step 1000000000 of 8"),
-        (checkpoints.Progress(), {"more": torch.zeros(1)}, "not of this run: its networks are others"),
-        (checkpoints.Progress(), {first: torch.zeros(1)}, "not of this run: its networks are others"),
-        (checkpoints.Progress(), {first: state["classifier"][first] * torch.nan}, "weights that are NaN"),
+    load({"step": 5})
+    for changed, others, said in (
+        ({"step": 10**9}, {}, "not of this run: it is at step 1000000000 of 8"),
+        ({"step": -1}, {}, "is not a checkpoint .* step Input should be greater than or equal"),
+        ({"groups": {}}, {}, "is not a whole checkpoint"),
+        ({}, {"networks/classifier/more": torch.zeros(1)}, "not of this run: its networks are others"),
+        ({}, {first: torch.zeros(1)}, "not of this run: its networks are others"),
+        ({}, {first: tensors[first] * torch.nan}, "weights that are NaN"),
     ):
-        kept(progress, **changed)
         with pytest.raises(runs.RunError, match=said):
-            checkpoints.load(tmp_path, networks, 8)
+            load(changed, **others)
     (tmp_path / "checkpoint.pt").touch()
     with pytest.raises(runs.RunError, match="written by an older version; delete it to start over"):
-        checkpoints.load(tmp_path, networks, 8)
+        load({})
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
+def test_a_state_saves_and_loads_itself(optimizer: Any, data: Splits, tmp_path: Path) -> None:
+    recipe = classifier_recipe(optimizer=optimizer)
+    state = fresh_state(data, recipe)
+    state.average = {"classifier": snapshot(state.networks["classifier"])}
+    images, labels = data.train.batch(torch.arange(20))
+    for _ in range(2):
+        loss = F.cross_entropy(state.networks["classifier"](images), labels)
+        loss.backward()
+        state.optimizers["classifier"].step()
+        state.add({"loss": loss})
+        state.advance(0.5, 0.25)
+    state.validated(lambda: {"score": 0.5}, keep_best=True)
+    state.save(tmp_path)
+    again = fresh_state(data, recipe.model_copy(update={"seed": 99}))
+    assert described(again) != described(state)
+    again.load(tmp_path, 2)
+    assert described(again) == described(state)
+    assert (again.step, again.seconds, again.best_score, again.kept_step) == (2, 0.5, 0.5, 2)
+    nothing = fresh_state(data, recipe)
+    before = described(nothing)
+    nothing.load(tmp_path / "nowhere", 2)
+    assert described(nothing) == before
+
+
+def fresh_state(data: Splits, recipe: Any) -> TrainingState:
+    networks = jobs.classifier_task(recipe, data).networks()
+    return TrainingState(networks, {k: make_optimizer(net, recipe.training) for k, net in networks.items()})
+
+
+def described(state: TrainingState) -> Any:
+    """All of a state in values that can be compared."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.tolist()
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return value.state_dict() and plain(dict(value.state_dict())) if hasattr(value, "state_dict") else value
+
+    return plain(vars(state))
 
 
 class Payload:
@@ -341,32 +384,29 @@ class Payload:
 
 def test_a_checkpoint_is_never_unpickled(data: Splits, tmp_path: Path) -> None:
     jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path / "run", device="cpu")
-    (tmp_path / "run" / checkpoints.BEFORE).unlink()
-    torch.save({"step": Payload(tmp_path / "owned")}, tmp_path / "run" / checkpoints.LAST)
+    (tmp_path / "run" / BEFORE).unlink()
+    torch.save({"step": Payload(tmp_path / "owned")}, tmp_path / "run" / LAST)
     with pytest.raises(runs.RunError, match="not a safetensors file"):
         jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path / "run", device="cpu", resume=True)
     assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_full_disk_keeps_the_last_checkpoint(data: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_keeps_the_last_checkpoint(data: Splits, tmp_path: Path) -> None:
     recipe, out, whole = classifier_recipe(steps=4), tmp_path / "full", tmp_path / "whole"
     jobs.train_classifier(recipe, data, out=whole, device="cpu")
 
-    real = runs._temporary
+    def no_room(_: Path, packed: bytes) -> int:
+        with Path("/dev/full").open("wb") as file:
+            return file.write(packed)
 
     def fill(step: int, _: int) -> None:
         if step == 2:  # from here on, what the next checkpoint is written to has no room
-            monkeypatch.setattr(runs, "_temporary", no_room)
+            full.setattr(Path, "write_bytes", no_room)
 
-    def no_room(path: Path) -> Path:
-        temporary = path.with_name(f".{path.name}.0.tmp")
-        temporary.symlink_to("/dev/full")
-        return temporary
-
-    with pytest.raises(runs.RunError, match=r"disk is full: .*the last whole checkpoint.safetensors is still there"):
+    said = r"disk is full: .*the last whole checkpoint.safetensors is still there"
+    with pytest.MonkeyPatch.context() as full, pytest.raises(runs.RunError, match=said):
         jobs.train_classifier(recipe, data, out=out, device="cpu", progress=fill)
-    monkeypatch.setattr(runs, "_temporary", real)
     assert step_of(out) == 1
     assert not list(out.glob(".*.tmp"))
     jobs.train_classifier(recipe, data, out=out, device="cpu", resume=True)
@@ -388,7 +428,7 @@ def test_the_test_split_is_refused(data: Splits, classifier: nn.Module, tmp_path
 def test_a_loss_that_is_no_number(data: Splits, tmp_path: Path) -> None:
     recipe = classifier_recipe(lr=1e30, checkpoint_seconds=1e9)
     said = (
-        r"loss of the classifier is not a number at step [12]: cross_entropy = (nan|inf); there is no checkpoint yet\. "
+        r"at step [12] a loss is not a number, cross_entropy = (nan|inf); there is no checkpoint yet\. "
         r"Go on with --resume and a lower training\.lr, or set training\.clip"
     )
     with pytest.raises(DivergedError, match=said):
@@ -404,9 +444,9 @@ def test_a_run_that_diverged_goes_on_with_a_lower_rate(data: Splits, tmp_path: P
         jobs.train_classifier(recipe(3e4), data, out=tmp_path, device="cpu")
     last = step_of(tmp_path)
     assert 1 <= last < 29
-    said = f"no longer sound: .* reaches .* at step {last + 1}; the last good checkpoint is .*checkpoint.safetensors"
+    said = f"at step {last + 1} .*no longer sound: .* reaches .*; the last good checkpoint is .*checkpoint.safetensors"
     assert re.search(said, str(error.value))
-    kept = runs.load_tensors(tmp_path / checkpoints.LAST)
+    kept = runs.load_tensors(tmp_path / LAST)
     assert max(float(v.abs().max()) for k, v in kept.items() if k.startswith("networks/") and "running" not in k) <= 1e5
 
     with pytest.raises(runs.RunError, match=r"it differs in training.batch\)"):  # slower, but not otherwise
@@ -433,6 +473,10 @@ def test_wrong_names_are_met_before_anything_is_trained(data: Splits, classifier
         values["adversarial_batches"]["attacks"] = [attack]
         with pytest.raises(UnknownNameError, match=message):
             jobs.train_defense(resolve(values), classifier, data, out=tmp_path / "new", device="cpu")
+    values["adversarial_batches"]["attacks"] = [{"name": "jsma"}]
+    values["defense"] = {"name": "denoised_smoothing", "denoiser": {"width": 4}}
+    with pytest.raises(ValueError, match="seeks the nearest point at which one answer changes, and a random model's"):
+        jobs.train_defense(resolve(values), classifier, data, out=tmp_path / "new", device="cpu")
     assert not (tmp_path / "new").exists()
 
 
@@ -527,7 +571,7 @@ def test_one_clipped_step_of_plain_descent(data: Splits, tmp_path: Path) -> None
 
 def test_vectors_do_not_decay(data: Splits, tmp_path: Path) -> None:
     task = small_task(data)
-    groups = loop._optimizer(task.classifier, Training(steps=1, weight_decay=0.3)).param_groups
+    groups = make_optimizer(task.classifier, Training(steps=1, weight_decay=0.3)).param_groups
     decayed = {p.dim() >= 2: g["weight_decay"] for g in groups for p in g["params"]}
     assert decayed == {True: 0.3, False: 0.0}
     assert sum(len(g["params"]) for g in groups) == len(list(task.classifier.parameters()))

@@ -357,7 +357,7 @@ def _show_outcome(outcome: Any, out: Path) -> None:
     validation = ", ".join(f"{k} {100 * v:.2f} %" for k, v in outcome.validation.items())
     cost = (
         f"{outcome.steps} steps in {outcome.seconds:g} s, {outcome.images_per_second:g} images/s, "
-        f"{outcome.pflop:g} PFLOP, {outcome.gflops:g} GFLOP/s = {outcome.share:.0%} of a plain convolution "
+        f"{outcome.pflop:g} PFLOP, {outcome.gflops:g} GFLOP/s = {outcome.fraction_of_peak:.0%} of a plain convolution "
         f"({outcome.precision}, {outcome.memory_format})"
     )
     say(

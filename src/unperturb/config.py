@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -121,7 +122,7 @@ class Training(_Settings):
     betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's averaging; with sgd the first is the momentum.")
     weight_decay: float = Field(0.0, ge=0, description="Decay of matrices and kernels; vectors are never decayed.")
     schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="The way down after the warm-up.")
-    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Fraction of the steps in which the learning rate rises.")
     clip: float | None = Field(None, gt=0, description="Largest gradient norm a network may step with.")
     ema: float = Field(
         0.0, ge=0, lt=1, description="Decay of the weight average that is kept; 0 keeps the last weights."
@@ -279,7 +280,7 @@ def recipe_text(name: str) -> str:
     """The TOML of the recipe called `name`, or at that path, comments and all; raises `RecipeError`."""
     path = Path(name)
     if path.suffix == ".toml":
-        if not path.is_file():
+        if not os.path.isfile(path):  # which also takes names that no file can have
             raise RecipeError(f"no recipe at {path}. Those that come with the program: unperturb list recipes")
         return _text(path)
     if name not in recipe_names():
@@ -299,16 +300,16 @@ def recipe_sources(name: str) -> dict[str, dict[str, Any]]:
     places: set[str] = set()
     at: str | None = name
     while at is not None:
-        place = str(Path(at).resolve()) if at.endswith(".toml") else at
-        if place in places:
-            raise RecipeError(f"a recipe cannot be its own base: {' is based on '.join([*found, at])}")
-        places.add(place)
         try:
             values = tomllib.loads(recipe_text(at))
         except RecipeError as error:
             raise RecipeError(f"{[*found][-1]}: its base: {error}" if found else str(error)) from None
         except (ValueError, RecursionError) as error:  # its own error, and numbers of thousands of digits
             raise RecipeError(f"{at} is not valid TOML: {error}") from None
+        place = os.path.realpath(at) if at.endswith(".toml") else at
+        if place in places:
+            raise RecipeError(f"a recipe cannot be its own base: {' is based on '.join([*found, at])}")
+        places.add(place)
         base = values.pop("base", None)
         if not isinstance(base, str | None):
             raise RecipeError(f"{at}: base is the name of a recipe, or a path that ends in .toml, not {base!r:.80}")

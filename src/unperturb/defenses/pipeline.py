@@ -48,7 +48,7 @@ class Pipeline(Defense):
         for part in self._parts():
             if part.differentiable:
                 images = part(images)
-            else:  # its stand-in's gradient, but at the value that the next part really gets
+            else:  # its surrogate's gradient, but at the value that the next part really gets
                 soft = part.surrogate_backward(images)
                 images = soft + (part(images) - soft).detach()
         return images

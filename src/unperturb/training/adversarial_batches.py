@@ -121,6 +121,9 @@ class AdversarialBatches:
     def __init__(self, sampler: Sampler, recipe: AdversarialBatchesConfig, systems: Sequence[System]) -> None:
         self.sampler, self.systems = sampler, list(systems)
         self.mixture = Mixture(recipe.attacks, sampler.seed, recipe.knowledge)
+        for attack in self.mixture.at(0):
+            for system in self.systems:  # as is an attack that cannot be made on a random one
+                Attacker(attack, recipe.knowledge).attack_for(system)
 
     def batch(self, step: int, rank: int = 0, world: int = 1, *, attack: bool = True) -> Batch:
         """The pairs of this step for device `rank` of `world`; without `attack` the clean images stand in for both."""

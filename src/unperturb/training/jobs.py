@@ -25,9 +25,10 @@ from unperturb.modules import classes_of
 from unperturb.runs import Outcome
 from unperturb.systems import System
 from unperturb.training.adversarial_batches import AdversarialBatches, Sampler, attacked, hardest
-from unperturb.training.loop import DIVERGED, Validate, total_steps, train
+from unperturb.training.loop import DIVERGED, total_steps, train
 from unperturb.training.objectives import DefenseTask, DistilledClassifier, PlainClassifier, Task, objectives
 from unperturb.training.profiling import autotune_precision, flop_per_image
+from unperturb.training.state import Validate
 
 Show = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -145,7 +146,7 @@ def _of_data(plan: Any, data: Splits) -> Any:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: ImageSet, device: torch.device, batch: int = 500) -> float:
-    """Share of the images of `data` that `model` gives their label."""
+    """Fraction of the images of `data` that `model` gives their label."""
     right = 0
     for rows in torch.arange(len(data)).split(batch):
         images, labels = data.batch(rows, device)
@@ -319,11 +320,7 @@ def train_defense(
     out = Path(out or Path("runs") / name)
     data = data or load_dataset(**plan.data_options)
     plan = _of_data(plan, data)
-    if classifier is None:
-        classifiers: list[nn.Module] = [load_classifier(Path(folder)) for folder in plan.classifiers]
-    else:
-        classifiers = [classifier] if isinstance(classifier, nn.Module) else list(classifier)
-        plan = plan.model_copy(update={"classifiers": [f"in hand: {_called(c)}" for c in classifiers]})
+    plan, classifiers = _to_protect(plan, classifier)
     if plan.start is not None and Path(plan.start).resolve() == out.resolve():
         raise runs.RunError(f"training cannot start with {plan.start}, the folder that it is to write")
     task = defense_task(plan, data, classifiers, device)
@@ -349,6 +346,16 @@ def train_defense(
     defense = task.defense.eval()
     defense.outcome = outcome
     return defense
+
+
+def _to_protect(
+    plan: DefenseRecipe, given: nn.Module | Sequence[nn.Module] | None
+) -> tuple[DefenseRecipe, list[nn.Module]]:
+    """(`plan` naming the classifiers that were given in place of its own, the classifiers)."""
+    if given is None:
+        return plan, [load_classifier(Path(folder)) for folder in plan.classifiers]
+    classifiers = [given] if isinstance(given, nn.Module) else list(given)
+    return plan.model_copy(update={"classifiers": [f"in hand: {_called(c)}" for c in classifiers]}), classifiers
 
 
 def _called(classifier: nn.Module) -> str:
