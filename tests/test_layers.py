@@ -58,7 +58,9 @@ SHARED = {
 }
 ORDER = {
     "training": ["adversarial_batches", "objectives", "muon", "profiling", "checkpoints", "loop", "jobs"],
-    "evaluation": ["identity", "adversarials", "training_cost", "checks", "grid", "behavior", "jobs"],
+    "evaluation": [
+        *("identity", "adversarials", "training_cost", "checks", "plan", "measure", "grid", "behavior", "run", "probe"),
+    ],
 }
 # An arrow from one sibling to another: a cascade is made of its members, and what is wrapped may be a file.
 FAMILIES = {
