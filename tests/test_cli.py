@@ -263,7 +263,7 @@ def test_a_classifier_of_ones_own(here: Path) -> None:
     assert "nothing to learn; validation: clean" in called(*FILTER, *own)
     judged = ["evaluate", "compare-digits", *own, *QUICK, "--n", "6", "--attack", "fgsm", "--out", "runs/judged"]
     shown = called(*judged, "--set", 'systems=["undefended", "runs/median-digits"]')
-    assert "), own_net:net: accuracy" in shown
+    assert "own_net:net on digits (6 of test): accuracy" in shown
     assert set(read_rows(here / "runs/judged")["system"]) == {"undefended", "median"}
     for words, said in (
         (["--classifier", "own_net:nett"], "has no attribute 'nett'"),
