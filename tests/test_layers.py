@@ -39,6 +39,7 @@ FLOORS = {
     "serve": 7,
     "app": 7,
     "demo": 7,
+    "attack_folder": 7,
     "available": 7,
     "cache": 7,
     "cli": 8,
@@ -46,7 +47,7 @@ FLOORS = {
 }
 # Who may be imported across: the registry's one error serves the recipes too, and the package's face names what
 # stands beside it.
-ACROSS = {("config", "registry"), ("__init__", "available")}
+ACROSS = {("config", "registry"), ("__init__", "available"), ("__init__", "attack_folder")}
 # Inside a room: what siblings may import, or the order of the room's files from the bottom up.
 SHARED = {
     "attacks": {"projections", "base", "losses", "context"},
