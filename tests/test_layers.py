@@ -42,6 +42,8 @@ LAYERS = {
     "serve": 8,
     "app": 8,
     "demo": 8,
+    "attack_folder": 8,
+    "benchmark": 8,
     "available": 8,
     "cache": 8,
     "cli": 9,

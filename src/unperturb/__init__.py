@@ -18,6 +18,7 @@ _WHERE = {
     "Protected": "defenses",
     "Splits": "data",
     "as_image_set": "data",
+    "attack_images": "attack_folder",
     "budget": "attacks",
     "list_available": "available",
     "compare": "report",
@@ -43,6 +44,7 @@ _WHERE = {
 __all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
+    from unperturb.attack_folder import attack_images
     from unperturb.attacks import Attack, AttackResult, budget, create_attack, wrap_attack
     from unperturb.available import list_available
     from unperturb.classifiers import create_classifier, load_classifier, wrap

@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-RESUMABLE = ("train", "train-classifier", "evaluate")
+RESUMABLE = ("train", "train-classifier", "evaluate", "attack")
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
@@ -363,6 +363,51 @@ def _show_outcome(outcome: Any, out: Path) -> None:
     say(
         f"{out}: {cost if outcome.steps else 'nothing to learn'}; validation: {validation}"
         + (f"; test: {100 * outcome.test['accuracy']:.2f} % of {outcome.test['n']}" if outcome.test else "")
+    )
+
+
+@app.command()
+def attack(
+    model: Annotated[str, typer.Argument(help="A classifier: a run folder, zoo:NAME, or module:object.")],
+    data: Annotated[str, typer.Option(help="A data set: digits, mnist, folder:PATH, ... (see: list datasets)")],
+    attack: Annotated[str, typer.Option(help="An attack by name (see: list attacks).")] = "pgd",
+    eps: Annotated[str | None, typer.Option(help="The attack's budget: a number or a fraction, such as 8/255.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the attack, such as steps=40. Repeatable."),
+    ] = None,
+    defense: Annotated[str | None, typer.Option(help="A purifier before it: a run folder, zoo:NAME or a name.")] = None,
+    knowledge: Annotated[str, typer.Option(help="white_box, bpda, black_box, or oblivious.")] = "white_box",
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    size: Annotated[int | None, typer.Option(min=1, help="Side that pictures are resized to.")] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="A fixed, named random subset of this many.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the attack's random draws.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="How many images are attacked at once.")] = 100,
+    out: Out = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write adversarial images as a folder of 8-bit PNGs, each judged once more as it is read back."""
+    from unperturb.attack_folder import MANIFEST, attack_from, plan_attack_images, run_plan
+
+    _threads(threads)
+    made = attack_from(attack, eps, settings or [])
+    choices: dict[str, Any] = {"split": split, "size": size, "n": n, "seed": seed, "batch": batch}
+    plan = plan_attack_images(model, data, made, defense=defense, knowledge=knowledge, **choices)
+    out = out or Path("runs") / f"{attack}-{Path(model).name.replace(':', '-')}"
+    if dry_run:
+        for key, value in plan.settings().items():
+            say(f"{key} = {value}")
+        pflop, minutes = plan.cost(device)
+        say(f"cost: {len(plan.data)} images, at most {pflop:g} PFLOP, about {minutes:g} minutes; they go to {out}")
+        return
+    with _bar("attacking") as update:
+        done = run_plan(plan, out, device=device, resume=resume, progress=update)
+    say(
+        f"{out}: {len(done.images)} images by {made!r}. The system is right about {done.right_before} of them, and "
+        f"about {done.right_after} as they are in the pictures. A line on each: {out / MANIFEST}"
     )
 
 
