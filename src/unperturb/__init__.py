@@ -17,10 +17,12 @@ _WHERE = {
     "ImageSet": "data",
     "Protected": "defenses",
     "Splits": "data",
+    "Results": "results",
+    "ThreatModel": "threat_models",
     "budget": "attacks",
     "list_available": "available",
-    "compare": "report",
-    "comparison_table": "report",
+    "compare": "results",
+    "comparison_table": "results",
     "create_attack": "attacks",
     "create_classifier": "classifiers",
     "create_defense": "defenses",
@@ -31,12 +33,13 @@ _WHERE = {
     "load_defense": "defenses",
     "prepare": "data",
     "read_rows": "results.schema",
+    "robust_accuracy": "results",
     "run_evaluation": "evaluation.jobs",
-    "table": "report",
+    "table": "results",
     "train_classifier": "training.jobs",
     "train_defense": "training.jobs",
     "wrap": "classifiers",
-    "write_report": "report",
+    "write_report": "results.page",
 }
 __all__ = ["__version__", *sorted(_WHERE)]
 
@@ -48,8 +51,10 @@ if TYPE_CHECKING:
     from unperturb.data.prepare import prepare
     from unperturb.defenses import Defense, Protected, create_defense, load_defense
     from unperturb.evaluation.jobs import evaluate, run_evaluation
-    from unperturb.report import compare, comparison_table, table, write_report
+    from unperturb.results import Results, compare, comparison_table, robust_accuracy, table
+    from unperturb.results.page import write_report
     from unperturb.results.schema import read_rows
+    from unperturb.threat_models import ThreatModel
     from unperturb.training.jobs import train_classifier, train_defense
 
 
