@@ -96,6 +96,14 @@ def test_attackers_stand_side_by_side() -> None:
     assert lines["robust, eps 0.3"]["ours", "white box"].startswith("0.0 %")
 
 
+def test_classifiers_are_never_pooled() -> None:
+    other = OURS | {"classifier": "b", "index": np.array([0, 1]), "right_clean": [1, 1], "right_adv": [0, 0]}
+    a, b = render.accuracy_sheets(Results(frame(OURS, other)))
+    assert (a.title, b.title) == ("a on digits (test)", "b on digits (test)")
+    assert [sheet.lines[0] for sheet in (a, b)] == [["images", "4"], ["images", "2"]]
+    assert [sheet.lines[2][1].partition(" [")[0] for sheet in (a, b)] == ["75.0 %", "0.0 %"]
+
+
 def test_robust_accuracies_of_two_budgets_are_apart() -> None:
     cells = [
         OURS | {"attack": name, "eps": eps, "linf": eps, "right_clean": [1] * 4, "right_adv": right}

@@ -169,7 +169,7 @@ def attack_table(results: Results) -> pd.DataFrame:
 
 
 def _rows_of_cells(results: Results, columns: list[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """What names each cell in a table, and these columns of its rows: copying the others, text most of all, takes ten times as long."""
+    """What names each cell in a table, and these columns of its rows: the others, text above all, are dear to copy."""
     rows = results.rows[["cell", "index", *columns]].groupby("cell", sort=False)
     for number, cell in records(results.cells):
         yield {k: cell["short" if k == "attack" else k] for k in CELL}, rows.get_group(number)
