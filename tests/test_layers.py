@@ -36,14 +36,13 @@ LAYERS = {
     "unsaved": 4,
     "training": 6,
     "evaluation": 6,
-    "report": 7,
     "export": 7,
+    "attack_folder": 7,
+    "benchmark": 7,
     "__init__": 8,
     "serve": 8,
     "app": 8,
     "demo": 8,
-    "attack_folder": 8,
-    "benchmark": 8,
     "available": 8,
     "cache": 8,
     "cli": 9,
@@ -60,6 +59,10 @@ SHARED = {
 }
 ORDER = {
     "training": ["adversarial_batches", "objectives", "muon", "profiling", "state", "loop", "jobs"],
+    "results": [
+        *("names", "sheet", "schema", "samples", "results", "robust", "cases", "flags", "tables", "comparison"),
+        *("render", "figures", "ladder_figure", "cost_figure", "embedded", "card", "page"),
+    ],
     "evaluation": [
         "identity",
         "adversarials",
@@ -82,7 +85,7 @@ FAMILIES = {
     ("attacks", "nifgsm"): {"mim"},
     ("classifiers", "wrapped"): {"onnx_file"},
 }
-FORBIDDEN = {"report": {"torch"}, "intervals": {"torch"}, "threat_models": {"torch"}}
+FORBIDDEN = {"results": {"torch"}, "intervals": {"torch"}, "threat_models": {"torch"}}
 
 
 def module_of(path: Path, root: Path) -> str:
@@ -262,7 +265,7 @@ PACKAGE = {
     "training/adversarial_batches.py": "from unperturb.attacks.base import attacks",
     "training/loop.py": "from unperturb import runs",
     "training/jobs.py": "from unperturb.training.loop import train",
-    "report/__init__.py": "",
+    "results/__init__.py": "",
     "cli.py": "def verb():\n    from unperturb import table\n    from unperturb.training import jobs",
 }
 
@@ -313,9 +316,9 @@ def test_a_bad_arrow_is_named(file: str, text: str, said: str, tmp_path: Path) -
 
 
 def test_a_library_out_of_place_is_named(tmp_path: Path) -> None:
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "tables.py").write_text("def f():\n    from torch import nn")
-    assert outside(tmp_path) == ["report/tables.py:2 imports torch"]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "tables.py").write_text("def f():\n    from torch import nn")
+    assert outside(tmp_path) == ["results/tables.py:2 imports torch"]
     assert list(at_the_top("import kornia\ndef f():\n    import torch\nif True:\n    import ray")) == [
         (1, "kornia"),
         (5, "ray"),

@@ -202,17 +202,15 @@ def accuracy_sheets(results: Results) -> list[Sheet]:
     counted = tables.accuracy_table(results)
     judged = {(one.block, one.system): one for one in every_system(results)}
     sheets = []
-    for block, cells in zip(results.blocks, results.parts(BLOCK)):
-        found = {
-            key_of(line, _ENTRY): line for _, line in records(counted[(counted[BLOCK] == list(block)).all(axis=1)])
-        }
+    for block, cells, (_, mine) in zip(results.blocks, results.parts(BLOCK), groups(counted, BLOCK), strict=True):
+        found = {key_of(line, ("system", "knowledge", "attack", "norm", "eps")): line for _, line in records(mine)}
         heads = list(dict.fromkeys(zip(cells["system"], cells["knowledge"], cells["defended"])))
         columns = [(system, knowledge) for system, knowledge, _ in heads]
         attacks = {
             key_of(cell, ("short", "norm", "eps")): cell["name"]
             for _, cell in records(cells.sort_values(["rank", "attack", "norm", "eps", "name"], kind="stable"))
         }
-        sizes = counted[counted["knowledge"] != ""].groupby(["system", "knowledge"])["n"].agg(["min", "max"])
+        sizes = mine.groupby(["system", "knowledge"])["n"].agg(["min", "max"])
         lines = [["images", *(counts(*sizes.loc[column]) for column in columns)]]
         lines += [[CLEAN, *(percent_of(found[system, "", CLEAN, "", None]) for system, _ in columns)]]
         lines += [
@@ -225,9 +223,6 @@ def accuracy_sheets(results: Results) -> list[Sheet]:
         over = ["", *(system for system, _ in columns)]
         sheets.append(Sheet(block_title(block), "accuracy [95 % Wilson interval]", over, ["", *titles], lines))
     return sheets
-
-
-_ENTRY = ("system", "knowledge", "attack", "norm", "eps")
 
 
 def _robust_lines(columns: Iterable[tuple[Judged, str]], norm: Any, eps: float) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -53,9 +54,8 @@ class Sheet:
 def as_text(sheet: Sheet, width: int) -> str:
     """For a terminal `width` columns wide: columns that do not fit continue below, those of one group together where
     they can."""
-    note = f": {sheet.note}" if sheet.note else ""
-    pages = [_grid(_upright(sheet.only(kept))) for kept in _pages(sheet, width)]
-    return "\n".join([f"{sheet.title}{note}\n", *pages])
+    title = textwrap.fill(": ".join(filter(None, (sheet.title, sheet.note))), max(width, 20))
+    return "\n".join([f"{title}\n", *(_grid(_upright(sheet.only(kept))) for kept in _pages(sheet, width))])
 
 
 def _upright(sheet: Sheet) -> list[list[str]]:
@@ -80,22 +80,19 @@ def _said_once(sheet: Sheet) -> list[list[str]]:
 
 def _pages(sheet: Sheet, width: int) -> list[list[int]]:
     """The columns of each page: as many whole groups as fit; a group that is wider than a page is broken."""
-    wide = _widths(_upright(replace(sheet, groups=[""] * len(sheet.heads))))
-    for i, group in enumerate(sheet.groups):
-        wide[i] = max(wide[i], columns(group) + 2)  # it may come to stand over this column
     names = list(range(sheet.names))
     pages, number = [list(names)], sheet.names
 
-    def room(page: list[int]) -> int:
-        return width + 2 - sum(wide[i] for i in page)
+    def fits(page: list[int]) -> bool:
+        return sum(_widths(_upright(sheet.only(page)))) - 2 <= width
 
     for _, span in sheet.spans()[sheet.names :]:
         together = list(range(number, number + span))
         number += span
-        if len(pages[-1]) > len(names) and sum(wide[i] for i in together) > room(pages[-1]):
+        if pages[-1] != names and not fits([*pages[-1], *together]):
             pages.append(list(names))
         for i in together:
-            if len(pages[-1]) > len(names) and wide[i] > room(pages[-1]):
+            if pages[-1] != names and not fits([*pages[-1], i]):
                 pages.append(list(names))
             pages[-1].append(i)
     return pages

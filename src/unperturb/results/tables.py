@@ -22,6 +22,7 @@ SYSTEM = [*BLOCK, "system", "defended"]
 CELL = [*SYSTEM, "attack", "knowledge", "norm", "eps"]
 COUNTED = ["n", "accuracy", "low", "high", "draws", "worst", "worst_low", "worst_high"]
 WHENS = ("before", "after", "clean")
+_SOURCES = ("adv", "pure_adv", "pure_clean")  # the columns of rows that `WHENS` stand for
 
 
 def accuracy_table(results: Results) -> pd.DataFrame:
@@ -81,11 +82,11 @@ def quality_table(results: Results) -> pd.DataFrame:
     import numpy as np
 
     lines = []
-    for cell, rows in _rows_of_cells(results):
+    for cell, rows in _rows_of_cells(results, [f"{what}_{of}" for what in ("psnr", "ssim") for of in _SOURCES]):
         if not cell["defended"]:
             continue
         line = cell | {"n": rows["index"].nunique()}
-        for when, source in zip(WHENS, ("adv", "pure_adv", "pure_clean")):
+        for when, source in zip(WHENS, _SOURCES):
             values = rows[f"psnr_{source}"].to_numpy(np.float64)
             same = np.isinf(values)
             line[f"psnr_{when}"] = values[~same].mean() if (~same).any() else float("nan")
@@ -105,7 +106,7 @@ def detector_table(results: Results) -> pd.DataFrame:
     import numpy as np
 
     lines = []
-    for cell, rows in _rows_of_cells(results):
+    for cell, rows in _rows_of_cells(results, ["scores_clean", "scores_adv"]):
         if not len(rows["scores_clean"].iloc[0]):
             continue
         from sklearn.metrics import roc_auc_score, roc_curve  # a second, which most reports need not wait
@@ -130,8 +131,9 @@ def rejection_table(results: Results) -> pd.DataFrame:
     there, and 0 % when clean. Each has `_low` and `_high` beside it. Empty where nothing detects.
     """
     names = ["rejected_clean", "rejected_adv", "clean_strict", "adv_strict", "adv_magnet"]
+    seen = ["scores_clean", "label", "pred_pure_clean", "pred_pure_adv", "rejected_clean", "rejected_adv"]
     lines = []
-    for cell, rows in _rows_of_cells(results):
+    for cell, rows in _rows_of_cells(results, seen):
         if not len(rows["scores_clean"].iloc[0]):
             continue
         right = {k: rows[f"pred_pure_{k}"] == rows["label"] for k in ("clean", "adv")}
@@ -166,9 +168,9 @@ def attack_table(results: Results) -> pd.DataFrame:
 # Lines --------------------------------------------------------------------------------------------------------------
 
 
-def _rows_of_cells(results: Results) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """What names each cell in a table, and its rows."""
-    rows = results.rows.groupby("cell", sort=False)
+def _rows_of_cells(results: Results, columns: list[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """What names each cell in a table, and these columns of its rows: the others, text above all, are dear to copy."""
+    rows = results.rows[["cell", "index", *columns]].groupby("cell", sort=False)
     for number, cell in records(results.cells):
         yield {k: cell["short" if k == "attack" else k] for k in CELL}, rows.get_group(number)
 
