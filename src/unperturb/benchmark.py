@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +45,7 @@ class Benchmark:
     settings: dict[str, Any]
     cost: Cost
     seconds: float
+    _temporary: Any = None  # the folder of rows and samples, which goes with this object
 
     def __str__(self) -> str:
         from unperturb.results.render import verdict
@@ -110,10 +111,10 @@ def benchmark(
     plan = benchmark_plan(model, data, **options)
     cost = estimate(plan)
     settings = _settings(plan, options)
-    with tempfile.TemporaryDirectory() as folder:
-        where = Path(folder) / "run" if out is None else Path(out)
-        rows = run_in_hand(plan, where, settings=settings, resume=resume, progress=progress, quiet=quiet)
-        return _verdict(plan, rows, settings, cost, time.perf_counter() - start)
+    folder = tempfile.TemporaryDirectory() if out is None else None
+    where = Path(out) if out is not None else Path(folder.name if folder else "") / "run"
+    rows = run_in_hand(plan, where, settings=settings, resume=resume, progress=progress, quiet=quiet)
+    return replace(_verdict(plan, rows, settings, cost, time.perf_counter() - start), _temporary=folder)
 
 
 def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options: Unpack[Options]) -> Plan:

@@ -112,7 +112,8 @@ class Plan:
     named after their family). surrogates: by the knowledge that needs one. batch: images attacked at once. shard:
     images a file of rows. samples: images of each cell that are kept to be looked at. draws: how often each image is
     shown to a random system. cascade: what makes of the attackers one after the other (default: each attacks every
-    image). note: what is wrong with this copy of the data, if anything.
+    image). probed: images of a short look at each system, for the flags; 0 for none. note: what is wrong with this copy
+    of the data, if anything.
     """
 
     data: ImageSet
@@ -126,6 +127,7 @@ class Plan:
     samples: int = 10
     draws: int = 10
     cascade: Cascade | None = None
+    probed: int = 32
     note: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -148,6 +150,15 @@ class Plan:
                         cell = Cell.of(classifier, system, label, attacker, surrogate)
                         found.setdefault(cell.names, cell)
         return list(found.values())
+
+    @property
+    def threat(self) -> ThreatModel:
+        """The largest ball of any attacker; that of the cascade, if there is one; 8/255 where none has any."""
+        if self.cascade is not None:
+            return self.cascade.threat
+        sent: list[Any] = [attacker.attack for attackers in self.attackers.values() for attacker in attackers]
+        balls = [(a.norm, a.eps) for a in sent if getattr(a, "eps", None) and getattr(a, "norm", "") in ("linf", "l2")]
+        return max((ThreatModel(norm, eps) for norm, eps in balls), key=_size, default=ThreatModel())
 
     def draws_of(self, system: System) -> int:
         """How often each image is shown to `system`."""
@@ -207,6 +218,10 @@ class Plan:
             for name, model in self.models().items():
                 if not isinstance(model, Defense) or model.spec is None:  # ours are tested; some take long
                     _try(self, name, model)
+
+
+def _size(threat: ThreatModel) -> tuple[bool, float]:
+    return threat.norm == "linf", float(threat.eps)
 
 
 def named_classifiers(systems: Sequence[System]) -> dict[str, nn.Module]:

@@ -27,6 +27,7 @@ from unperturb.evaluation.grid import Progress, run_grid
 from unperturb.evaluation.identity import identify
 from unperturb.evaluation.measure import predictions
 from unperturb.evaluation.plan import UNDEFENDED, Plan, Surrogate, attackers_in, by_name, defense_of, plan_of
+from unperturb.evaluation.probe import probe
 from unperturb.registry import unknown
 from unperturb.results import schema
 from unperturb.systems import System
@@ -258,7 +259,23 @@ def opened(
         runs.open_run(out, {**recipe, "fingerprints": _fingerprints(plan)}, resume=resume, about=note)
         recognize(plan, out)
         runs.write_json(out / "systems.json", about)
+        _probe(plan, out)
         yield
+
+
+def _probe(plan: Plan, out: Path) -> None:
+    """Keep in the run folder what a short look at each system shows, once; the flags are raised from it."""
+    if not plan.probed or (out / "probe.json").exists():
+        return
+    data = plan.data.subset(min(plan.probed, len(plan.data)))
+    found: dict[str, Any] = {}
+    with plan.at_work():
+        images, labels = data.batch(torch.arange(len(data)), plan.device)
+        for system in plan.systems if len(data) > 1 else ():  # before the first of its classifiers
+            if system.name not in found:
+                threat = plan.threat
+                found[system.name] = probe(system, images, labels, eps=threat.eps, norm=threat.norm)  # type: ignore[arg-type]
+    runs.write_json(out / "probe.json", found)
 
 
 def _fingerprints(plan: Plan) -> dict[str, Any]:
