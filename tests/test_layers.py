@@ -38,7 +38,7 @@ LAYERS = {
     "evaluation": 6,
     "export": 7,
     "attack_folder": 7,
-    "benchmark": 7,
+    "benchmarking": 7,
     "__init__": 8,
     "serve": 8,
     "app": 8,

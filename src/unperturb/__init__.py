@@ -14,7 +14,7 @@ _WHERE = {
     "Attack": "attacks",
     "AttackResult": "attacks",
     "Attacker": "attackers",
-    "Benchmark": "benchmark",
+    "Benchmark": "benchmarking",
     "Defense": "defenses",
     "ImageSet": "data",
     "Protected": "defenses",
@@ -24,7 +24,7 @@ _WHERE = {
     "ThreatModel": "threat_models",
     "as_image_set": "data",
     "attack_images": "attack_folder",
-    "benchmark": "benchmark",
+    "benchmark": "benchmarking",
     "budget": "attacks",
     "compare": "results",
     "comparison_table": "results",
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from unperturb.attackers import Attacker
     from unperturb.attacks import Attack, AttackResult, budget, create_attack, wrap_attack
     from unperturb.available import list_available
-    from unperturb.benchmark import Benchmark, benchmark
+    from unperturb.benchmarking import Benchmark, benchmark
     from unperturb.classifiers import create_classifier, load_classifier, wrap
     from unperturb.data import ImageSet, Splits, as_image_set, known_copy_note, load_dataset
     from unperturb.data.prepare import prepare

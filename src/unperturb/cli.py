@@ -473,6 +473,76 @@ def evaluate(
 
 
 @app.command()
+def benchmark(
+    model: Annotated[str, typer.Argument(help="A run folder, zoo:NAME, net.onnx, or module:object.")],
+    data: Annotated[str, typer.Option(help="A data set: digits, mnist, folder:PATH, ... (see: list datasets)")],
+    eps: Annotated[str, typer.Option(help="Every attacker's budget: a number or a fraction.")] = "8/255",
+    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    budget: Annotated[str, typer.Option(help="quick, standard or thorough.")] = "standard",
+    n: Annotated[int | None, typer.Option("--n", min=1, help="A fixed random subset (default: 1,000).")] = None,
+    defense: Annotated[str | None, typer.Option(help="A purifier before it: a run folder, zoo:NAME or a name.")] = None,
+    base: Annotated[str | None, typer.Option(help="The undefended classifier that MODEL stands in place of.")] = None,
+    surrogate: Annotated[str | None, typer.Option(help="Another classifier, for transfer.")] = None,
+    surrogate_defense: Annotated[str | None, typer.Option(help="The attacker's own purifier: gray box.")] = None,
+    name: Annotated[str, typer.Option(help="What the card calls it.")] = "model",
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    weights: Weights = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side that pictures are resized to.")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="How often each image is shown to a random model.")] = 10,
+    out: Out = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Send the ladder of attackers against one model: its robust accuracy, the doubts about it, and a card."""
+    from unperturb.benchmarking import benchmark as run_benchmark
+    from unperturb.benchmarking import benchmark_plan, model_from
+    from unperturb.data import load_dataset
+    from unperturb.defenses import load_defense
+    from unperturb.evaluation.plan import estimate
+
+    _threads(threads)
+    images = getattr(load_dataset(data, size=size), split)
+    own: dict[str, Any] = {"weights": weights, "mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
+    judged = model_from(model, images, defense=defense, **own)
+    options: Any = {
+        "norm": norm,
+        "eps": eps,
+        "budget": budget,
+        "n": n,
+        "name": name,
+        "draws": draws,
+        "device": device,
+        "base": None if base is None else model_from(base, images),
+        "surrogate": None if surrogate is None else model_from(surrogate, images),
+        "surrogate_defense": None if surrogate_defense is None else load_defense(surrogate_defense),
+    }
+    out = out or Path("runs") / f"benchmark-{Path(model).name.replace(':', '-')}"
+    cost = estimate(benchmark_plan(judged, images, **options))
+    say(f"{cost.images:,} images, {cost.cells} cells, at most {cost.pflop:g} PFLOP, about {cost.minutes:g} minutes")
+    if dry_run:
+        return
+    with _bar("attacking") as update:
+        found = run_benchmark(judged, images, out=out, resume=resume, progress=update, **options)
+    say(found)
+    say(f"\nthe card: {found.write_card(out / 'card')['html']}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A run folder of an evaluation or a benchmark.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+) -> None:
+    """Two runs side by side on the same images, with McNemar's exact test."""
+    from unperturb.results.render import compare_pair
+
+    say(compare_pair(first, second))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders of evaluations.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("report"),
@@ -480,15 +550,17 @@ def report(
     note: Annotated[str | None, typer.Option(help="What the page says below its heading.")] = None,
 ) -> None:
     """Remake every table, figure and the page from rows and samples alone."""
-    from unperturb.report import compare, table, write_report
-    from unperturb.results.schema import read_rows
+    from unperturb.results import compare, table
+    from unperturb.results.flags import flags_of
+    from unperturb.results.page import write_report
+    from unperturb.results.results import Results
 
     with _bar("writing tables, figures and the page"):
         written = write_report(list(runs), out, title=title, note=note)
-        rows = read_rows(*runs)
-    say(table(rows))
-    if rows["defense"].nunique() > 2:
-        say(compare(rows))
+        results = Results.read(*runs)
+    say(table(results, flags=flags_of(results)))
+    if results.cells["system"].nunique() > 2:
+        say(compare(results))
     parts = [name.partition("/")[0] for name in written]
     say(
         f"\nwrote {written['page']}, with {parts.count('figures')} figures and {parts.count('tables')} tables beside it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unperturb.data import ImageSet
     from unperturb.defenses import Defense
     from unperturb.evaluation.plan import Cost, Plan
+    from unperturb.results.card import Card
     from unperturb.results.flags import Flag
     from unperturb.results.results import Results
     from unperturb.results.robust import RobustAccuracy
@@ -47,17 +48,40 @@ class Benchmark:
     seconds: float
     _temporary: Any = None  # the folder of rows and samples, which goes with this object
 
-    def __str__(self) -> str:
-        from unperturb.results.render import verdict
+    @property
+    def card(self) -> Card:
+        """All of it on one page."""
+        from unperturb.results.card import Card
 
-        return verdict(self)
+        threat = self.robust.threat_model
+        given = {"system": self.system, "threat_model": threat, "flags": self.flags, "settings": self.settings}
+        return Card(self.results, **given)
 
     def write_card(self, out: str | Path) -> dict[str, Path]:
-        """The card as one self-contained page, Markdown and JSON (`card.html`, `card.md`, `card.json`) in the folder
-        `out`; the paths by these names."""
-        from unperturb.results.card import write_card
+        """The card as one self-contained page, as Markdown and as JSON (`card.html`, `card.md`, `card.json`) in the
+        folder `out`; the paths by what they are."""
+        return self.card.write(out)
 
-        return write_card(self.results, out, system=self.system, flags=self.flags, settings=self.settings)
+    def __str__(self) -> str:
+        from unperturb.results.ladder_figure import ladder
+        from unperturb.results.names import attacker_name, budget_name, norm_name
+        from unperturb.results.render import flag_text, percent, percent_of
+        from unperturb.results.robust import Judged
+
+        threat = self.robust.threat_model
+        assert threat is not None
+        judged = Judged.of(self.results, self.robust.block, self.system)
+        budget = f"{norm_name(threat.norm)} {budget_name(float(threat.eps))}"
+        lines = [f"{self.system}: {self.robust.n:,} images of {self.robust.block.dataset}, {budget}"]
+        lines.append(f"  robust accuracy  {percent_of(self.robust)}")
+        if self.robust.draws > 1:
+            lines.append(f"  worst of {self.robust.draws} draws  {percent(self.robust.worst)}")
+        for step in ladder(judged, threat.norm, float(threat.eps)):
+            if step.tried:
+                name = attacker_name(step.knowledge)
+                lines.append(f"  {name:15}  {percent(step.accuracy, step.low, step.high)}")
+        lines += [f"  {flag_text(flag)}" for flag in self.flags] or ["  no flag was raised"]
+        return "\n".join(lines)
 
 
 class Options(TypedDict, total=False):
@@ -155,6 +179,37 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
         seed=numbers["seed"],
         batch=numbers["batch"],
     )
+
+
+def model_from(
+    entry: str,
+    data: ImageSet,
+    *,
+    defense: str | None = None,
+    weights: Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module | System:
+    """The model that a command names: a run folder, `zoo:NAME`, an ONNX file, or `module:object`, which may be a
+    `Protected` or a `System` too; behind the defense of that run folder or name, if any.
+
+    weights, mean, std: of a model of one's own (`unperturb.unsaved.import_classifier`). Raises `ValueError` or
+    `RunError`, which say what is wrong.
+    """
+    from unperturb.classifiers import load_classifier, wrap
+    from unperturb.defenses import Protected, load_defense
+    from unperturb.systems import System
+    from unperturb.unsaved import import_classifier, import_object, is_import_path
+
+    if is_import_path(entry):
+        model = import_object(entry)
+        if not isinstance(model, System | Protected):
+            model = import_classifier(entry, data, weights=weights, mean=mean, std=std)
+    elif entry.endswith(".onnx"):
+        model = wrap(entry, mean, std)
+    else:
+        model = load_classifier(entry)
+    return model if defense is None else Protected(model, load_defense(defense))
 
 
 def _system(model: Any, name: str, base: nn.Module | None) -> System:
