@@ -212,6 +212,7 @@ class LadderConfig(_Settings):
     norm: Literal["linf", "l2"] = Field("linf", description="Of every attacker.")
     eps: float | str = Field(description="Of every attacker: a number or a fraction such as 8/255.")
     budget: Literal["quick", "standard", "thorough"] = Field("standard", description="What each may spend on an image.")
+    knowledge: KnowledgeName = Field("white_box", description="The most that any of them knows.")
     doubted: int = Field(64, ge=0, description="So many images are attacked by everyone, to see who is worth what.")
 
 

@@ -302,7 +302,7 @@ def plan_of(recipe: EvaluationRecipe, device: str = "auto", models: Mapping[str,
 
     attackers, cascade = attackers_in(recipe), None
     if recipe.ladder is not None:
-        threat = ThreatModel(recipe.ladder.norm, recipe.ladder.eps)
+        threat = ThreatModel(recipe.ladder.norm, recipe.ladder.eps, recipe.ladder.knowledge)
         cascade = Cascade(threat, recipe.ladder.doubted, whole=tuple(attackers))
         transfer, gray_box = bool(recipe.surrogate), bool(recipe.surrogate_defense)
         for label, sent in ladder(threat, recipe.ladder.budget, transfer=transfer, gray_box=gray_box).items():
