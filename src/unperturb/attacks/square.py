@@ -32,8 +32,8 @@ class _Held(PerImage):
     value: Tensor
 
 
-# (context, the held images, query, share of the pixels) -> images with a new square.
-Paint = Callable[[AttackContext, Tensor, int, float], Tensor]
+# (context, the held images, query) -> images with a new square.
+Paint = Callable[[AttackContext, Tensor, int], Tensor]
 
 
 def _signs(numbers: Tensor) -> Tensor:
@@ -68,8 +68,8 @@ class Square(BallAttack):
     queries: forward passes per image at most. p_init: share of the pixels under the first squares. first_success: an
     image leaves with its first success; without it, for a random model, all stay to the end, and of three queries two
     ask at the new image and one again at the held one, which is judged by the mean of its answers, so that a lucky one
-    does not last. The margin is what is maximized, targeted too, so `loss` has no say. A given start takes the place of
-    the stripes that the search begins with.
+    does not last. The margin is what is maximized, targeted too, so `loss` has no say. A given start is asked first,
+    the stripes next.
 
     Source: Andriushchenko et al. 2020, algorithms 1, 2 (Linf) and 3 (L2).
     """
@@ -96,7 +96,12 @@ class Square(BallAttack):
 
     def perturb(self, context: AttackContext) -> Tensor:
         found = context.images.clone()
-        begin, paint = (self._stripes, self._paint_linf) if self.norm == "linf" else (self._tiles, self._paint_l2)
+        begin, square = (self._stripes, self._paint_linf) if self.norm == "linf" else (self._tiles, self._paint_l2)
+
+        def paint(part: AttackContext, x: Tensor, query: int) -> Tensor:
+            late = query == 1 and part.start is not None  # the start was asked in place of what the search begins with
+            return begin(part) if late else square(part, x, query, self._share(query))
+
         x = begin(context) if context.start is None else context.start
         logits = context.logits(x)
         value, fooled = context.value(logits, margin), context.clearly_fooled(logits)
@@ -110,7 +115,7 @@ class Square(BallAttack):
                 now = now.select((~fooled).nonzero().squeeze(1))
             if not len(now.rows):
                 return found
-            new = paint(now.context, now.x, query, self._share(query))
+            new = paint(now.context, now.x, query)
             logits = now.context.logits(new)
             new_value, fooled = now.context.value(logits, margin), now.context.clearly_fooled(logits)
             better = (new_value > now.value) | fooled
@@ -122,7 +127,7 @@ class Square(BallAttack):
     def _to_the_end(self, context: AttackContext, x: Tensor, value: Tensor, paint: Paint) -> Tensor:
         answers = torch.ones_like(value)  # how many of them `value` is the mean of
         for query in range(1, self.queries - 2, 3):
-            new = paint(context, x, query, self._share(query))
+            new = paint(context, x, query)
             new_value = (context.value(context.logits(new), margin) + context.value(context.logits(new), margin)) / 2
             answers += 1
             value = value + (context.value(context.logits(x), margin) - value) / answers
