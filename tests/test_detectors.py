@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import unperturb
 from made_rows import columns, frame
 from test_results_tables import OURS
-from unperturb import evaluate
 from unperturb.attacks import create_attack
 from unperturb.data import ImageSet
 from unperturb.defenses import Defense, Protected
@@ -153,7 +153,7 @@ def test_from_an_evaluation_to_the_table(tmp_path: Path, monkeypatch: pytest.Mon
     )
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     systems = {"net": net, "bright": Protected(net, Bright())}
-    rows = evaluate(data, systems, [create_attack("fgsm", eps=0.2)], ["oblivious"], quiet=True)
+    rows = unperturb.evaluate(data, systems, [create_attack("fgsm", eps=0.2)], ["oblivious"], quiet=True)
     mine = rows[rows["system"] == "bright"].sort_values("index")
     means = pixels.float().div(255).flatten(1).mean(1)
     np.testing.assert_allclose(np.stack(mine["scores_clean"])[:, 0], means, atol=1e-6)

@@ -252,6 +252,17 @@ def test_a_sheet_in_a_terminal() -> None:
     assert as_text(SHEET, 1).count("name") == 3  # a column each, where no two fit
 
 
+def test_what_names_several_lines_is_said_once_in_a_terminal() -> None:
+    lines = [["ours", "oblivious", "1"], ["ours", "white box", "2"], ["theirs", "white box", "3"]]
+    sheet = Sheet("A", "", [""] * 3, ["system", "attacker", "n"], lines, names=2)
+    assert as_text(sheet, 80).splitlines()[3:] == [
+        "ours    oblivious  1",
+        "        white box  2",
+        "theirs  white box  3",
+    ]
+    assert as_markdown(sheet).count("ours") == 2
+
+
 def test_a_sheet_in_markdown() -> None:
     lines = as_markdown(SHEET).splitlines()
     assert lines[:4] == ["### A &amp; B", "", "in %", ""]

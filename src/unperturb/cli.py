@@ -392,7 +392,7 @@ def evaluate(
     from unperturb.config import read_recipe
     from unperturb.data import load_dataset
     from unperturb.evaluation import jobs
-    from unperturb.report import table
+    from unperturb.results.render import table
     from unperturb.unsaved import stand_ins
 
     _threads(threads)
@@ -433,15 +433,15 @@ def report(
     note: Annotated[str | None, typer.Option(help="What the page says below its heading.")] = None,
 ) -> None:
     """Remake every table, figure and the page from rows and samples alone."""
-    from unperturb.report import compare, table, write_report
-    from unperturb.results.schema import read_rows
+    from unperturb.results import Results, compare, table
+    from unperturb.results.page import write_report
 
     with _bar("writing tables, figures and the page"):
-        written = write_report(list(runs), out, title=title, note=note)
-        rows = read_rows(*runs)
-    say(table(rows))
-    if rows["defense"].nunique() > 2:
-        say(compare(rows))
+        results = Results.read(*runs)
+        written = write_report(results, out, title=title, note=note)
+    say(table(results))
+    if any(len(systems) > 2 for systems in results.systems.values()):
+        say(compare(results))
     parts = [name.partition("/")[0] for name in written]
     say(
         f"\nwrote {written['page']}, with {parts.count('figures')} figures and {parts.count('tables')} tables beside it"
