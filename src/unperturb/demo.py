@@ -38,7 +38,8 @@ def run_demo(
     from unperturb.config import read_recipe
     from unperturb.data import load_dataset
     from unperturb.evaluation.jobs import run_evaluation
-    from unperturb.report import table, write_report
+    from unperturb.results.page import write_report
+    from unperturb.results.render import table
     from unperturb.runs import RunError, read_json, write_json
     from unperturb.screen import bar as own_bar
     from unperturb.training.jobs import train_classifier, train_defense

@@ -184,7 +184,7 @@ def _default(results: Results, system: str) -> ThreatModel:
     """All knowledge, at the budget of most cells of the block."""
     for block, systems in results.systems.items():
         if system in systems and (budgets := results.budgets(block)):
-            return ThreatModel(*budgets[0])  # type: ignore[arg-type]
+            return ThreatModel(*budgets[0])
     raise ValueError(
         f"no attack on {system} had a budget: say what it is held against, as ThreatModel('linf', '8/255')"
     )

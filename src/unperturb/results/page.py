@@ -356,7 +356,7 @@ def _worse(results: Results) -> Iterator[dict[str, Any]]:
             less = []
             for judged in (one for one in systems if one.defended):
                 for knowledge in ("oblivious", "white_box")[: 2 if judged.adaptive else 1]:
-                    threat_model = ThreatModel(norm, eps, knowledge)  # type: ignore[arg-type]
+                    threat_model = ThreatModel(norm, eps, knowledge)
                     left, other = judged.under(threat_model), bare.under(threat_model)
                     if left is None or other is None:
                         continue
