@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # One process a core; what is left of one's tests goes to the next. WORKERS= runs them in one process.
 WORKERS ?= -n auto --dist worksteal
-KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,attack_faults attacks attacks_first_order attacks_minimal autoattack \
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,attack_faults attack_folder attacks attacks_first_order \
+	attacks_foreign attacks_minimal attacks_options autoattack \
 	blackbox jsma patch threats fused_copy models_at_the_door evaluation identity door rows own_parts))
 
 .PHONY: demo test test-kernels lint bench clean

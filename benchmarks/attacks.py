@@ -233,7 +233,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="keep the rows of other models and attacks in --out")
     parser.add_argument("--leave-out", type=listed, default=[], help="LIBRARY:ATTACK,... that would take too long")
     parser.add_argument("--quick", action="store_true", help="16 images, one round: does it run?")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "attacks.json", help="and a .png beside")
+    parser.add_argument(
+        "--out", type=Path, default=HERE.parent / "results/attacks/attacks.json", help="and a .png beside"
+    )
     options = parser.parse_args()
     for given, known in ((options.attacks, names), (options.sizes, list(NETS)), (options.peers, list(PEERS))):
         if strangers := [g for g in given if g not in known]:

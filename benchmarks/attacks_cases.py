@@ -23,6 +23,7 @@ from unperturb.attacks.fab import FAB
 from unperturb.attacks.fgsm import FGSM
 from unperturb.attacks.jsma import JSMA
 from unperturb.attacks.mim import MIM
+from unperturb.attacks.nifgsm import NIFGSM
 from unperturb.attacks.noise import Noise
 from unperturb.attacks.patch import PatchAttack
 from unperturb.attacks.pgd import PGD
@@ -61,6 +62,7 @@ def cases(eps: float) -> dict[str, Case]:
         "fgsm": Case(FGSM(eps=eps), passes=1),
         "pgd": Case(PGD(eps=eps, steps=40), passes=40),
         "mim": Case(MIM(eps=eps, steps=10), passes=10),
+        "ni_fgsm": Case(NIFGSM(eps=eps, steps=10), passes=10),
         "deepfool": Case(DeepFool(steps=50), "l2"),
         "cw-1x100": Case(CW(steps=100, search_steps=1, initial_const=1.0, abort_early=False), "l2", passes=100),
         "cw-9x100": Case(search, "l2", passes=900),

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fgsm": ({"eps": 0.1}, {}),
     "pgd": ({"eps": 0.1, "steps": 4, "restarts": 2}, {"steps": 8}),
     "mim": ({"eps": 0.1, "steps": 4}, {"steps": 8}),
+    "ni_fgsm": ({"eps": 0.1, "steps": 4}, {"steps": 8}),
     "deepfool": ({"steps": 3}, {"steps": 6}),
     "cw": ({"steps": 4, "search_steps": 2}, {"steps": 8}),
     "ddn": ({"steps": 4}, {"steps": 8}),
@@ -90,7 +91,7 @@ def main() -> None:
         "--sizes", type=lambda t: [int(s) for s in t.split(",")], default=list(NETS), help="of 28,32,128"
     )
     parser.add_argument("--n", type=int, default=32, help="images")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "attacks_memory.json")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results/attacks/memory.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []

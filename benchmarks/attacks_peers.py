@@ -61,6 +61,7 @@ def of_torchattacks(net: nn.Module, example: Tensor, classes: int) -> Makers:
         "FGSM": lambda a: plain(ta.FGSM(net, eps=a.eps)),
         "PGD": lambda a: plain(ta.PGD(net, eps=a.eps, alpha=pgd_alpha(a), steps=a.steps, random_start=a.random_start)),
         "MIM": lambda a: plain(ta.MIFGSM(net, eps=a.eps, alpha=mim_alpha(a), steps=a.steps, decay=a.decay)),
+        "NIFGSM": lambda a: plain(ta.NIFGSM(net, eps=a.eps, alpha=mim_alpha(a), steps=a.steps, decay=a.decay)),
         "DeepFool": lambda a: plain(ta.DeepFool(net, steps=a.steps, overshoot=a.overshoot)),
         "CW": cw,
         "JSMA": lambda a: aimed(ta.JSMA(net, theta=a.theta, gamma=a.gamma)),

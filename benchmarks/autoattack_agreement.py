@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--as-shipped", action="store_true", help="leave the peer its own steps and queries")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "autoattack_agreement.json")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results/autoattack_agreement/agreement.json")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

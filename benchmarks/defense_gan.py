@@ -114,7 +114,9 @@ def main() -> None:
     parser.add_argument("--eps", default="0.3", help="Linf budget of FGSM and PGD-40 (8/255 may be written so)")
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument("--batch", type=int, default=50, help="images searched for at a time")
-    parser.add_argument("--out", type=Path, default=Path("results/defense_gan"), help="writes OUT.json and OUT.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/defense_gan/search"), help="writes OUT.json and OUT.png"
+    )
     arguments = parser.parse_args()
     defense = load_defense(arguments.defense)
     if not isinstance(defense, DefenseGAN):

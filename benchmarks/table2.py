@@ -1,4 +1,4 @@
-"""Fills the tables of `docs/table2.md` and of the README's comparison from `results/table2-*`."""
+"""Fills the tables of `docs/table2.md` and of the comparison in `docs/results.md` from `results/table2-*`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from unperturb.runs import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/table2.md")
+PAGES = ("docs/results.md", "docs/table2.md")
 
 Line = dict[str, str]
 Table = dict[str, Line]
 
-DEFENSES = ["undefended", "median", "jpeg", "bit_depth", "total_variation", "magnet", "defense_gan", "ape_gan"]
-DEFENSES += [
+SYSTEMS = ["undefended", "median", "jpeg", "bit_depth", "total_variation", "magnet", "defense_gan", "ape_gan"]
+SYSTEMS += [
     "denoised_smoothing",
     "hgd",
     "distilled",
@@ -40,15 +40,16 @@ OBLIVIOUS = {
 COLUMNS = {
     "clean": "clean",
     **{f"oblivious: {attack}": heading for attack, heading in OBLIVIOUS.items()},
-    "worst: oblivious": "worst, oblivious",
-    "white box: pgd-40": "PGD-40, white box",
-    "worst: white box": "worst, white box",
+    "paper: oblivious": "paper protocol (oblivious, any distance)",
+    "robust: oblivious": "robust, oblivious",
+    "white_box: pgd-40": "PGD-40, white box",
+    "robust: white_box": "robust, all knowledge",
 }
-SUMMARY = {"clean": "clean", "worst: oblivious": "worst, oblivious", "worst: white box": "worst, white box"}
+SUMMARY = {"clean": "clean", "robust: oblivious": "robust, oblivious", "robust: white_box": "robust, all knowledge"}
 
 
 def read(name: str, eps: float) -> Table:
-    """`{defense: line}` of one data set at one budget; what other budgets have as columns of their own is added."""
+    """`{system: line}` of one data set at one budget; what other budgets have as columns of their own is added."""
     found: Table = {}
     for folder in (f"table2-{name}", f"table2-{name}/defense_gan"):
         path = ROOT / "results" / folder / "tables" / "comparison.csv"
@@ -57,11 +58,11 @@ def read(name: str, eps: float) -> Table:
         with path.open(newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
         for line in lines:
-            if abs(float(line["eps"]) - eps) < 1e-4:
-                found.setdefault(line["defense"], line)
+            if line["norm"] == "linf" and abs(float(line["eps"]) - eps) < 1e-4:
+                found.setdefault(line["system"], line)
         for line in lines:
             column = f"oblivious: fgsm-{line['eps']}"
-            mine = found.get(line["defense"], {})
+            mine = found.get(line["system"], {})
             if line.get(column) and not mine.get(column):
                 mine[column] = line[column]
     return found
@@ -91,22 +92,22 @@ def whole(table: Table) -> str:
     columns = {c: heading for c, heading in COLUMNS.items() if any(percent(line, c) for line in table.values())}
     most = max(int(line["clean n"]) for line in table.values())
 
-    def cells(defense: str) -> list[str]:
-        line = table[defense]
+    def cells(system: str) -> list[str]:
+        line = table[system]
         fewer = "" if int(line["clean n"]) == most else f" (n = {line['clean n']})"
-        name = defense if defense == "undefended" else f"`{defense}`"
+        name = system if system == "undefended" else f"`{system}`"
         restored = ["", ""]
-        if defense not in CLASSIFIERS:
+        if system not in CLASSIFIERS:
             restored = [f"{float(line['psnr']):.1f}, {float(line['ssim']):.2f}", two_digits(line["ms"])]
         return [name + fewer, *(percent(line, c) for c in columns), *restored, two_digits(line["pflop"])]
 
     return markdown(
-        ["", *columns.values(), "PSNR, SSIM after", "ms", "PFLOP"], (cells(d) for d in DEFENSES if d in table)
+        ["", *columns.values(), "PSNR, SSIM after", "ms", "PFLOP"], (cells(s) for s in SYSTEMS if s in table)
     )
 
 
 def summary() -> str:
-    """Clean and worst cases of the three data sets."""
+    """Clean and robust accuracies of the three data sets."""
     parts = {"MNIST, 0.3": read("mnist", 0.3), "Fashion-MNIST, 0.1": read("fashion_mnist", 0.1)}
     parts["CIFAR-10, 8/255"] = read("cifar10", 8 / 255)
     headings = [
@@ -115,8 +116,8 @@ def summary() -> str:
     return markdown(
         ["", *headings],
         (
-            [d if d == "undefended" else f"`{d}`", *(percent(t.get(d), c) for t in parts.values() for c in SUMMARY)]
-            for d in DEFENSES
+            [s if s == "undefended" else f"`{s}`", *(percent(t.get(s), c) for t in parts.values() for c in SUMMARY)]
+            for s in SYSTEMS
         ),
     )
 

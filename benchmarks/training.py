@@ -43,14 +43,14 @@ def measure(name: str, steps: int, repeat: int) -> dict[str, object]:
                 classifiers.append(
                     create_classifier(family, mean=[0.5] * channels, std=[0.5] * channels, **shape).eval()
                 )
-        task, _ = jobs.defense_task(recipe, data, classifiers)
+        task = jobs.defense_task(recipe, data, classifiers)
     with tempfile.TemporaryDirectory() as folder:
         plan = jobs.decided(recipe, task, Path(folder), resume=False)
         settings = plan.training.model_copy(update={"steps": steps, "epochs": None, "checkpoint_seconds": 1e9})
         outcomes = [asdict(train(task, settings, Path(folder) / str(i))) for i in range(repeat)]
     figures: dict[str, object] = {"recipe": name, "steps": steps, "repeat": repeat}
     figures |= {k: outcomes[0][k] for k in ("precision", "memory_format")}
-    for key in ("images_per_second", "gflops", "convolution_gflops", "share"):
+    for key in ("images_per_second", "gflops", "convolution_gflops", "fraction_of_peak"):
         values = [o[key] for o in outcomes]
         figures[key] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return figures

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unperturb import threats
+from unperturb import attackers
 from unperturb.attacks import Attack, attacks, budget, create_attack
 from unperturb.attacks.apgd import TargetedLoss
 from unperturb.attacks.base import BallAttack, Best, MinimalAttack
@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fab-t": {"steps": 4, "target_classes": 2, "restarts": 2},
     "fgsm": {"eps": 0.1},
     "mim": {"eps": 0.1, "steps": 4},
+    "ni_fgsm": {"eps": 0.1, "steps": 4},
     "noise": {"eps": 0.1},
     "patch": {"area": 0.1, "steps": 4, "rotation": 20.0, "scale": (0.8, 1.1)},
     "pgd": {"eps": 0.1, "steps": 4, "restarts": 2},
@@ -556,17 +557,17 @@ def test_every_adapter_fits_every_gradient_attack(name: str, norm: str | None) -
         return x.clone()
 
     for seen in (
-        nn.Sequential(threats.BPDA(copied), model),
-        nn.Sequential(threats.BPDA(copied, surrogate_backward=lambda x: 1.0 * x), model),
-        threats.EOT(model, eot_samples=2),
-        threats.EOT(model, eot_samples=2, seed=7),
+        nn.Sequential(attackers.BPDA(copied), model),
+        nn.Sequential(attackers.BPDA(copied, surrogate_backward=lambda x: 1.0 * x), model),
+        attackers.EOT(model, eot_samples=2),
+        attackers.EOT(model, eot_samples=2, seed=7),
     ):
         torch.testing.assert_close(attack(seen, images, labels), plain.images, rtol=0, atol=2e-5)
 
     # Rounding hides the gradient from every one of them, and the adapter gives it back.
     hidden = attack.run(lambda x: model((x * 255).round() / 255), images, labels)
     assert int(hidden.zero_gradients.min()) > 0
-    seen = nn.Sequential(threats.rounding(), model)
+    seen = nn.Sequential(attackers.rounding(), model)
     found = attack.run(seen, images, labels)
     assert_valid(attack, found.images, images)
     assert int(found.zero_gradients.sum()) == 0

@@ -1,4 +1,4 @@
-"""FGSM, PGD and MIM, the losses they climb and the sets they stay in, against closed forms and other libraries."""
+"""FGSM, PGD, MIM and NI-FGSM, the losses they climb and the sets they stay in, against closed forms and libraries."""
 
 from __future__ import annotations
 
@@ -182,7 +182,13 @@ def test_fgsm_is_one_step_of_the_whole_budget(norm: str, targeted: bool) -> None
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
 @pytest.mark.parametrize(
-    "attack", [("pgd", {"steps": 20}), ("pgd", {"steps": 20, "random_start": False}), ("mim", {"steps": 10})]
+    "attack",
+    [
+        ("pgd", {"steps": 20}),
+        ("pgd", {"steps": 20, "random_start": False}),
+        ("mim", {"steps": 10}),
+        ("ni_fgsm", {"steps": 10}),
+    ],
 )
 def test_linf_optimum_of_a_linear_model(attack: tuple[str, dict[str, Any]], loss: str) -> None:
     name, options = attack
@@ -214,6 +220,24 @@ def test_l2_pgd_reaches_the_optimum_in_ball_and_box(eps: float, random_start: bo
             low, high = (t, high) if np.linalg.norm(np.clip(start + t * w, 0, 1) - start) <= eps else (low, t)
         best = w @ (np.clip(start + low * w, 0, 1) - start)
         assert w @ (x - start) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_ni_fgsm_looks_where_its_momentum_leads(decay: float) -> None:
+    # Of a linear margin every gradient is the same w: after t steps the momentum is w (1 + mu + ... + mu^(t - 1)).
+    model, images = Linear(), images_of(4, 0.3, 0.7)
+    labels = model(images).argmax(1)
+    w = (model.weight[1 - labels] - model.weight[labels]).double().reshape_as(images)
+    w /= w.abs().mean((1, 2, 3), keepdim=True)
+    eps, alpha, steps = 0.2, 0.05, 6
+    recording = Recording(model)
+    create_attack("ni_fgsm", eps=eps, alpha=alpha, steps=steps, decay=decay, loss="margin")(recording, images, labels)
+    low, high = images.double() - eps, images.double() + eps  # within [0, 1] here
+    for t, shown in enumerate(recording.shown[:-1]):
+        x = images + (t * alpha * w.sign()).clamp(-eps, eps)
+        ahead = x + alpha * decay * sum(decay**k for k in range(t)) * w
+        torch.testing.assert_close(shown.double(), ahead.clamp(0, 1).clamp(low, high), rtol=0, atol=1e-6)
+    torch.testing.assert_close(recording.shown[-1].double(), images + eps * w.sign(), rtol=0, atol=1e-6)
 
 
 # What is returned, and what it cost ----------------------------------------------------------------------------------
@@ -255,6 +279,8 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
         ("pgd", {"steps": 5}, 6, 5),
         ("pgd", {"steps": 5, "restarts": 3}, 18, 15),
         ("mim", {"steps": 5}, 6, 5),
+        ("mim", {"steps": 5, "restarts": 2}, 12, 10),
+        ("ni_fgsm", {"steps": 5}, 6, 5),
     ],
 )
 def test_cost(name: str, options: dict[str, Any], forwards: int, backwards: int) -> None:
@@ -269,7 +295,12 @@ def test_cost(name: str, options: dict[str, Any], forwards: int, backwards: int)
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("pgd", {"steps": 6, "restarts": 3, "alpha": 0.2}), ("pgd", {"steps": 6, "norm": "l2"}), ("mim", {"steps": 6})],
+    [
+        ("pgd", {"steps": 6, "restarts": 3, "alpha": 0.2}),
+        ("pgd", {"steps": 6, "norm": "l2"}),
+        ("mim", {"steps": 6}),
+        ("ni_fgsm", {"steps": 6}),
+    ],
 )
 def test_the_highest_loss_met_is_returned_that_of_a_success_first(
     name: str, options: dict[str, Any], targeted: bool, loss: str, digits: tuple[nn.Module, Tensor, Tensor]
@@ -288,7 +319,7 @@ def test_the_highest_loss_met_is_returned_that_of_a_success_first(
     assert bool(((met - found).abs().amax((2, 3, 4)) <= 1e-6).any(0).all())
 
 
-@pytest.mark.parametrize("name", ["pgd", "mim", "apgd", "noise", "patch"])
+@pytest.mark.parametrize("name", ["pgd", "mim", "ni_fgsm", "apgd", "noise", "patch"])
 def test_a_success_is_not_given_up_for_a_higher_loss(name: str) -> None:
     def unsure(x: Tensor) -> Tensor:
         """Brighter, the label's probability falls all the way, but the rival that leads at first gives way to two that
@@ -310,7 +341,7 @@ def test_a_success_is_not_given_up_for_a_higher_loss(name: str) -> None:
         assert not bool(fooled.gather(0, losses.argmax(0)[None]).any())  # the highest loss met is no success
 
 
-@pytest.mark.parametrize("name", ["pgd", "mim", "apgd"])
+@pytest.mark.parametrize("name", ["pgd", "mim", "ni_fgsm", "apgd"])
 def test_small_logits_are_told_apart(name: str, digits: tuple[nn.Module, Tensor, Tensor]) -> None:
     # Of logits times 1e-6 cross-entropy is log 10 to the last bit but one of float32.
     model, images, labels = digits
@@ -327,7 +358,7 @@ def test_small_logits_are_told_apart(name: str, digits: tuple[nn.Module, Tensor,
     assert bool(result.success[fooled.any(0)].all())
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "apgd", "apgd-t", "noise", "patch", "autoattack"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "ni_fgsm", "apgd", "apgd-t", "noise", "patch", "autoattack"])
 def test_towards_a_target_that_ranks_third_dlr_has_a_slope(name: str) -> None:
     # (the largest - the target) / (the largest - the third largest) would be 1 wherever the target is the third.
     model = Linear(6)
@@ -447,6 +478,20 @@ def test_torchattacks(name: str, digits: tuple[nn.Module, Tensor, Tensor]) -> No
     assert_same_attack(ours, theirs(images, labels), model, labels)
 
 
+def test_torchattacks_nifgsm(digits: tuple[nn.Module, Tensor, Tensor]) -> None:
+    torchattacks = pytest.importorskip("torchattacks", reason="the oracle torchattacks is not installed")
+    model, images, _ = digits
+    # Within ball and box: theirs looks ahead outside of both, where ours would have nothing to return.
+    images = 0.3 + 0.4 * images
+    labels = model(images).argmax(1)
+    options = {"alpha": 0.002, "steps": STEPS, "decay": 0.7}
+    theirs = torchattacks.NIFGSM(model, eps=EPS, **options)(images, labels)
+    ours, plain = (last_met(name, model, images, labels, **options) for name in ("ni_fgsm", "mim"))
+    same = (ours - theirs).abs().flatten(1).amax(1) <= 1e-5
+    assert float(same.float().mean()) >= 0.9
+    assert float((plain - theirs).abs().flatten(1).amax(1).mean()) > 1e-4  # the look ahead has a say
+
+
 @pytest.mark.parametrize(("name", "norm"), [("fgsm", "linf"), ("fgsm", "l2"), ("pgd", "linf"), ("pgd", "l2")])
 def test_foolbox(name: str, norm: str, digits: tuple[nn.Module, Tensor, Tensor]) -> None:
     with warnings.catch_warnings():
@@ -476,7 +521,7 @@ def test_foolbox(name: str, norm: str, digits: tuple[nn.Module, Tensor, Tensor])
 # Faults of public libraries, not to be repeated ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "ni_fgsm"])
 def test_a_saturated_softmax_is_counted_and_the_margin_still_moves(name: str) -> None:
     model = Linear(4, scale=50.0 * 400)  # confident: the cross-entropy is exactly 0 in float32
     images = images_of()
@@ -494,14 +539,15 @@ def test_a_saturated_softmax_is_counted_and_the_margin_still_moves(name: str) ->
         assert bool((margin(model(moved.images), labels) > margin(model(images), labels)).all())
 
 
-def test_momentum_of_a_zero_gradient_is_not_nan() -> None:
+@pytest.mark.parametrize("name", ["mim", "ni_fgsm"])
+def test_momentum_of_a_zero_gradient_is_not_nan(name: str) -> None:
     def flat(x: Tensor) -> Tensor:  # no gradient below 1/2, as behind a dead ReLU
         s = (x.amax((1, 2, 3)) - 0.5).clamp(min=0)
         return torch.stack([s, -s], 1)
 
     images = torch.full((2, *SHAPE), 0.3)
     images[1] = 0.7
-    found = create_attack("mim", eps=0.1, steps=5)(flat, images, torch.zeros(2, dtype=torch.int64))
+    found = create_attack(name, eps=0.1, steps=5)(flat, images, torch.zeros(2, dtype=torch.int64))
     assert bool(torch.isfinite(found).all())
     assert torch.equal(found[0], images[0])
     assert not torch.equal(found[1], images[1])
@@ -524,7 +570,7 @@ def test_an_images_gradient_does_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(together[:1], alone)
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "ni_fgsm"])
 def test_a_tiny_gradient_is_a_direction_like_any_other(name: str) -> None:
     # Its square is zero in float32, and so was the length that one library divides by.
     images = images_of(4)

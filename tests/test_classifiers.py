@@ -305,7 +305,11 @@ class Returns(nn.Module):
         (nn.Identity(), {"size": 8}, r"must return logits of shape \(2, classes\), it returned \(2, 3, 8, 8\)"),
         (Returns(torch.zeros(3, 5)), {"size": 8}, r"it returned \(3, 5\)"),
         (Returns(torch.zeros(2, 1)), {"size": 8}, r"it returned \(2, 1\), one logit per image: .*binary=True"),
-        (Returns((torch.zeros(2, 5),)), {"size": 8}, "it returned tuple"),
+        (
+            Returns((torch.zeros(2, 5),)),
+            {"size": 8},
+            r"answers with tuple of 0 \(2, 5\); say where its logits are by wrap\(model, logits=...\)",
+        ),
         (Returns(torch.full((2, 5), float("nan"))), {"size": 8}, "NaN or infinite logits"),
         (Returns(torch.tensor([[0.0, 1.0], [0.0, float("inf")]])), {"size": 8}, "NaN or infinite logits"),
     ],

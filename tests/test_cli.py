@@ -207,7 +207,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("unperturb.zoo.folders", dict)
     monkeypatch.chdir(tmp_path)
     speed = Speed({("float32", "contiguous"): 10.0})
-    for module in ("unperturb.training.jobs", "unperturb.training.loop", "unperturb.evaluation.jobs"):
+    for module in ("unperturb.training.jobs", "unperturb.training.loop", "unperturb.evaluation.plan"):
         monkeypatch.setattr(f"{module}.probe", functools.cache(lambda *_: speed))
     (tmp_path / "own_net.py").write_text(
         "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
@@ -262,9 +262,9 @@ def test_a_classifier_of_ones_own(here: Path) -> None:
     assert "cost: " in called(*FILTER, *own, "--dry-run")
     assert "nothing to learn; validation: clean" in called(*FILTER, *own)
     judged = ["evaluate", "compare-digits", *own, *QUICK, "--n", "6", "--attack", "fgsm", "--out", "runs/judged"]
-    shown = called(*judged, "--set", 'defenses=["none", "runs/median-digits"]')
-    assert "), own_net:net: accuracy" in shown
-    assert set(read_rows(here / "runs/judged")["defense"]) == {"none", "median"}
+    shown = called(*judged, "--set", 'systems=["undefended", "runs/median-digits"]')
+    assert "own_net:net on digits (6 of test): accuracy" in shown
+    assert set(read_rows(here / "runs/judged")["system"]) == {"undefended", "median"}
     for words, said in (
         (["--classifier", "own_net:nett"], "has no attribute 'nett'"),
         (["--classifier", "own_net:net", "--mean", "a,b"], "--mean 'a,b'; expected a number a channel"),
@@ -277,8 +277,9 @@ def test_a_label_from_outside_neither_styles_nor_steers(here: Path) -> None:
     words = ["evaluate", "compare-digits", "--classifier", "own_net:net", *QUICK, "--n", "4", "--out", "runs/label"]
 
     def evaluated(label: str, code: int = 0) -> str:
-        attacks = f'attacks=[{{ name = "fgsm", eps = 0.1, label = {json.dumps(label)}, knowledge = ["oblivious"] }}]'
-        return called(*words, "--set", attacks, "--set", 'defenses=["none"]', code=code)
+        attack = '{ name = "fgsm", eps = 0.1 }'
+        attacks = f'attacks=[{{ attack = {attack}, label = {json.dumps(label)}, knowledge = ["oblivious"] }}]'
+        return called(*words, "--set", attacks, "--set", 'systems=["undefended"]', code=code)
 
     shown = evaluated("[/red]\x1b[2J", code=2)
     assert "'[/red]\\x1b[2J' holds control characters" in shown

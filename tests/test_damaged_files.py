@@ -214,7 +214,7 @@ def test_logs(tmp_path: Path) -> None:
     )
     for number in range(TIMES):
         path.write_bytes(another_byte(whole, random.Random(number)) + b'7\n[1]\n{"step": []}\n')
-        loop._Log(path, 2, None).write({"step": 3})
+        loop.Log(path, 2, None).write({"step": 3})
         assert all(json.loads(line)["step"] <= 3 for line in path.read_text(encoding="utf-8").splitlines())
 
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unperturb import runs, threats
+from unperturb import runs
+from unperturb.attackers import Attacker
+from unperturb.attacks import create_attack
 from unperturb.classifiers import create_classifier
 from unperturb.config import read_recipe, resolve
 from unperturb.data import Splits
@@ -26,6 +28,8 @@ from unperturb.defenses import (
     save_defense,
     with_options,
 )
+from unperturb.defenses.defense_gan import DefenseGAN
+from unperturb.systems import System
 from unperturb.training import adversarial_batches, jobs
 
 # A defense that cannot be made from channels alone, or is large without, has small options here, one set a variant.
@@ -116,7 +120,7 @@ def test_shape_and_range(case: str, shape: tuple[int, int, int]) -> None:
     images = images_for(defense, shape)
     images[0], images[1] = 0.0, 1.0
     before = images.clone()
-    out = defense.purify(images)
+    out = defense(images)
     assert out.shape == images.shape
     assert out.dtype == torch.float32
     assert bool(torch.isfinite(out).all())
@@ -127,6 +131,50 @@ def test_shape_and_range(case: str, shape: tuple[int, int, int]) -> None:
     assert logits is None or logits.shape == (5, 10)
     with torch.no_grad():
         assert defense.purify(images[:0]).shape == (0, *images.shape[1:])
+
+
+@pytest.mark.parametrize("name", defenses)
+def test_no_defense_checks_or_clamps_for_itself(name: str) -> None:
+    made_by: Any = defenses[name]
+    assert made_by.forward is Defense.forward
+    assert made_by.purify_and_score is Defense.purify_and_score
+    assert made_by.purify is not Defense.purify
+
+
+class Brighter(Defense):
+    """Half a grey brighter, in place; what is too bright overshoots. Its detector writes over its images too."""
+
+    channels = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_detectors(1, 0.1)
+
+    def purify(self, images: Tensor) -> Tensor:
+        return images.add_(0.5)
+
+    def scores(self, images: Tensor, logits_fn: Any) -> Tensor:
+        return images.mul_(0).flatten(1).sum(1, keepdim=True)
+
+
+def test_what_is_called_checks_copies_and_clamps() -> None:
+    defense, images = Brighter(), torch.tensor([0.0, 0.2, 0.5, 0.9]).reshape(1, 1, 2, 2)
+    before, brighter = images.clone(), torch.tensor([0.5, 0.7, 1.0, 1.0]).reshape(1, 1, 2, 2)
+    torch.testing.assert_close(defense(images), brighter)
+    purified, scores = defense.purify_and_score(images, nn.Flatten())
+    torch.testing.assert_close(purified, brighter)
+    assert scores.shape == (1, 1)
+    assert torch.equal(images, before)
+    at = images.requires_grad_()
+    (slope,) = torch.autograd.grad(defense(at).sum(), at)
+    assert slope.flatten().tolist() == [1, 1, 1, 0]  # none of what is cut off
+    for asked in (defense, lambda x: defense.purify_and_score(x, nn.Flatten())):
+        with pytest.raises(ValueError, match=r"purifies images of 1 channel\(s\), and these have 3"):
+            asked(torch.rand(2, 3, 2, 2))
+        with pytest.raises(ValueError, match=r"must have shape \(N, C, H, W\), not \(2, 2\)"):
+            asked(torch.rand(2, 2))
+        with pytest.raises(TypeError, match=r"must be a float tensor in \[0, 1\], not torch.uint8"):
+            asked(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
 
 
 @every_case
@@ -168,6 +216,8 @@ def test_judging_is_purifying_and_scoring(case: str) -> None:
     torch.manual_seed(7)
     purified, scores = defense.purify_and_score(images, classifier())
     assert torch.equal(purified, seeded(defense, images))
+    torch.manual_seed(7)
+    assert torch.equal(purified, defense(images))
     assert scores.shape == (5, len(defense.thresholds))
     if not defense.random:
         assert torch.equal(scores, defense.scores(images, classifier()))
@@ -182,7 +232,7 @@ def test_a_batch_norm_in_training_mode_would_depend_on_it() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_identity_leaves_images_alone(shape: tuple[int, int, int]) -> None:
     images = torch.rand(3, *shape)
-    assert torch.equal(create_defense("none").purify(images), images)
+    assert torch.equal(create_defense("identity").purify(images), images)
 
 
 # What an attacker is told ---------------------------------------------------------------------------------------------
@@ -219,11 +269,12 @@ def test_the_gradient_of_a_learned_defense_against_finite_differences(case: str)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not made(c).differentiable])
-def test_what_hides_its_gradient_is_attacked_through_a_stand_in(case: str) -> None:
+def test_what_hides_its_gradient_is_attacked_through_its_surrogate(case: str) -> None:
     defense = made(case)
     images = images_for(defense).requires_grad_()
     torch.manual_seed(3)
-    seen = threats.target(classifier(), defense, "white_box", eot_samples=1)(images)
+    attacker = Attacker(create_attack("fgsm", eps=0.1), "white_box", eot_samples=1)
+    seen = attacker.model_for(System("whole", classifier(), defense))(images)
     (found,) = torch.autograd.grad(seen[:, 0].sum(), images)
     torch.manual_seed(3)
     restored = defense.purify(images).detach().requires_grad_()
@@ -357,12 +408,12 @@ def test_only_who_learns_from_pairs_pays_for_them(
     asked: list[int] = []
     mixture = adversarial_batches.Mixture.__call__
 
-    def counted(self: Any, model: nn.Module, images: Tensor, *rest: Any) -> Tensor:
+    def counted(self: Any, system: System, images: Tensor, *rest: Any) -> Tensor:
         asked.append(len(images))
-        return mixture(self, model, images, *rest)
+        return mixture(self, system, images, *rest)
 
     monkeypatch.setattr(adversarial_batches.Mixture, "__call__", counted)
-    task, _ = jobs.defense_task(recipe(case), data, [classifier()])
+    task = jobs.defense_task(recipe(case), data, [classifier()])
     batch = task.batch(0)
     assert asked == ([20] if task.defense.learns_from_pairs else [])
     assert torch.equal(batch.x_adv, batch.x_real) != task.defense.learns_from_pairs
@@ -411,15 +462,20 @@ def test_thresholds_come_from_held_out_images_in_front_of_every_classifier(data:
     assert runs.read_json(tmp_path / "defense.json")["options"]["drop_rate"] == 0.05
 
 
-def test_a_dear_defense_is_looked_at_on_few_images(data: Splits, tmp_path: Path) -> None:
-    task, fused = jobs.defense_task(recipe("defense_gan-hidden"), data, [classifier()])
+def test_a_dear_defense_is_looked_at_on_few_images(
+    data: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     looked: list[int] = []
-    task.defense.held_out = 10
-    reconstruct = task.defense.reconstruct
-    task.defense.reconstruct = lambda images: (looked.append(len(images)), reconstruct(images))[1]
-    jobs._defense_validation(recipe("defense_gan-hidden"), data, task, fused, torch.device("cpu"))()
-    jobs._calibrate(task.defense, data.val, fused, 0, torch.device("cpu"))
-    assert looked == [10, 10, 10]
+    reconstruct = DefenseGAN.reconstruct
+
+    def counted(self: DefenseGAN, images: Tensor) -> tuple[Tensor, Tensor]:
+        looked.append(len(images))
+        return reconstruct(self, images)
+
+    monkeypatch.setattr(DefenseGAN, "held_out", 10)
+    monkeypatch.setattr(DefenseGAN, "reconstruct", counted)
+    jobs.train_defense(recipe("defense_gan-hidden", steps=1), classifier(), data, out=tmp_path, device="cpu")
+    assert looked == [10, 10, 10]  # clean and attacked, to judge it, and clean for its threshold
 
 
 def test_a_defense_of_another_size_is_refused_before_it_is_trained(data: Splits, tmp_path: Path) -> None:

@@ -6,28 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
-import torch
-from torch import Tensor, nn
 
-from test_report import columns
-from unperturb import report
-from unperturb.attacks import create_attack
-from unperturb.data import ImageSet
-from unperturb.defenses import Defense, create_defense
-from unperturb.evaluation.grid import Grid, run_grid
+from made_rows import columns, frame
+from test_results_tables import OURS
 from unperturb.intervals import wilson
-from unperturb.report import detectors
-from unperturb.results import schema
+from unperturb.results import Results, detector_table, rejection_table, render, schema
 
 
 def rows_of(folder: Path, name: str = "a", **given: Any) -> None:
     """One cell, written and read as an evaluation does it."""
-    cell = {"dataset": "digits", "classifier": "net", "defense": "magnet", "attack": "pgd-40", "attack_repr": "PGD()"}
-    n = len(given["scores_clean"])
-    filled = columns(n, **{**cell, "eps": 0.3, "surrogate": "", "label": np.ones(n, int), **given})
-    schema.write_rows(folder / "rows" / name / "0000.parquet", filled)
+    cell = {"dataset": "digits", "classifier": "net", "system": "magnet", "defended": True}
+    cell |= {"attack": "pgd-40", "attack_repr": "PGD()", "label": 1}
+    schema.write_rows(folder / "rows" / name / "0000.parquet", columns(len(given["scores_clean"]), **(cell | given)))
 
 
 def predictions(right: list[int]) -> Any:
@@ -47,7 +38,7 @@ FOUR = {
 
 def test_auroc_and_hits_by_hand(tmp_path: Path) -> None:
     rows_of(tmp_path, **FOUR)
-    found = detectors.detector_table(schema.read_rows(tmp_path))
+    found = detector_table(Results.read(tmp_path))
     assert list(found["detector"]) == [0, 1]
     # Above all four clean scores lie 5, 6 and 7: with four images 1 % and 5 % both mean no false alarm.
     assert found["auroc"].tolist() == pytest.approx([14 / 16, (12 * 0.5 + 4) / 16])
@@ -68,7 +59,7 @@ def test_hits_at_one_and_at_five_percent(tmp_path: Path) -> None:
         pred_pure_clean=predictions([1] * 200),
         pred_pure_adv=predictions([1] * 200),
     )
-    (line,) = detectors.detector_table(schema.read_rows(tmp_path)).to_dict("records")
+    (line,) = detector_table(Results.read(tmp_path)).to_dict("records")
     assert line["tpr_1"] == pytest.approx(50 / 200)
     assert line["tpr_5"] == pytest.approx(100 / 200)
     above = (attacked[:, None] > clean[None]).mean()  # no ties: AUROC is the share of pairs in order
@@ -77,7 +68,7 @@ def test_hits_at_one_and_at_five_percent(tmp_path: Path) -> None:
 
 def test_both_ways_of_counting(tmp_path: Path) -> None:
     rows_of(tmp_path, **FOUR)
-    (line,) = detectors.rejection_table(schema.read_rows(tmp_path)).to_dict("records")
+    (line,) = rejection_table(Results.read(tmp_path)).to_dict("records")
     assert line["rejected_clean"] == 0.5
     assert line["rejected_adv"] == 0.5
     assert line["clean_strict"] == 0.5  # the third is right and rejected: wrong
@@ -91,70 +82,38 @@ def test_both_ways_of_counting(tmp_path: Path) -> None:
 def test_rejecting_everything_is_perfect_one_way_and_worthless_the_other(tmp_path: Path) -> None:
     everything = {"rejected_clean": np.ones(4, bool), "rejected_adv": np.ones(4, bool)}
     rows_of(tmp_path, **{**FOUR, **everything})
-    (line,) = detectors.rejection_table(schema.read_rows(tmp_path)).to_dict("records")
+    (line,) = rejection_table(Results.read(tmp_path)).to_dict("records")
     assert (line["adv_magnet"], line["adv_strict"], line["clean_strict"]) == (1, 0, 0)
 
 
 def test_cells_without_detectors_have_no_line(tmp_path: Path) -> None:
     rows_of(tmp_path, **FOUR)
-    rows_of(tmp_path, "b", **{**FOUR, "defense": "ours", "scores_clean": [[]] * 4, "scores_adv": [[]] * 4})
-    rows_of(tmp_path, "c", **{**FOUR, "eps": float("nan"), "knowledge": "white_box"})
-    rows = schema.read_rows(tmp_path)
-    assert list(detectors.rejection_table(rows)["defense"]) == ["magnet", "magnet"]
-    assert list(detectors.detector_table(rows)["knowledge"]) == ["oblivious"] * 2 + ["white_box"] * 2
-    written = report.write_report(rows, tmp_path / "report")
-    text = written["page"].read_text(encoding="utf-8")
-    assert "MagNet" in text
-    assert "0.875, 0.625" in text
-    kept = pd.read_csv(written["tables/detectors.csv"])
-    assert kept["auroc"].tolist() == pytest.approx([0.875, 0.625] * 2)
-    only = rows[rows["defense"] == "ours"]
-    assert not len(detectors.detector_table(only))
-    assert not len(detectors.rejection_table(only))
-    written = report.write_report(only, tmp_path / "plain")
-    assert "tables/detectors.csv" not in written
-    assert "<h2>Detectors" not in written["page"].read_text(encoding="utf-8")
+    rows_of(tmp_path, "b", **{**FOUR, "system": "ours", "scores_clean": [[]] * 4, "scores_adv": [[]] * 4})
+    rows_of(tmp_path, "c", **{**FOUR, "norm": "", "eps": float("nan"), "knowledge": "white_box"})
+    results = Results.read(tmp_path)
+    assert list(rejection_table(results)["system"]) == ["magnet", "magnet"]
+    assert list(detector_table(results)["knowledge"]) == ["oblivious"] * 2 + ["white_box"] * 2
+    only = results.where(system="ours")
+    assert detector_table(only).empty
+    assert rejection_table(only).empty
+    assert render.detector_sheets(only) == []
 
 
-class Bright(Defense):
-    """Rejects bright images."""
+def test_both_ways_of_counting_and_each_detector_stand_side_by_side(tmp_path: Path) -> None:
+    rows_of(tmp_path, **FOUR)
+    rows_of(tmp_path, "c", **{**FOUR, "norm": "", "eps": float("nan"), "knowledge": "white_box"})
+    (sheet,) = render.detector_sheets(Results.read(tmp_path))
+    assert [line[:3] for line in sheet.lines] == [
+        ["magnet", "oblivious", "pgd-40, eps 0.3"],
+        ["magnet", "white box", "pgd-40"],
+    ]
+    entries = dict(zip(zip(sheet.groups, sheet.heads), sheet.lines[0]))
+    assert entries["right", "or rejected (MagNet)"].startswith("50.0 % [")
+    assert entries["each detector", "AUROC"] == "0.875, 0.625"
+    assert entries["each detector", "% found at 1 % false"] == "75.0, 25.0"
 
-    def purify(self, images: Tensor) -> Tensor:
-        return images
 
-    def scores(self, images: Tensor, logits_fn: Any) -> Tensor:
-        return images.flatten(1).mean(1, keepdim=True)
-
-    @property
-    def thresholds(self) -> Tensor:
-        return torch.tensor([0.6])
-
-
-def test_from_a_grid_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNPERTURB_CACHE", str(tmp_path / "cache"))
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (12, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    names = [str(k) for k in range(3)]
-    data = ImageSet(
-        images=pixels,
-        labels=torch.arange(12) % 3,
-        index=torch.arange(12),
-        class_names=names,
-        source="toy",
-        split="test",
-    )
-    chain = create_defense("pipeline", parts=[Bright(), create_defense("none")])
-    grid = Grid(
-        data=data,
-        classifiers={"net": nn.Sequential(nn.Flatten(), nn.Linear(64, 3))},
-        defenses={"none": create_defense("none"), "bright": chain},
-        attacks={"fgsm": (create_attack("fgsm", eps=0.2), ["oblivious"])},
-        samples=0,
-    )
-    run_grid(grid, tmp_path / "out")
-    rows = schema.read_rows(tmp_path / "out")
-    mine = rows[rows["defense"] == "bright"].sort_values("index")
-    means = pixels.float().div(255).flatten(1).mean(1)
-    np.testing.assert_allclose(np.stack(mine["scores_clean"])[:, 0], means, atol=1e-6)
-    assert (mine["rejected_clean"].to_numpy() == (means > 0.6).numpy()).all()
-    assert list(detectors.rejection_table(rows)["defense"]) == ["bright"]
+def test_a_detector_that_gives_no_score_finds_nothing() -> None:
+    scores = {"scores_clean": [[0.0]] * 4, "scores_adv": [[np.nan], [np.nan], [1.0], [1.0]]}
+    (line,) = detector_table(Results(frame(OURS | scores))).to_dict("records")
+    assert (line["auroc"], line["tpr_1"]) == (0.5, 0.5)

@@ -1,8 +1,10 @@
-"""What is written is so: each line of the README runs, each recipe says what it is, each file of the tree is there."""
+"""What is written is so: each line of the README and of the page on use runs, each recipe says what it is, each file of
+the tree is there, each table is that of what it speaks of."""
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 import runpy
 import shlex
@@ -16,21 +18,24 @@ from typer.testing import CliRunner
 
 from unperturb import cli
 from unperturb.available import describe, recipes_page, to_toml
+from unperturb.classifiers import load_classifier
 from unperturb.config import read_recipe, recipe_names, resolve
+from unperturb.defenses import defenses, load_defense
 from unperturb.devices import Speed
 from unperturb.training.profiling import flop_per_image
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+USAGE = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    """The README's code blocks in `language`."""
-    return re.findall(rf"```(?:{language})\n(.*?)```", README, flags=re.S)
+    """The code blocks in `language`, those of the README first."""
+    return re.findall(rf"```(?:{language})\n(.*?)```", README + USAGE, flags=re.S)
 
 
 def commands() -> list[str]:
-    """Every `unperturb ...` line in the README's code blocks."""
+    """Every `unperturb ...` line in the code blocks."""
     lines = "\n".join(blocks("bash|sh|console")).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.strip().startswith("unperturb ")]
 
@@ -48,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder; how quick this machine is, and what a step costs, is looked at briefly."""
     speed = Speed({("float32", "contiguous"): 10.0})
-    for module in ("training.jobs", "training.loop", "evaluation.jobs"):
+    for module in ("training.jobs", "training.loop", "evaluation.plan"):
         monkeypatch.setattr(f"unperturb.{module}.probe", functools.cache(lambda *_: speed))
     for module in ("training.jobs", "training.loop"):
         monkeypatch.setattr(f"unperturb.{module}.flop_per_image", functools.partial(flop_per_image, steps=1, batch=2))
@@ -61,14 +66,14 @@ TRAINING = ["training.batch=2", "training.precision=float32", "training.memory_f
 # Evaluations that need what the lines before them have trained look at the zoo's instead.
 ZOO = [
     'classifiers=["zoo:mnist-lenet5"]',
-    'defenses=["none", "zoo:protect-mnist"]',
+    'systems=["undefended", "zoo:protect-mnist"]',
     'surrogate="zoo:mnist-convnet"',
     "samples=0",
 ]
 
 
 def small(line: str) -> list[str]:
-    """The words of a README line, and what makes it quick: digits for MNIST, two images, dry runs for trainings."""
+    """The words of a line, and what makes it quick: digits for MNIST, two images, dry runs for trainings."""
     _, verb, *words = shlex.split(line)
     if verb == "prepare":
         words[0] = "digits"
@@ -77,7 +82,7 @@ def small(line: str) -> list[str]:
         words += DIGITS + [word for key in keys for word in ("--set", key)] + ["--threads", "1", "--dry-run"]
     if verb == "evaluate":
         # On MNIST a table leaves "-mnist" out of the names.
-        words = [f"{w}-mnist" if before == "--defense" else w for before, w in zip(["", *words], words)]
+        words = [f"{w}-mnist" if before == "--system" else w for before, w in zip(["", *words], words)]
         words += [*DIGITS, "--n", "2", "--threads", "1"]
         words += [] if "--attack" in words else ["--attack", "fgsm", "--out", f"runs/{words[0]}"]
         words += [word for key in ZOO if not words[0].startswith("zoo-") for word in ("--set", key)]
@@ -94,7 +99,7 @@ def test_each_command_of_the_readme_runs(line: str) -> None:
 
 
 def test_the_python_of_the_readme_runs(clone: Path) -> None:
-    code = "".join(blocks("python")[1:])  # the first names the one line that all is about
+    code = "".join(blocks("python"))
     tiny = '["training.epochs=0.001", "training.memory_format=contiguous", "training.batch=2"]'
     changes = {
         'load_dataset("mnist")': 'load_dataset("digits", val=8)',
@@ -116,7 +121,8 @@ def test_the_readme_shows_every_verb() -> None:
     assert commands()
     for command in cli.app.registered_commands:
         name = command.name or command.callback.__name__.replace("_", "-")  # type: ignore[union-attr]
-        assert f"`{name}`" in README or f"unperturb {name}" in README, name
+        assert f"`{name}`" in README, name
+        assert f"`{name}`" in USAGE, name
 
 
 def test_the_readme_tree_names_every_room() -> None:
@@ -141,7 +147,7 @@ def test_the_page_of_recipes_is_that_of_the_program() -> None:
     assert set(cells) <= {5, 6}  # no `|` of a text has opened a column
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/table2.md"])
+@pytest.mark.parametrize("page", ["docs/results.md", "docs/table2.md"])
 def test_the_tables_on_a_page_are_those_of_the_results(page: str) -> None:
     filled = runpy.run_path(str(ROOT / "benchmarks" / "table2.py"))["filled"]
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -154,3 +160,62 @@ def test_the_page_of_what_went_wrong_names_tests_that_are_there() -> None:
     assert len(named) > 80
     source = {file: (ROOT / "tests" / f"test_{file}.py").read_text(encoding="utf-8") for file, _ in named}
     assert [f"{file}::{test}" for file, test in named if f"def {test}(" not in source[file]] == []
+
+
+def test_the_readme_is_short() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) >= 160] == []
+
+
+LINKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "zoo" / "README.md", ROOT / "results" / "README.md"]
+LINKED += sorted((ROOT / "docs").glob("**/*.md"))
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_link_leads_to_a_file(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [link for link in links if link and not (page.parent / link).exists()] == []
+
+
+def lines_of(page: str) -> list[list[str]]:
+    """The cells of a page's table whose first cell is a link."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| [")]
+
+
+def test_the_table_of_the_zoo_is_that_of_its_folders() -> None:
+    folders = {path.name: path for path in (ROOT / "zoo").iterdir() if path.is_dir()}
+    table = {cells[0]: cells for cells in lines_of("zoo/README.md")}
+    assert list(table) == [f"[{name}]({name}/README.md)" for name in sorted(folders)]
+    for name, path in folders.items():
+        _, kind, dataset, _, parameters, size, pflop, made_by = table[f"[{name}]({name}/README.md)"]
+        file = path / ("classifier.json" if kind == "classifier" else "defense.json")
+        record = json.loads(file.read_text(encoding="utf-8"))
+        model = load_classifier(path) if kind == "classifier" else load_defense(path)
+        assert dataset == record["extra" if kind == "classifier" else "about"]["dataset"]
+        assert parameters == f"{sum(weight.numel() for weight in model.parameters()):,}"
+        assert size == f"{(path / 'model.safetensors').stat().st_size:,}"
+        training = path / "training.json"
+        assert pflop == (str(json.loads(training.read_text())["pflop"]) if training.exists() else "not counted")
+        assert made_by.startswith(("`unperturb train", "`python benchmarks/"))
+
+
+def test_the_index_of_the_results_names_every_folder() -> None:
+    folders = sorted(path.name for path in (ROOT / "results").iterdir() if path.is_dir())
+    assert [cells[0] for cells in lines_of("results/README.md")] == [f"[{name}]({name})" for name in folders]
+    assert [path.name for path in (ROOT / "results").iterdir() if path.is_file()] == ["README.md"]
+    for _, command, date, shows, status in lines_of("results/README.md"):
+        assert command.startswith("`")
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", date)
+        assert shows
+        assert status
+
+
+def test_every_defense_stands_in_the_table_of_defenses() -> None:
+    table = (ROOT / "docs" / "defenses" / "README.md").read_text(encoding="utf-8")
+    for name in defenses:
+        assert f"`{name}`" in table or f"({name}.md)" in table, name
+    for card in (ROOT / "docs" / "defenses").glob("*.md"):
+        assert card.name == "README.md" or f"({card.name})" in table, card.name

@@ -13,10 +13,13 @@ from scipy import ndimage
 from skimage.restoration import denoise_tv_chambolle
 from torch import Tensor, nn
 
-from unperturb import runs, threats
+from unperturb import runs
+from unperturb.attackers import EOT, Attacker
+from unperturb.attacks import create_attack
 from unperturb.defenses import Defense, Protected, create_defense, defenses, load_defense, save_defense
 from unperturb.defenses.pipeline import Pipeline
 from unperturb.evaluation.identity import identify
+from unperturb.systems import System
 
 FILTERS: list[tuple[str, dict[str, Any]]] = [
     ("median", {"kernel": 3}),
@@ -27,6 +30,12 @@ FILTERS: list[tuple[str, dict[str, Any]]] = [
     ("bit_depth", {"bits": 4}),
     ("total_variation", {"weight": 0.1, "steps": 12}),
 ]
+
+
+def seen_by(knowledge: str, classifier: nn.Module, defense: Defense, eot_samples: int = 20) -> nn.Module:
+    """What an attacker of this knowledge attacks."""
+    attacker = Attacker(create_attack("square", eps=0.1), knowledge, eot_samples)
+    return attacker.model_for(System("whole", classifier, defense))
 
 
 def images(n: int = 3, channels: int = 1, size: int = 12, seed: int = 0) -> Tensor:
@@ -140,7 +149,7 @@ def test_shape_range_and_each_image_on_its_own(name: str, options: dict[str, Any
 @pytest.mark.parametrize(("name", "options"), FILTERS)
 def test_a_white_box_attacker_always_has_a_gradient(name: str, options: dict[str, Any]) -> None:
     defense, classifier = create_defense(name, **options), nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).eval()
-    seen, x = threats.target(classifier, defense, "white_box"), images().requires_grad_()
+    seen, x = seen_by("white_box", classifier, defense), images().requires_grad_()
     logits = seen(x)
     torch.testing.assert_close(logits, classifier(defense.purify(x.detach())), rtol=0, atol=1e-6)
     (gradient,) = torch.autograd.grad(logits[:, 0].sum(), x)
@@ -209,7 +218,7 @@ class Scale(Defense):
 
 
 class Steps(Defense):
-    """Five levels, and a stand-in that is neither them nor the identity."""
+    """Five levels, and a surrogate that is neither them nor the identity."""
 
     differentiable = False
 
@@ -241,12 +250,12 @@ def test_a_chain_that_is_differentiable_has_the_gradient_of_the_composition() ->
 
 
 def test_the_gradient_through_a_chain_with_a_step_in_it() -> None:
-    # f(s(q(s(x)))) with s(x) = 0.8 x^2 and q five levels, its stand-in 3 x: by the chain rule at the exact values
+    # f(s(q(s(x)))) with s(x) = 0.8 x^2 and q five levels, its surrogate 3 x: by the chain rule at the exact values
     # w * 2 * 0.8 * q * 3 * 2 * 0.8 * x.
     chain = Pipeline(parts=[Scale(0.8), Steps(), Scale(0.8)])
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).eval()
     x = images().requires_grad_()
-    seen = threats.target(classifier, chain, "white_box")
+    seen = seen_by("white_box", classifier, chain)
     assert torch.equal(seen(x), classifier(chain.purify(x)))
     (found,) = torch.autograd.grad(seen(x)[:, 0].sum(), x)
     w = classifier[1].weight[0].detach().reshape(1, 1, 12, 12)
@@ -254,7 +263,7 @@ def test_the_gradient_through_a_chain_with_a_step_in_it() -> None:
     expected = w * 1.6 * q * 3 * 1.6 * x.detach()
     torch.testing.assert_close(found, expected)
     # The one who takes the identity for the whole sees something else.
-    identity = threats.target(classifier, chain, "bpda")
+    identity = seen_by("bpda", classifier, chain)
     (straight,) = torch.autograd.grad(identity(x)[:, 0].sum(), x)
     torch.testing.assert_close(straight, w.expand_as(x))
     assert not chain.differentiable
@@ -266,11 +275,10 @@ def test_chains_of_chains_are_one_chain() -> None:
     assert [type(stage) for stage in outer.stages()] == [Scale, Steps, Scale]
     classifier, x = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)), images().requires_grad_()
     gradients = [
-        torch.autograd.grad(threats.target(classifier, chain, "white_box")(x)[:, 1].sum(), x)[0]
-        for chain in (outer, flat)
+        torch.autograd.grad(seen_by("white_box", classifier, chain)(x)[:, 1].sum(), x)[0] for chain in (outer, flat)
     ]
     assert torch.equal(*gradients)
-    # Its stand-in, for who takes the chain as one: the exact value and, again, the same gradient.
+    # Its surrogate, for who takes the chain as one: the exact value and, again, the same gradient.
     torch.testing.assert_close(outer.surrogate_backward(x), outer.purify(x))
     torch.testing.assert_close(
         torch.autograd.grad(classifier(outer.surrogate_backward(x))[:, 1].sum(), x)[0], gradients[0]
@@ -282,8 +290,8 @@ def test_a_chain_is_random_if_any_link_is() -> None:
     assert chain.random
     assert not chain.differentiable
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).eval()
-    seen = threats.target(classifier, chain, "white_box", eot_samples=3)
-    assert isinstance(seen, threats.EOT)
+    seen = seen_by("white_box", classifier, chain, 3)
+    assert isinstance(seen, EOT)
     x = images()
     torch.manual_seed(5)
     found = seen(x)
@@ -294,7 +302,7 @@ def test_a_chain_is_random_if_any_link_is() -> None:
 def test_a_chain_rejects_what_any_part_rejects() -> None:
     # Means 0.2 and 0.6; after 0.8 x^2 (of constant images): 0.032 and 0.288. Thresholds 0.5 and 0.1.
     x = torch.cat([torch.full((1, 1, 4, 4), 0.2), torch.full((1, 1, 4, 4), 0.6), torch.full((1, 1, 4, 4), 0.4)])
-    chain = Pipeline(parts=[Scale(0.8, 0.5), create_defense("none"), Scale(1.0, 0.1)])
+    chain = Pipeline(parts=[Scale(0.8, 0.5), create_defense("identity"), Scale(1.0, 0.1)])
     scores = chain.scores(x, nn.Flatten())
     torch.testing.assert_close(scores, torch.tensor([[0.2, 0.032], [0.6, 0.288], [0.4, 0.128]]))
     torch.testing.assert_close(chain.thresholds, torch.tensor([0.5, 0.1]))
@@ -358,6 +366,6 @@ def test_a_pipeline_from_a_recipes_words() -> None:
 def test_what_is_kept_of_one_attacker_is_not_given_to_another() -> None:
     classifier = nn.Flatten()
     jpegs = [create_defense("jpeg", quality=q) for q in (50, 60)]
-    seen = [threats.target(classifier, jpegs[0], k) for k in ("bpda", "white_box", "black_box")]
-    seen += [threats.target(classifier, jpegs[1], "white_box"), threats.EOT(seen[1], 2), threats.EOT(seen[1], 3)]
+    seen = [seen_by(k, classifier, jpegs[0]) for k in ("bpda", "white_box", "black_box")]
+    seen += [seen_by("white_box", classifier, jpegs[1]), EOT(seen[1], 2), EOT(seen[1], 3)]
     assert len({identify(s).key for s in seen}) == len(seen)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unperturb.classifiers.base import classifiers, create_classifier, wrap
+from unperturb.classifiers import classifiers, create_classifier, wrap
 from unperturb.classifiers.fused_copy import fused_copy
 
 NORMS = {

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unperturb import runs, threats
+from unperturb import runs
+from unperturb.attackers import Attacker, rounding
 from unperturb.attacks import attacks, create_attack
 from unperturb.attacks.base import Attack
 from unperturb.attacks.context import AttackContext
@@ -20,7 +21,8 @@ from unperturb.data import ImageSet
 from unperturb.defenses import Defense, Protected, create_defense, defenses
 from unperturb.evaluation import adversarials
 from unperturb.evaluation.identity import code, identify, is_known
-from unperturb.evaluation.jobs import evaluate
+from unperturb.evaluation.run import evaluate
+from unperturb.systems import System
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,8 @@ def test_every_defense_and_what_attackers_make_of_it_is_known_again(name: str) -
     for _ in range(2):
         torch.manual_seed(0)
         model, defense = net(), made(name)
-        seen = [threats.target(model, defense, knowledge) for knowledge in ("bpda", "white_box", "black_box")]
+        attackers = [Attacker(create_attack("square", eps=0.1), kind) for kind in ("bpda", "white_box", "black_box")]
+        seen = [attacker.model_for(System("it", model, defense)) for attacker in attackers]
         found.append([identify(function) for function in (model, defense, *seen)])
     assert all(one.lasting for one in found[0])
     assert found[0] == found[1]
@@ -74,12 +77,22 @@ def test_every_defense_and_what_attackers_make_of_it_is_known_again(name: str) -
 
 def test_every_attack_is_known_by_its_record() -> None:
     assert all(is_known(attacks[name]) for name in attacks)  # type: ignore[arg-type]
+    one, same, other = (create_attack("pgd", eps=0.1, steps=s) for s in (3, 3, 4))
+    assert identify(one) == identify(same) != identify(other)
+    assert identify(one).lasting
+    model = net()
+    assert (
+        len({identify(model, one).key, identify(model, other).key, identify(one, model).key, identify(model).key}) == 4
+    )
 
     class Mine(Attack):
         def perturb(self, context: AttackContext) -> Tensor:
             return context.images
 
     assert not is_known(Mine)
+    assert not identify(Mine()).lasting
+    assert not identify(model, Mine()).lasting
+    assert identify(Mine()).key != identify(one).key
     assert code() == code()
 
 
@@ -150,7 +163,7 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "inside another": lambda: nn.Sequential(Own(), nn.Softmax(1)),
     "wrapped": lambda: wrap(Own()),
     "protected": lambda: Protected(Own(), create_defense("jpeg")),
-    "a lambda as stand-in": threats.rounding,
+    "a lambda as stand-in": rounding,
     "a patched forward": patched,
     "a hook": hooked,
     "a parametrization": parametrized,
@@ -189,7 +202,7 @@ PGD = create_attack("pgd", eps=0.1, steps=3)
 
 
 def robust(sign: float, out: Path | None = None, resume: bool = False) -> float:
-    rows = evaluate(data(), {"none": Own(sign)}, [PGD], ["oblivious"], out=out, resume=resume, device="cpu")
+    rows = evaluate(data(), {"undefended": Own(sign)}, [PGD], ["oblivious"], out=out, resume=resume, device="cpu")
     return float((rows["pred_adv"] == rows["label"]).mean())
 
 
@@ -199,23 +212,24 @@ def test_two_models_that_differ_in_an_attribute_are_two(tmp_path: Path) -> None:
     assert first < 0.2
     assert robust(1.0) == first
     assert not (tmp_path / "cache").exists()  # an object is nothing to be found again
-    both = {"none": Own(1.0), "turned": Own(-1.0)}
+    bare = Own(1.0)
+    both = {"bare": bare, "turned": System("turned", Own(-1.0), base=bare)}
     rows = evaluate(data(), both, [PGD], ["oblivious", "white_box"], device="cpu")
-    right = (rows["pred_pure_adv"] == rows["label"]).groupby([rows["defense"], rows["knowledge"]]).mean()
-    assert right["none", "oblivious"] == first
+    right = (rows["pred_pure_adv"] == rows["label"]).groupby([rows["system"], rows["knowledge"]]).mean()
+    assert right["bare", "oblivious"] == first
     assert set(right["turned"].index) == {"oblivious", "white_box"}
     x, y = data().batch(torch.arange(24))
     with torch.no_grad():
         clean = (Own(-1.0)(x).argmax(1) == y).float().mean()
-    mine = rows[rows["defense"] == "turned"]
+    mine = rows[rows["system"] == "turned"]
     assert (mine["pred_pure_clean"] == mine["label"]).mean() == pytest.approx(float(clean))
 
 
 def test_what_a_folder_rebuilds_is_kept_for_another_time(tmp_path: Path) -> None:
-    evaluate(data(), {"none": net()}, [PGD], ["oblivious"], device="cpu")
+    evaluate(data(), {"undefended": net()}, [PGD], ["oblivious"], device="cpu")
     (kept,) = (tmp_path / "cache").rglob("*.safetensors")
     written = kept.stat().st_mtime_ns
-    evaluate(data(), {"none": net()}, [PGD], ["oblivious"], device="cpu")
+    evaluate(data(), {"undefended": net()}, [PGD], ["oblivious"], device="cpu")
     assert kept.stat().st_mtime_ns == written
 
 
@@ -228,7 +242,7 @@ def test_an_attack_of_ones_own_is_kept_no_longer_than_the_process(tmp_path: Path
         return Mine()
 
     attacks = {"black": mine(0.0), "white": mine(1.0)}  # one record, two codes
-    rows = evaluate(data(), {"none": net()}, attacks, ["oblivious"], device="cpu")
+    rows = evaluate(data(), {"undefended": net()}, attacks, ["oblivious"], device="cpu")
     x, _ = data().batch(torch.arange(24))
     for label, value in (("black", 0.0), ("white", 1.0)):
         found = rows[rows["attack"] == label].sort_values("index")["l2"]
@@ -248,8 +262,10 @@ def test_a_run_goes_on_only_with_models_that_behave_as_its_own(tmp_path: Path) -
     for shard in out.glob("rows/*/*.parquet"):
         shard.unlink()
     for other in (Own(-1.0), Bent()):
-        with pytest.raises(runs.RunError, match="was begun with another classifier 'classifier': on 16 images"):
-            evaluate(data(), {"none": other}, [PGD], ["oblivious"], out=out, resume=True, device="cpu")
+        with pytest.raises(
+            runs.RunError, match="was begun with another model as classifier 'classifier': on 16 images"
+        ):
+            evaluate(data(), {"undefended": other}, [PGD], ["oblivious"], out=out, resume=True, device="cpu")
     assert robust(1.0, out, resume=True) == whole
 
 
@@ -261,8 +277,8 @@ def test_a_model_in_hand_is_not_taken_for_one_with_another_gradient(tmp_path: Pa
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images.detach()) + 0 * images.sum()
 
-    with pytest.raises(runs.RunError, match="was begun with another classifier"):
-        evaluate(data(), {"none": Hidden()}, [PGD], ["oblivious"], out=out, resume=True, device="cpu")
+    with pytest.raises(runs.RunError, match="was begun with another model as classifier"):
+        evaluate(data(), {"undefended": Hidden()}, [PGD], ["oblivious"], out=out, resume=True, device="cpu")
 
 
 def test_a_purifier_in_hand_is_known_by_its_behavior_too(tmp_path: Path) -> None:
@@ -282,13 +298,18 @@ def test_a_purifier_in_hand_is_known_by_its_behavior_too(tmp_path: Path) -> None
 
     run(0.1, False)
     run(0.1, True)
-    with pytest.raises(runs.RunError, match="was begun with another defense 'ours'"):
+    with pytest.raises(runs.RunError, match="was begun with another model as the purifier of 'ours'"):
         run(0.2, True)
 
 
 def test_one_model_given_twice_is_refused() -> None:
     bare = net()
-    with pytest.raises(ValueError, match="'again' is the bare classifier, which is there already"):
-        evaluate(data(), {"none": bare, "again": bare}, [PGD], device="cpu")
-    with pytest.raises(ValueError, match="pass one and the same object"):
-        evaluate(data(), {"a": Own(), "b": Own()}, [PGD], device="cpu")
+    with pytest.raises(ValueError, match="'again' is the undefended classifier, which is there already"):
+        evaluate(data(), {"one": bare, "again": bare}, [PGD], device="cpu")
+    with pytest.raises(ValueError, match="'again' is the undefended classifier, which is there already"):
+        evaluate(data(), {"one": net(), "again": net()}, [PGD], device="cpu")  # alike, as far as anybody can tell
+
+
+def test_a_user_s_objects_are_two_however_alike() -> None:
+    rows = evaluate(data(), {"a": Own(), "b": Own()}, [PGD], ["oblivious"], device="cpu")
+    assert set(zip(rows["classifier"], rows["system"])) == {("classifier", "a"), ("classifier-2", "b")}

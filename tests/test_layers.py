@@ -1,4 +1,4 @@
-"""The house: imports run down only. The imports are read, not run; an arrow that runs up or across fails by name."""
+"""The layers: imports run down only. The imports are read, not run; an arrow that runs up or across fails by name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import unperturb
 
 SOURCE = Path(unperturb.__file__).parent
 
-# A room is a file or a folder of the package; neighbours on a floor do not know each other.
-FLOORS = {
+# A module here is a file or a folder of the package; neighbors on a layer do not know each other.
+LAYERS = {
     "per_image_rng": 1,
     "registry": 1,
     "config": 1,
     "validation": 1,
+    "threat_models": 2,
     "modules": 2,
     "screen": 1,
     "devices": 2,
@@ -29,37 +30,62 @@ FLOORS = {
     "attacks": 3,
     "defenses": 3,
     "classifiers": 3,
-    "threats": 4,
+    "results": 3,
+    "systems": 4,
+    "attackers": 5,
     "unsaved": 4,
-    "training": 5,
-    "evaluation": 5,
-    "report": 6,
-    "export": 6,
-    "__init__": 7,
-    "serve": 7,
-    "app": 7,
-    "demo": 7,
-    "available": 7,
-    "cache": 7,
-    "cli": 8,
-    "__main__": 9,
+    "training": 6,
+    "evaluation": 6,
+    "export": 7,
+    "attack_folder": 7,
+    "benchmarking": 7,
+    "__init__": 8,
+    "serve": 8,
+    "app": 8,
+    "demo": 8,
+    "available": 8,
+    "cache": 8,
+    "cli": 9,
+    "__main__": 10,
 }
-# Who may be imported across: the registry's one error serves the recipes too, and the package's face names what
+# Who may be imported across: the registry's one error serves the recipes too, and the package's `__init__` names what
 # stands beside it.
 ACROSS = {("config", "registry"), ("__init__", "available")}
-# Inside a room: what siblings may import, or the order of the room's files from the bottom up.
+# Inside a folder: what siblings may import, or the order of its files from the bottom up.
 SHARED = {
     "attacks": {"projections", "base", "losses", "context"},
     "defenses": {"base", "gan_losses", "networks"},
     "classifiers": {"base"},
 }
 ORDER = {
-    "training": ["adversarial_batches", "objectives", "muon", "profiling", "checkpoints", "loop", "jobs"],
-    "evaluation": ["identity", "adversarials", "training_cost", "checks", "grid", "behavior", "jobs"],
+    "training": ["adversarial_batches", "objectives", "muon", "profiling", "state", "loop", "jobs"],
+    "results": [
+        *("names", "sheet", "schema", "samples", "results", "robust", "cases", "flags", "tables", "comparison"),
+        *("render", "figures", "ladder_figure", "cost_figure", "embedded", "card", "page"),
+    ],
+    "evaluation": [
+        "identity",
+        "adversarials",
+        "training_cost",
+        "checks",
+        "ladder",
+        "plan",
+        "measure",
+        "grid",
+        "cascade",
+        "behavior",
+        "probe",
+        "run",
+    ],
 }
-# An arrow from one attack to another: a cascade is made of its members.
-FAMILIES = {("attacks", "autoattack"): {"apgd", "fab", "square"}, ("attacks", "fab"): {"apgd"}}
-FORBIDDEN = {"report": {"torch"}, "intervals": {"torch"}}
+# An arrow from one sibling to another: a cascade is made of its members, and what is wrapped may be a file.
+FAMILIES = {
+    ("attacks", "autoattack"): {"apgd", "fab", "square"},
+    ("attacks", "fab"): {"apgd"},
+    ("attacks", "nifgsm"): {"mim"},
+    ("classifiers", "wrapped"): {"onnx_file"},
+}
+FORBIDDEN = {"results": {"torch"}, "intervals": {"torch"}, "threat_models": {"torch"}}
 
 
 def module_of(path: Path, root: Path) -> str:
@@ -81,7 +107,7 @@ def imports(text: str, modules: set[str], own: str) -> Iterator[tuple[int, str]]
 
 
 def arrows(root: Path) -> list[tuple[str, int, str]]:
-    """(importing module, line, imported module), both under the package; `""` is the package's own face."""
+    """(importing module, line, imported module), both under the package; `""` is the package itself."""
     files = sorted(root.rglob("*.py"))
     modules = {module_of(f, root).removesuffix(".__init__") for f in files}
     found = []
@@ -100,43 +126,43 @@ def breaches(root: Path) -> list[str]:
     wrong = []
     for own, line, name in arrows(root):
         here, there = own.split("."), name.split(".")
-        room, other = here[0], there[0]
+        module, other = here[0], there[0]
         where = f"{own.replace('.', '/')}.py:{line} imports {name or 'the package'}"
-        if room not in FLOORS or (other and other not in FLOORS):
-            wrong.append(f"{where}: {room if room not in FLOORS else other} stands on no floor")
+        if module not in LAYERS or (other and other not in LAYERS):
+            wrong.append(f"{where}: {module if module not in LAYERS else other} has no layer")
         elif not name:
-            # The command line calls what is public; nobody below may know the face.
-            if FLOORS[room] <= FLOORS["__init__"]:
-                wrong.append(f"{where}: nobody imports the face from inside")
-        elif room != other:
-            if (room, other) in ACROSS:
+            # The command line calls what is public; nobody below may know its `__init__`.
+            if LAYERS[module] <= LAYERS["__init__"]:
+                wrong.append(f"{where}: nobody imports its `__init__` from inside")
+        elif module != other:
+            if (module, other) in ACROSS:
                 continue
-            if FLOORS[other] > FLOORS[room]:
-                wrong.append(f"{where}: up, from floor {FLOORS[room]} to {FLOORS[other]}")
-            elif FLOORS[other] == FLOORS[room]:
-                wrong.append(f"{where}: across floor {FLOORS[room]}")
+            if LAYERS[other] > LAYERS[module]:
+                wrong.append(f"{where}: up, from layer {LAYERS[module]} to {LAYERS[other]}")
+            elif LAYERS[other] == LAYERS[module]:
+                wrong.append(f"{where}: across layer {LAYERS[module]}")
         else:
-            wrong += [f"{where}: {said}" for said in inside(room, here[1], there[1:])]
+            wrong += [f"{where}: {said}" for said in inside(module, here[1], there[1:])]
     return wrong
 
 
-def inside(room: str, mine: str, there: list[str]) -> list[str]:
+def inside(module: str, mine: str, there: list[str]) -> list[str]:
     if not there:
-        return ["its own face"]
+        return ["its own `__init__`"]
     theirs = there[0]
     if mine == "__init__" or theirs == mine:
         return []
-    if room in SHARED:
-        shared = SHARED[room] | FAMILIES.get((room, mine), set())
+    if module in SHARED:
+        shared = SHARED[module] | FAMILIES.get((module, mine), set())
         if theirs not in shared:
-            return [f"{room}/ shares {', '.join(sorted(SHARED[room]))} only"]
+            return [f"{module}/ shares {', '.join(sorted(SHARED[module]))} only"]
         return []
-    if room in ORDER:
-        order = ORDER[room]
+    if module in ORDER:
+        order = ORDER[module]
         unknown = [name for name in (mine, theirs) if name not in order]
         if unknown:
-            return [f"{unknown[0]} has no place in {room}/"]
-        return [] if order.index(theirs) < order.index(mine) else [f"up in {room}/: {' < '.join(order)}"]
+            return [f"{unknown[0]} has no place in {module}/"]
+        return [] if order.index(theirs) < order.index(mine) else [f"up in {module}/: {' < '.join(order)}"]
     return []
 
 
@@ -159,29 +185,30 @@ def test_libraries_stay_where_they_belong() -> None:
     assert not outside(SOURCE), "\n" + "\n".join(outside(SOURCE))
 
 
-def test_every_room_stands_on_a_floor() -> None:
-    rooms = {p.stem for p in SOURCE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    assert not rooms - set(FLOORS), f"no floor for {sorted(rooms - set(FLOORS))}"
+def test_every_module_has_a_layer() -> None:
+    modules = {p.stem for p in SOURCE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert not modules - set(LAYERS), f"no layer for {sorted(modules - set(LAYERS))}"
     assert not {p.stem for p in SOURCE.rglob("*.py")} & {"utils", "util", "helpers", "common", "misc"}
 
 
-@pytest.mark.parametrize("room", ["attacks", "classifiers", "defenses"])
-def test_every_file_is_in_its_face(room: str) -> None:
+@pytest.mark.parametrize("module", ["attacks", "classifiers", "defenses"])
+def test_every_file_is_imported_by_its_init(module: str) -> None:
     reached, waiting = set[str](), ["__init__"]
-    found = [(o.split("."), n.split(".")) for o, _, n in arrows(SOURCE) if o.startswith(f"{room}.") and "." in n]
+    found = [(o.split("."), n.split(".")) for o, _, n in arrows(SOURCE) if o.startswith(f"{module}.") and "." in n]
     while waiting:
         file = waiting.pop()
         reached.add(file)
-        waiting += [n[1] for o, n in found if o[1] == file and n[0] == room and n[1] not in reached]
-    missing = {f.stem for f in (SOURCE / room).glob("*.py")} - reached
-    assert not missing, f"{room}/__init__.py does not import {sorted(missing)}: nobody would find what is in there"
+        waiting += [n[1] for o, n in found if o[1] == file and n[0] == module and n[1] not in reached]
+    missing = {f.stem for f in (SOURCE / module).glob("*.py")} - reached
+    assert not missing, f"{module}/__init__.py does not import {sorted(missing)}: nobody would find what is in there"
 
 
-# What the package's face costs ---------------------------------------------------------------------------------------
+# What importing the package costs -------------------------------------------------------------------------------------
 
 HEAVY = {"torch", "numpy", "pandas", "kornia", "datasets", "lightning_fabric", "matplotlib", "sklearn", "scipy", "ray"}
 # Imported when they are needed, inside the functions that need them: seconds each.
-LAZY = {"kornia", "datasets", "lightning_fabric", "matplotlib", "sklearn", "pandas", "pyarrow", "onnx", "ray", "gradio"}
+LAZY = {"kornia", "datasets", "lightning_fabric", "matplotlib", "sklearn", "pandas", "pyarrow", "ray", "gradio"}
+LAZY |= {"onnx", "onnxruntime"}
 
 
 def at_the_top(text: str) -> Iterator[tuple[int, str]]:
@@ -222,13 +249,13 @@ def test_heavy_libraries_wait_until_they_are_needed() -> None:
 
 # That all this can fail ----------------------------------------------------------------------------------------------
 
-HOUSE = {
+PACKAGE = {
     "__init__.py": "",
     "per_image_rng.py": "",
     "registry.py": "",
     "runs.py": "",
     "metrics.py": "",
-    "threats.py": "from unperturb.defenses import base",
+    "systems.py": "from unperturb.defenses import base",
     "attacks/__init__.py": "from unperturb.attacks import base, pgd",
     "attacks/base.py": "from unperturb import per_image_rng\nfrom unperturb.registry import Registry",
     "attacks/pgd.py": "from unperturb.attacks.base import Attack",
@@ -238,7 +265,7 @@ HOUSE = {
     "training/adversarial_batches.py": "from unperturb.attacks.base import attacks",
     "training/loop.py": "from unperturb import runs",
     "training/jobs.py": "from unperturb.training.loop import train",
-    "report/__init__.py": "",
+    "results/__init__.py": "",
     "cli.py": "def verb():\n    from unperturb import table\n    from unperturb.training import jobs",
 }
 
@@ -246,17 +273,17 @@ HOUSE = {
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("metrics.py", "from unperturb.runs import lock", r"metrics.py:1 imports runs: across floor 2"),
+        ("metrics.py", "from unperturb.runs import lock", r"metrics.py:1 imports runs: across layer 2"),
         (
             "runs.py",
             "def f():\n    from unperturb.attacks import base",
-            "runs.py:2 imports attacks.base: up, from floor 2",
+            "runs.py:2 imports attacks.base: up, from layer 2",
         ),
-        ("runs.py", "import unperturb.training.loop", "runs.py:1 imports training.loop: up, from floor 2 to 5"),
-        ("defenses/base.py", "from unperturb import attacks", "defenses/base.py:1 imports attacks: across floor 3"),
-        ("per_image_rng.py", "from unperturb import registry", "per_image_rng.py:1 imports registry: across floor 1"),
-        ("attacks/pgd.py", "from unperturb.attacks import Attack", "imports attacks: its own face"),
-        ("attacks/pgd.py", "from unperturb import Attack", "imports the package: nobody imports the face"),
+        ("runs.py", "import unperturb.training.loop", "runs.py:1 imports training.loop: up, from layer 2 to 6"),
+        ("defenses/base.py", "from unperturb import attacks", "defenses/base.py:1 imports attacks: across layer 3"),
+        ("per_image_rng.py", "from unperturb import registry", "per_image_rng.py:1 imports registry: across layer 1"),
+        ("attacks/pgd.py", "from unperturb.attacks import Attack", "imports attacks: its own `__init__`"),
+        ("attacks/pgd.py", "from unperturb import Attack", "imports the package: nobody imports its `__init__`"),
         (
             "attacks/base.py",
             "from unperturb.attacks import pgd",
@@ -265,18 +292,18 @@ HOUSE = {
         (
             "training/adversarial_batches.py",
             "from unperturb.training.loop import train",
-            "up in training/: adversarial_batches < objectives < muon < profiling < checkpoints < loop",
+            "up in training/: adversarial_batches < objectives < muon < profiling < state < loop",
         ),
         (
             "training/adversarial_batches.py",
             "from unperturb.evaluation import grid",
-            "imports evaluation: across floor 5",
+            "imports evaluation: across layer 6",
         ),
-        ("utils.py", "from unperturb import per_image_rng", "utils stands on no floor"),
+        ("utils.py", "from unperturb import per_image_rng", "utils has no layer"),
     ],
 )
 def test_a_bad_arrow_is_named(file: str, text: str, said: str, tmp_path: Path) -> None:
-    for name, content in HOUSE.items():
+    for name, content in PACKAGE.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     if "evaluation" in text:
@@ -289,9 +316,9 @@ def test_a_bad_arrow_is_named(file: str, text: str, said: str, tmp_path: Path) -
 
 
 def test_a_library_out_of_place_is_named(tmp_path: Path) -> None:
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "tables.py").write_text("def f():\n    from torch import nn")
-    assert outside(tmp_path) == ["report/tables.py:2 imports torch"]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "tables.py").write_text("def f():\n    from torch import nn")
+    assert outside(tmp_path) == ["results/tables.py:2 imports torch"]
     assert list(at_the_top("import kornia\ndef f():\n    import torch\nif True:\n    import ray")) == [
         (1, "kornia"),
         (5, "ray"),

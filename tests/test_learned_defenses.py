@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unperturb.defenses import Batch, ape_gan, create_defense, defense_gan, gan_losses, magnet
 from unperturb.defenses.ape_gan import ApeGAN
-from unperturb.defenses.defense_gan import Critic, DefenseGAN, LatentGenerator, _error
+from unperturb.defenses.defense_gan import Critic, DefenseGAN, LatentGenerator, squared_error
 from unperturb.defenses.magnet import AutoEncoder, MagNet
 from unperturb.devices import FlopCounter, Speed, probe
 
@@ -324,7 +324,7 @@ def test_the_search_in_bfloat16_finds_as_well(monkeypatch: pytest.MonkeyPatch) -
     assert a.dtype == b.dtype == torch.float32
     assert not torch.equal(a, b)
     assert float(b_error.mean()) < 1.02 * float(a_error.mean())
-    torch.testing.assert_close(b_error, _error(b, images))  # judged in float32
+    torch.testing.assert_close(b_error, squared_error(b, images))  # judged in float32
     for precision, expected in (("float32", a), ("bfloat16", b)):
         monkeypatch.setattr(defense_gan, "probe", lambda _="cpu", p=precision: Speed({(p, "contiguous"): 1.0}))
         auto = gans(steps=60, restarts=3, lr=20.0, width=8, precision="auto").requires_grad_(False)

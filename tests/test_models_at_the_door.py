@@ -5,20 +5,25 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from unperturb import threats
+from unperturb.attackers import BPDA, Attacker
 from unperturb.attacks import create_attack
 from unperturb.attacks.context import NoGradientError
-from unperturb.classifiers import Normalize, create_classifier, fused_copy, wrap
+from unperturb.classifiers import Classifier, Normalize, create_classifier, fused_copy, wrap
 from unperturb.defenses import Defense, Protected, create_defense
 from unperturb.modules import ask, classes_of, deep_copy, frozen, logits_of, modules_of
-from unperturb.threat_models import budget
+from unperturb.systems import System
+from unperturb.threat_models import KNOWLEDGE, budget
 from unperturb.validation import check_images
 
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
@@ -201,17 +206,174 @@ def test_logits_are_looked_at_on_every_pass() -> None:
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_one_logit_becomes_two(flat: bool) -> None:
+@pytest.mark.parametrize("function", [True, False])
+def test_one_logit_becomes_two(flat: bool, function: bool) -> None:
     net = linear(1)
-    binary = wrap(Around(net, lambda net, x: net(x)[:, 0] if flat else net(x)), size=8, channels=1, binary=True)
+    model: Any = Around(net, lambda net, x: net(x)[:, 0] if flat else net(x))
+    binary = wrap((lambda x: model(x)) if function else model, size=8, channels=1, binary=True)
     logits, z = binary(IMAGES), net(IMAGES)
-    torch.testing.assert_close(logits, torch.cat([torch.zeros_like(z), z], 1))
+    assert torch.equal(logits, torch.cat([torch.zeros_like(z), z], 1))
     torch.testing.assert_close(logits.softmax(1)[:, 1:], z.sigmoid())
     result = create_attack("pgd", eps=0.3).run(binary, IMAGES, logits.argmax(1))
     # In Linf the linear net's logit moves by eps |w|_1, less what the box leaves out: all can be turned here.
     assert bool(result.success.all())
     with pytest.raises(ValueError, match=r"gives one logit per image; this one gave \(6, 3\)"):
         wrap(linear(), binary=True)(IMAGES)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_two_logits_decide_and_differentiate_as_the_one(flat: bool) -> None:
+    # Seven logits that floats hold exactly, one of them 0, which is not above 0.
+    given = torch.tensor([-8.0, -1.0, -0.25, 0.0, 0.25, 1.0, 8.0])
+    images = given.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).clone()
+    binary = wrap(lambda x: x[:, 0, 0, 0] if flat else x[:, 0, :1, 0], binary=True)
+    assert torch.equal(binary(images).argmax(1), (given > 0).long())
+    for label in (0, 1):
+        one, two = images.clone().requires_grad_(), images.clone().requires_grad_()
+        labels = torch.full((7,), label)
+        nn.functional.binary_cross_entropy_with_logits(one[:, 0, 0, 0], labels.float(), reduction="sum").backward()
+        nn.functional.cross_entropy(binary(two), labels, reduction="sum").backward()
+        torch.testing.assert_close(two.grad, one.grad, rtol=1e-6, atol=1e-7)
+    # The margin, z - 0, has the gradient of z, bit for bit.
+    x, y = IMAGES.clone().requires_grad_(), IMAGES.clone().requires_grad_()
+    net = linear(1)
+    logits = wrap(net, binary=True)(x)
+    (logits[:, 1] - logits[:, 0]).sum().backward()
+    net(y).sum().backward()
+    assert x.grad is not None
+    assert y.grad is not None
+    assert torch.equal(x.grad, y.grad)
+
+
+# Callables, and logits that are inside of an answer -------------------------------------------------------------------
+
+
+class ModelOutput(OrderedDict):  # type: ignore[type-arg]
+    """As that of Hugging Face's transformers: fields by name, by key and by place; those that are None are left out."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__({name: value for name, value in fields.items() if value is not None})
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def __getitem__(self, key: str | int) -> Any:
+        return tuple(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+Named = namedtuple("Named", ["features", "logits"])  # as torchvision's inception in training
+
+
+@pytest.mark.parametrize("function", [True, False])
+@pytest.mark.parametrize(
+    ("how", "logits"),
+    [
+        (lambda net, x: net(x), None),
+        (lambda net, x: ModelOutput(loss=None, logits=net(x), hidden_states=(x,)), None),
+        (lambda net, x: SimpleNamespace(logits=net(x)), None),
+        (lambda net, x: Named(x, net(x)), None),
+        (lambda net, x: {"logits": net(x), "loss": None}, "logits"),
+        (lambda net, x: {"out": net(x), "cls_logits": x}, "out"),
+        (lambda net, x: ModelOutput(logits=net(x), cls_logits=x), "logits"),
+        (lambda net, x: ModelOutput(loss=x, logits=net(x)), 1),
+        (lambda net, x: (net(x), x), 0),
+        (lambda net, x: [x, net(x)], -1),
+        (lambda net, x: SimpleNamespace(scores=net(x)), "scores"),
+        (lambda net, x: {"deep": [{"y": net(x) / 2}]}, lambda answer: 2 * answer["deep"][0]["y"]),
+        (lambda net, x: net(x).double().exp(), torch.log),
+    ],
+)
+def test_logits_are_found_in_the_answer_and_attacked_as_if_they_were_alone(
+    how: Callable[..., Any], logits: Any, function: bool
+) -> None:
+    model = Around(linear(), how)
+    wrapped = wrap((lambda x: model(x)) if function else model, size=8, channels=1, classes=3, logits=logits)
+    torch.testing.assert_close(wrapped(IMAGES).float(), linear()(IMAGES), rtol=1e-5, atol=1e-5)
+    assert wrapped.differentiable
+    torch.testing.assert_close(PGD(wrapped, IMAGES, LABELS), EXPECTED, rtol=0, atol=1e-5)
+    torch.testing.assert_close(PGD(fused_copy(wrapped, IMAGES), IMAGES, LABELS), EXPECTED, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        PGD(Protected(wrapped, create_defense("none")), IMAGES, LABELS), EXPECTED, atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "logits", "message"),
+    [
+        (lambda net, x: {"logits": net(x)}, None, r"dict of logits \(6, 3\); say where .* wrap\(model, logits=...\)"),
+        (lambda net, x: (net(x), x), None, r"tuple of 0 \(6, 3\), 1 \(6, 1, 8, 8\); say where"),
+        (
+            lambda net, x: ModelOutput(logits=net(x), cls_logits=x),
+            None,
+            r"ModelOutput of logits .*, cls_logits .*; say",
+        ),
+        (lambda net, x: ModelOutput(logits=None, loss=x), None, "ModelOutput of loss .*; say where"),
+        (lambda net, x: net(x).detach().numpy(), None, "answers with ndarray; say where"),
+        (lambda net, x: None, None, "answers with NoneType; say where"),
+        (lambda net, x: {"out": net(x)}, "logits", r"logits='logits' is not in .* dict of out \(6, 3\)"),
+        (lambda net, x: {"out": net(x)}, 0, "logits=0 is not in .* dict of out"),
+        (lambda net, x: (net(x),), 1, r"logits=1 is not in .* tuple of 0 \(6, 3\)"),
+        (lambda net, x: (net(x),), "out", "logits='out' is not in .* tuple"),
+        (lambda net, x: (net(x), "text"), 1, "logits=1 finds str, where the tensor"),
+        (lambda net, x: net(x), 0, r"answers with the one tensor \(6, 3\): leave logits out"),
+        (lambda net, x: {"out": net(x)}, lambda answer: answer, "finds dict of out"),
+    ],
+)
+def test_where_the_logits_are_is_asked_for(how: Callable[..., Any], logits: Any, message: str) -> None:
+    model = wrap(Around(linear(), how), logits=logits)
+    for attack in (PGD, SQUARE):
+        with pytest.raises(ValueError, match=message):
+            attack(model, IMAGES, LABELS)
+
+
+@pytest.mark.parametrize("logits", [True, 1.5, ["out"]])
+def test_a_hook_that_cannot_be_one(logits: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected wrap\(model, logits=...\): a key, an index, or a function"):
+        wrap(linear(), logits=logits)
+
+
+def test_a_hook_and_one_logit_go_together() -> None:
+    net = linear(1)
+    binary = wrap(Around(net, lambda net, x: {"score": net(x)}), logits="score", binary=True, size=8, channels=1)
+    assert torch.equal(binary(IMAGES)[:, 1:], net(IMAGES))
+
+
+def test_a_callable_is_a_classifier_and_what_is_behind_it_stays_as_it_is() -> None:
+    for number, model in enumerate(around(learning())):
+        seen = next(m for m in modules_of(model) if isinstance(m, nn.Dropout))  # in train mode it would draw
+        wrapped = wrap(model)
+        assert isinstance(wrapped, Classifier)
+        first = wrapped(IMAGES)
+        assert torch.equal(first, wrapped(IMAGES)), number
+        assert seen.training
+        assert torch.equal(first, fused_copy(wrapped, IMAGES)(IMAGES))
+        assert seen.training
+        assert PGD(wrapped, IMAGES, LABELS).shape == IMAGES.shape
+        wrapped(IMAGES.clone().requires_grad_()).sum().backward()  # as a training through it does
+        assert all(p.grad is None for m in modules_of(model) for p in m.parameters())
+
+
+def test_a_callable_is_normalized_and_asked_in_the_dtype_that_it_takes() -> None:
+    net = linear().double()
+    wrapped = wrap(lambda x: net(x), [0.25], [0.5], size=8)
+    torch.testing.assert_close(wrapped(IMAGES).float(), linear()((IMAGES - 0.25) / 0.5), rtol=1e-5, atol=1e-5)
+
+
+def by_numpy(x: Tensor) -> Tensor:
+    return torch.from_numpy(x.numpy().reshape(len(x), -1) @ WEIGHTS)
+
+
+WEIGHTS = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("how", [by_numpy, lambda x: by_numpy(x.detach()), lambda x: without_grad(linear(), x)])
+def test_a_callable_without_a_gradient_is_attacked_by_queries(how: Callable[[Tensor], Tensor]) -> None:
+    wrapped = wrap(how, size=8, channels=1)
+    assert not wrapped.differentiable
+    labels = wrapped(IMAGES).argmax(1)
+    assert SQUARE(wrapped, IMAGES, labels).shape == IMAGES.shape
+    with pytest.raises((NoGradientError, RuntimeError), match=r"gives no gradient|detach\(\)"):
+        PGD(wrapped, IMAGES, labels)
+    assert wrap(lambda x: linear()(x), size=8, channels=1).differentiable
 
 
 def test_a_fused_copy_looks_at_what_it_returns() -> None:
@@ -350,7 +512,7 @@ def around(net: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     yield lambda x: torch.stack([f(x) for f in (net, net)]).mean(0)
     yield lambda x, model=net: model(x)
     yield Around(nn.Identity(), lambda _, x: net(x))
-    yield threats.BPDA(lambda x: net(x), surrogate_backward=lambda x: x.flatten(1)[:, :3])
+    yield BPDA(lambda x: net(x), surrogate_backward=lambda x: x.flatten(1)[:, :3])
     yield lambda x: GLOBAL(x)
 
 
@@ -461,7 +623,8 @@ def test_weights_of_another_dtype(dtype: torch.dtype) -> None:
     plain = wrap(linear(), [0.5], [0.5])
     torch.testing.assert_close(logits_of(wrapped, IMAGES), plain(IMAGES), rtol=0.05, atol=0.05)
     for knowledge in ("white_box", "bpda"):
-        seen_by = threats.target(fused_copy(net, IMAGES), create_defense("jpeg"), knowledge)
+        system = System("jpeg", fused_copy(net, IMAGES), create_defense("jpeg"))
+        seen_by = Attacker(PGD, knowledge).model_for(system)
         assert PGD(seen_by, IMAGES, LABELS).dtype == torch.float32
     Protected(net, Norm())(IMAGES)
     Protected(linear(), Norm().to(dtype))(IMAGES)
@@ -593,9 +756,18 @@ def test_protected_says_what_to_pass(arguments: tuple[Any, Any], message: str) -
         Protected(*arguments)
 
 
-@pytest.mark.parametrize("thing", [lambda x: x, functools.partial(apply, linear()), nn.Linear, "resnet18"])
-def test_wrap_says_what_to_pass(thing: Any) -> None:
-    with pytest.raises(TypeError, match=r"wrap takes a torch.nn.Module, not"):
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (nn.Linear, r"not the class Linear: make one first, Linear\(...\)"),
+        ("resnet18", r"the path of an .onnx file, not 'resnet18'; load_classifier reads a run folder"),
+        (Path("runs/mine"), "not 'runs/mine'; load_classifier"),
+        (IMAGES, "a function from images to logits or the path of an .onnx file, not Tensor"),
+        (None, "not NoneType"),
+    ],
+)
+def test_wrap_says_what_to_pass(thing: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         wrap(thing)
 
 
@@ -614,13 +786,9 @@ def test_a_purifier_of_other_channels(channels: int, in_a_pipeline: bool) -> Non
 
 
 def test_black_box_refuses_an_attack_by_gradients() -> None:
-    class ByQueries:
-        needs_gradient = False
-
     with pytest.raises(ValueError, match=r"PGD needs a gradient, and black_box gives none: .*\(square, rays\)"):
-        threats.check_attacker(PGD, "black_box")
-    threats.check_attacker(ByQueries(), "black_box")
-    for knowledge in set(threats.KNOWLEDGE) - {"black_box"}:
-        threats.check_attacker(PGD, knowledge)
+        Attacker(PGD, "black_box")
+    for knowledge in set(KNOWLEDGE) - {"black_box"}:
+        Attacker(PGD, knowledge)
     with pytest.raises(NoGradientError):
-        PGD(threats.target(linear(), create_defense("none"), "black_box"), IMAGES, LABELS)
+        PGD(Attacker(SQUARE, "black_box").model_for(System("plain", linear())), IMAGES, LABELS)

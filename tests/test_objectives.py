@@ -184,7 +184,7 @@ def test_perturbations_grow_along_the_ramp(data: Splits) -> None:
 
 
 def test_the_val_attack_is_pgd_20_at_the_highest_budget(data: Splits) -> None:
-    mixture = [{"name": "fgsm", "eps": "8/255"}, {"name": "pgd", "eps": [0.1, 0.2], "steps": 3}]
+    mixture = [{"name": "fgsm", "eps": "8/255"}, {"name": "pgd", "eps": {"uniform": [0.1, 0.2]}, "steps": 3}]
     of = {
         0.2: AdversarialClassifier(net(), sampler(data), attacks=mixture),
         0.1: NFGSMClassifier(net(), sampler(data), eps=0.1),
@@ -256,4 +256,4 @@ def test_each_data_set_has_its_recipes(dataset: str) -> None:
     if dataset == "cifar10":
         assert (third.objective.name, third.objective.options["eps"]) == ("nfgsm", eps)
     else:
-        assert third.objective.options["attacks"][0]["eps"] == eps
+        assert third.objective.options["attacks"][0]["attack"]["eps"] == eps

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import unperturb as up
-from unperturb import threats
+from unperturb.attackers import Attacker
 from unperturb.data import ImageSet
+from unperturb.systems import System
 
 NET = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).requires_grad_(False)
 NET[1].weight.copy_(torch.randn(4, 64, generator=torch.Generator().manual_seed(3)))
@@ -29,10 +30,10 @@ def pictures(n: int = 30) -> ImageSet:
 
 
 def rows(
-    models: dict[str, nn.Module], attacks: Any = None, knowledge: tuple[str, ...] = ("oblivious",)
+    systems: dict[str, nn.Module], attacks: Any = None, knowledge: tuple[str, ...] = ("oblivious",)
 ) -> pd.DataFrame:
     attacks = attacks or [up.create_attack("pgd", eps=0.02, steps=3)]
-    return up.evaluate(pictures(), models, attacks, knowledge, device="cpu", quiet=True)
+    return up.evaluate(pictures(), systems, attacks, knowledge, device="cpu", quiet=True)
 
 
 class Flat(up.Defense):
@@ -86,7 +87,8 @@ class Noisy(up.Defense):
 @pytest.mark.parametrize("knowledge", ["white_box", "bpda"])
 def test_draws_of_a_purifier_that_works_in_place_do_not_pile_up(knowledge: str) -> None:
     images = torch.full((200, 1, 8, 8), 0.5)
-    logits = threats.target(NET, Noisy(), knowledge, eot_samples=16)(images)
+    attacker = Attacker(up.create_attack("pgd", eps=0.1), knowledge, eot_samples=16)
+    logits = attacker.model_for(System("noisy", NET, Noisy()))(images)
     one = 0.3 * NET[1].weight.norm(dim=1)  # of one draw; the mean of 16 spreads a quarter as far
     assert (logits.std(0) / one).sub(0.25).abs().max() < 0.1
     assert torch.equal(images, torch.full_like(images, 0.5))
@@ -95,10 +97,10 @@ def test_draws_of_a_purifier_that_works_in_place_do_not_pile_up(knowledge: str) 
 def test_a_hook_on_all_modules_mixes_no_cells() -> None:
     models = {name: up.Protected(NET, up.create_defense(name)) for name in ("median", "bit_depth")}
     knowledge = ("oblivious", "white_box", "bpda")
-    before = rows({"none": NET, **models}, knowledge=knowledge)
+    before = rows({"undefended": NET, **models}, knowledge=knowledge)
     hook = register_module_forward_hook(lambda *_: None)
     try:
-        after = rows({"none": NET, **models}, knowledge=knowledge)
+        after = rows({"undefended": NET, **models}, knowledge=knowledge)
     finally:
         hook.remove()
     pd.testing.assert_frame_equal(before[[*MEASURED, "l2"]], after[[*MEASURED, "l2"]])
@@ -113,8 +115,8 @@ class Shift(up.Attack):
 
 
 def test_two_attacks_that_read_alike_are_two() -> None:
-    found = rows({"none": NET}, {"none": Shift(), "far": Shift(by=0.2)})
-    assert found.groupby("attack")["linf"].max().to_dict() == pytest.approx({"none": 0.0, "far": 0.2}, abs=1e-5)
+    found = rows({"undefended": NET}, {"near": Shift(), "far": Shift(by=0.2)})
+    assert found.groupby("attack")["linf"].max().to_dict() == pytest.approx({"near": 0.0, "far": 0.2}, abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -127,7 +129,7 @@ def test_an_own_class_of_another_dtype_is_judged(dtype: torch.dtype) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x.flatten(1))
 
-    assert len(rows({"none": Own()})) == 30
+    assert len(rows({"undefended": Own()})) == 30
     assert len(rows({"p": up.Protected(Own(), Flat(False))})) == 30
 
 

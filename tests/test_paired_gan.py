@@ -211,9 +211,9 @@ def test_each_network_moves_alone(batch: Batch) -> None:
             assert all(moved) if other == name else not any(moved), (name, other)
 
 
-@pytest.mark.parametrize(("share", "clean"), [(1.0, 6), (0.5, 3), (0.34, 2), (0.01, 1)])
-def test_clean_share(share: float, clean: int, batch: Batch) -> None:
-    defense = gan(weights={"repair": 1.0, "recovery": 1.0, "isomorphic": 1.0}, clean_share=share)
+@pytest.mark.parametrize(("fraction", "clean"), [(1.0, 6), (0.5, 3), (0.34, 2), (0.01, 1)])
+def test_clean_share(fraction: float, clean: int, batch: Batch) -> None:
+    defense = gan(weights={"repair": 1.0, "recovery": 1.0, "isomorphic": 1.0}, clean_share=fraction)
     shake(defense)
     fed: list[int] = []
     defense.generator.register_forward_hook(lambda _, args, __: fed.append(len(args[0])))
@@ -347,7 +347,7 @@ def test_protected_is_one_differentiable_module() -> None:
     torch.testing.assert_close(gradient, by_hand)
     assert protected.rejects(images).tolist() == [False] * 4  # no detectors
     assert {k.split(".")[0] for k in protected.state_dict()} == {"classifier", "defense"}
-    assert torch.equal(Protected(classifier, create_defense("none"))(images), classifier(images))
+    assert torch.equal(Protected(classifier, create_defense("identity"))(images), classifier(images))
 
 
 @pytest.mark.parametrize("discriminator", [None, APE])
@@ -368,7 +368,7 @@ def test_a_folder_rebuilds_its_defense_bit_for_bit(discriminator: dict[str, Any]
 
 
 def test_folders_that_hold_no_defense(tmp_path: Path) -> None:
-    assert torch.equal(load_defense("none").purify(torch.ones(1, 1, 2, 2)), torch.ones(1, 1, 2, 2))
+    assert torch.equal(load_defense("identity").purify(torch.ones(1, 1, 2, 2)), torch.ones(1, 1, 2, 2))
     with pytest.raises(RunError, match="holds no trained defense; train one with"):
         load_defense(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="only a defense made by create_defense"):

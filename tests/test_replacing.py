@@ -9,20 +9,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
 
 from unperturb import runs
+from unperturb.attackers import Attacker
 from unperturb.attacks import create_attack
 from unperturb.classifiers import create_classifier, save_classifier
 from unperturb.config import resolve
 from unperturb.data import load_dataset
 from unperturb.defenses import Protected, create_defense, save_defense
 from unperturb.devices import Speed
-from unperturb.evaluation import jobs as evaluation_jobs
-from unperturb.evaluation.grid import Grid, run_grid
-from unperturb.evaluation.jobs import estimate, evaluate, grid_of, run_evaluation
+from unperturb.evaluation import plan as plans
+from unperturb.evaluation.grid import run_grid
+from unperturb.evaluation.plan import Plan, estimate, plan_of
+from unperturb.evaluation.run import evaluate, run_evaluation
 from unperturb.results import schema
-from unperturb.training import jobs
+from unperturb.systems import System
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNPERTURB_CACHE", str(cache))  # the module's: the digits are decoded once
-    monkeypatch.setattr(evaluation_jobs, "probe", lambda *_: Speed({("float32", "contiguous"): 10.0}))
+    monkeypatch.setattr(plans, "probe", lambda *_: Speed({("float32", "contiguous"): 10.0}))
 
 
 def net(seed: int) -> Any:
@@ -57,10 +58,15 @@ def recipe(tmp_path: Path) -> Any:
             "size": 8,
             "n": 12,
             "classifiers": [str(tmp_path / "digits-convnet"), str(tmp_path / "digits-second")],
-            "defenses": ["none", str(tmp_path / "adversarial-digits"), f"{tmp_path / 'ours-digits'}+jpeg", "median"],
+            "systems": [
+                "undefended",
+                str(tmp_path / "adversarial-digits"),
+                f"{tmp_path / 'ours-digits'}+jpeg",
+                "median",
+            ],
             "attacks": [
                 {"name": "pgd", "eps": 0.2, "steps": 3},
-                {"name": "square", "eps": 0.2, "queries": 3, "knowledge": ["black_box"]},
+                {"attack": {"name": "square", "eps": 0.2, "queries": 3}, "knowledge": ["black_box"]},
             ],
             "knowledge": ["oblivious", "bpda", "white_box"],
             "shard": 5,
@@ -70,15 +76,15 @@ def recipe(tmp_path: Path) -> Any:
 
 
 def test_a_classifier_that_is_a_defense_stands_in_the_others_place(recipe: Any, tmp_path: Path) -> None:
-    keep = {"knowledge": ["oblivious", "white_box"], "defenses": recipe.defenses[:2]}
+    keep = {"knowledge": ["oblivious", "white_box"], "systems": recipe.systems[:2]}
     rows = run_evaluation(recipe.model_copy(update=keep), tmp_path / "out", device="cpu")
-    assert set(rows["defense"]) == {"none", "adversarial"}
+    assert set(zip(rows["system"], rows["defended"])) == {("undefended", False), ("adversarial", True)}
     data = load_dataset("digits", size=8).test.subset(12)
     x, y = data.batch(torch.arange(12))
     robust, attack = net(2), create_attack("pgd", eps=0.2, steps=3)
     for name, bare in (("convnet", net(0)), ("second", net(1))):
         for knowledge, attacked in (("oblivious", bare), ("white_box", robust)):
-            mine = rows.query(f"classifier == '{name}' and defense == 'adversarial' and knowledge == '{knowledge}'")
+            mine = rows.query(f"classifier == '{name}' and system == 'adversarial' and knowledge == '{knowledge}'")
             mine = mine.set_index("index").loc[data.index.tolist()]
             x_adv = attack(attacked, x, y, index=data.index)
             for column, model, images in (
@@ -94,7 +100,7 @@ def test_a_classifier_that_is_a_defense_stands_in_the_others_place(recipe: Any, 
     # White box is one and the same before whichever classifier; oblivious is not.
     of = {
         k: [p["linf"].to_numpy() + p["l2"].to_numpy() for _, p in q.sort_values("index").groupby("classifier")]
-        for k, q in rows[rows["defense"] == "adversarial"].groupby("knowledge")
+        for k, q in rows[rows["system"] == "adversarial"].groupby("knowledge")
     }
     np.testing.assert_array_equal(*of["white_box"])
     assert not np.array_equal(*of["oblivious"])
@@ -103,57 +109,85 @@ def test_a_classifier_that_is_a_defense_stands_in_the_others_place(recipe: Any, 
 def test_in_python_too() -> None:
     data = load_dataset("digits", size=8).test
     pgd = create_attack("pgd", eps=0.2, steps=2)
-    models = {"none": net(0), "robust": net(2), "ours": Protected(net(0), create_defense("median"))}
-    rows = evaluate(data, models, [pgd], n=9, device="cpu")
-    assert set(zip(rows["defense"], rows["knowledge"])) == {
-        ("none", "oblivious"),
+    bare, robust = net(0), net(2)
+    systems = {
+        "bare": bare,
+        "robust": System("it", robust, base=bare),
+        "ours": Protected(net(0), create_defense("median")),  # another object, and the same function
+    }
+    rows = evaluate(data, systems, [pgd], n=9, device="cpu")
+    assert set(rows["classifier"]) == {"convnet"}
+    assert set(zip(rows["system"], rows["knowledge"])) == {
+        ("bare", "oblivious"),
         *((d, k) for d in ("robust", "ours") for k in ("oblivious", "white_box")),
     }
     subset = data.subset(9)
     x, _ = subset.batch(torch.arange(9))
-    mine = rows.query("defense == 'robust' and knowledge == 'oblivious'").set_index("index").loc[subset.index.tolist()]
+    mine = rows.query("system == 'robust' and knowledge == 'oblivious'").set_index("index").loc[subset.index.tolist()]
     for column, seed in (("pred_clean", 0), ("pred_pure_clean", 2)):
         with torch.no_grad():
             assert (mine[column].to_numpy() == net(seed)(x).argmax(1).numpy()).mean() > 0.85
-    with pytest.raises(ValueError, match="stand on 2 different classifiers"):
-        evaluate(data, {"none": net(0), "ours": Protected(net(2), create_defense("median"))}, [pgd], n=3)
+    listed = [System("bare", bare), System("robust", robust, base=bare), System("ours", bare, create_defense("median"))]
+    again = evaluate(data, listed, [pgd], n=9, device="cpu")
+    without = ["seconds_attack", "seconds_purify"]
+    pd.testing.assert_frame_equal(rows.drop(columns=without), again.drop(columns=without))
+
+
+def test_different_classifiers_in_one_call_are_blocks_of_their_own() -> None:
+    data = load_dataset("digits", size=8).test
+    pgd = create_attack("pgd", eps=0.2, steps=2)
+    first, second, median = net(0), net(1), create_defense("median")
+    both = [System("bare", first), System("median", first, median), System("bare", second)]
+    both.append(System("median", second, median))
+    rows = evaluate(data, both, [pgd], n=9, device="cpu")
+    for name, model in (("convnet", first), ("convnet-2", second)):
+        alone = evaluate(data, {"bare": model, "median": Protected(model, median)}, [pgd], n=9, device="cpu")
+        mine = rows[rows["classifier"] == name].drop(columns=["classifier", "seconds_attack", "seconds_purify"])
+        pd.testing.assert_frame_equal(mine.reset_index(drop=True), alone[mine.columns])
+    assert not np.array_equal(*(part["l2"].to_numpy() for _, part in rows.groupby("classifier")))
 
 
 def test_names_and_cost_and_what_is_another_run(recipe: Any, tmp_path: Path) -> None:
-    grid = grid_of(recipe, "cpu")
-    assert list(grid.defenses) == ["none", "adversarial", "ours+jpeg", "median"]
-    assert list(grid.instead) == ["adversarial"]
+    plan = plan_of(recipe, "cpu")
+    assert list(plan.classifiers) == ["convnet", "second"]
+    for classifier, bare in plan.classifiers.items():
+        block = plan.block(classifier)
+        assert [s.name for s in block] == ["undefended", "adversarial", "ours+jpeg", "median"]
+        assert all(s.bare is bare for s in block)
+        assert [s.classifier is bare for s in block] == [True, False, True, True]
+    assert len({id(s.purifier) for s in plan.systems if s.name == "median"}) == 1  # one, before both
     # Without a defense white box and BPDA are oblivious; with a classifier in its place BPDA is white box.
-    assert len(grid.cells()) == 2 * (2 + 3 + 2 * 4)
-    assert estimate(grid).pflop > 0
+    assert len(plan.cells()) == 2 * (2 + 3 + 2 * 4)
+    assert estimate(plan).pflop > 0
     small = recipe.model_copy(update={"classifiers": recipe.classifiers[:1], "knowledge": ["oblivious"], "n": 3})
     run_evaluation(small, tmp_path / "out", device="cpu")
-    save_classifier(Path(recipe.defenses[1]), net(9))
-    with pytest.raises(runs.RunError, match=r"another run \(it differs in fingerprints\.defenses\.adversarial"):
+    save_classifier(Path(recipe.systems[1]), net(9))
+    with pytest.raises(runs.RunError, match=r"another run \(it differs in fingerprints\.systems\.adversarial"):
         run_evaluation(small, tmp_path / "out", device="cpu", resume=True)
     twice = recipe.model_copy(
-        update={"defenses": ["none", str(tmp_path / "x" / "ours-digits"), recipe.defenses[2][:-5]]}
+        update={"systems": ["undefended", str(tmp_path / "x" / "ours-digits"), recipe.systems[2][:-5]]}
     )
     with pytest.raises(ValueError, match="would both be called 'ours'"):
-        grid_of(twice, "cpu")
+        plan_of(twice, "cpu")
 
 
 def test_pipelines_and_filters_are_judged_as_any_other(recipe: Any, tmp_path: Path) -> None:
-    keep = {"classifiers": recipe.classifiers[:1], "defenses": recipe.defenses[2:]}
+    keep = {"classifiers": recipe.classifiers[:1], "systems": recipe.systems[2:]}
     rows = run_evaluation(recipe.model_copy(update=keep), tmp_path / "out", device="cpu")
-    assert set(zip(rows["defense"], rows["knowledge"])) == {
+    assert set(zip(rows["system"], rows["knowledge"])) == {
         (d, k) for d in ("ours+jpeg", "median") for k in ("oblivious", "bpda", "white_box", "black_box")
     }
-    chain = grid_of(recipe, "cpu").defenses["ours+jpeg"]
+    (chain,) = {s.purifier for s in plan_of(recipe, "cpu").systems if s.name == "ours+jpeg"}
+    assert chain is not None
     data = load_dataset("digits", size=8).test.subset(12)
     x, _ = data.batch(torch.arange(12))
-    mine = rows.query("defense == 'ours+jpeg' and knowledge == 'bpda'").set_index("index").loc[data.index.tolist()]
+    mine = rows.query("system == 'ours+jpeg' and knowledge == 'bpda'").set_index("index").loc[data.index.tolist()]
     with torch.no_grad():
         clean = net(0)(chain.purify(x)).argmax(1)
     assert (mine["pred_pure_clean"].to_numpy() == clean.numpy()).mean() > 0.9
     # The differentiable codec and the identity are two attackers, and what each made is kept apart.
     both = [
-        rows.query(f"defense == 'ours+jpeg' and knowledge == '{k}'").sort_values("index")["l2"].to_numpy()
+        rows.query(f"system == 'ours+jpeg' and knowledge == '{k}'").sort_values("index")["l2"].to_numpy()
         for k in ("bpda", "white_box")
     ]
     assert not np.array_equal(*both)
@@ -165,17 +199,19 @@ def test_a_random_defense_gives_the_same_rows_again(tmp_path: Path) -> None:
     classifier = net(0)
     noisy = create_defense("denoised_smoothing", channels=1, denoiser={"width": 4}, sigma=0.5).eval()
 
+    fgsm = create_attack("fgsm", eps=0.2)
+
     def run(out: Path, seed: int = 0) -> pd.DataFrame:
-        grid = Grid(
+        plan = Plan(
             data=data,
-            classifiers={"net": classifier},
-            defenses={"none": create_defense("none"), "noisy": noisy},
-            attacks={"fgsm": (create_attack("fgsm", eps=0.2), ["oblivious", "white_box"])},
+            systems=[System("undefended", classifier), System("noisy", classifier, noisy)],
+            attackers={"fgsm": [Attacker(fgsm, kind) for kind in ("oblivious", "white_box")]},
             seed=seed,
             shard=5,
             samples=0,
+            draws=3,
         )
-        run_grid(grid, out)
+        run_grid(plan, out)
         return schema.read_rows(out).drop(columns=["seconds_attack", "seconds_purify"])
 
     torch.manual_seed(11)
@@ -188,53 +224,3 @@ def test_a_random_defense_gives_the_same_rows_again(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(run(tmp_path / "a"), whole)
     other = run(tmp_path / "b", seed=1)
     assert not np.array_equal(whole["psnr_pure_clean"], other["psnr_pure_clean"])
-
-
-# A defense that has nothing to learn ----------------------------------------------------------------------------------
-
-
-def test_a_filter_is_trained_by_the_same_verb(tmp_path: Path) -> None:
-    data = load_dataset("digits", size=8)
-    recipe = resolve(
-        {
-            "kind": "defense",
-            "dataset": "digits",
-            "size": 8,
-            "classifiers": ["unused"],
-            "defense": {"name": "jpeg", "quality": 30},
-            "adversarial_batches": {"attacks": [{"name": "fgsm", "eps": 0.1}]},
-            "training": {"steps": 1},
-        }
-    )
-    task, _ = jobs.defense_task(recipe, data, [net(0)])
-    assert jobs.estimate(task, recipe.training).pflop == 0
-    defense = jobs.train_defense(recipe, net(0), data, out=tmp_path / "run", device="cpu")
-    assert (defense.outcome.steps, defense.outcome.pflop) == (0, 0.0)
-    images, labels = data.val.batch(torch.arange(len(data.val)))
-    right = (net(0)(create_defense("jpeg", quality=30).purify(images)).argmax(1) == labels).float().mean()
-    assert defense.outcome.validation["clean"] == pytest.approx(float(right.detach()), abs=2.1 / len(images))
-    assert set(defense.outcome.validation) == {"clean", "fgsm-0", "score"}
-    assert runs.read_json(tmp_path / "run" / "training.json")["validation"] == defense.outcome.validation
-    from unperturb.defenses import load_defense
-
-    assert torch.equal(load_defense(tmp_path / "run").purify(images), create_defense("jpeg", quality=30).purify(images))
-    again = jobs.train_defense(recipe, net(0), data, out=tmp_path / "run", device="cpu", resume=True)
-    assert again.outcome.validation == defense.outcome.validation
-
-
-def test_a_pipeline_of_filters_is_a_recipe_too(tmp_path: Path) -> None:
-    data = load_dataset("digits", size=8)
-    parts = [{"name": "bit_depth", "bits": 2}, {"name": "median"}]
-    recipe = resolve(
-        {
-            "kind": "defense",
-            "dataset": "digits",
-            "size": 8,
-            "classifiers": ["unused"],
-            "defense": {"name": "pipeline", "parts": parts},
-            "adversarial_batches": {"knowledge": "white_box", "attacks": [{"name": "fgsm", "eps": 0.1}]},
-            "training": {"steps": 1},
-        }
-    )
-    defense = jobs.train_defense(recipe, nn.Sequential(net(0)), data, out=tmp_path / "run", device="cpu")
-    assert defense.spec == {"name": "pipeline", "options": {"parts": parts}}

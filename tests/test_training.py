@@ -26,16 +26,26 @@ from torch import Tensor, nn
 from unperturb import runs
 from unperturb.attacks import create_attack
 from unperturb.classifiers import create_classifier, load_classifier, save_classifier
-from unperturb.config import Augmentation, ComponentConfig, Training, resolve
+from unperturb.config import (
+    AdversarialBatchesConfig,
+    Augmentation,
+    ComponentConfig,
+    RecipeError,
+    Training,
+    mixture,
+    resolve,
+)
 from unperturb.data import Splits, load_dataset
-from unperturb.defenses import create_defense, load_defense, save_defense
+from unperturb.defenses import Defense, create_defense, load_defense, save_defense
 from unperturb.devices import FlopCounter, Speed, pick_device, probe, set_threads
 from unperturb.registry import UnknownNameError
-from unperturb.training import checkpoints, jobs, loop, profiling
-from unperturb.training.adversarial_batches import Mixture, Sampler, _draw, hardest
-from unperturb.training.loop import DivergedError, learning_rate, total_steps, train
+from unperturb.systems import System
+from unperturb.training import jobs, loop, profiling
+from unperturb.training.adversarial_batches import AdversarialBatches, Mixture, Sampler, hardest
+from unperturb.training.loop import learning_rate, make_optimizer, total_steps, train
 from unperturb.training.muon import Muon, orthogonalized
 from unperturb.training.objectives import PlainClassifier
+from unperturb.training.state import BEFORE, LAST, DivergedError, TrainingState
 
 RATES = {(p, m): 10.0 for p in ("float32", "bfloat16") for m in ("contiguous", "channels_last")}
 KNOWN = functools.cache(lambda device="cpu": Speed(RATES))
@@ -92,8 +102,8 @@ def defense_recipe(classifier: str = "unused", **training: Any) -> Any:
             "adversarial_batches": {
                 "knowledge": "white_box",
                 "attacks": [
-                    {"name": "fgsm", "share": 0.4, "eps": [0.1, 0.3]},
-                    {"name": "pgd", "share": 0.6, "eps": 0.2, "steps": [1, 2]},
+                    {"attack": {"name": "fgsm", "eps": {"uniform": [0.1, 0.3]}}, "fraction": 0.4},
+                    {"attack": {"name": "pgd", "eps": 0.2, "steps": {"uniform": [1, 2]}}, "fraction": 0.6},
                 ],
                 "augment": {"pad": 1},
             },
@@ -192,9 +202,9 @@ def recipes(classifier: Path) -> dict[str, Any]:
     return {"classifier": classifier_recipe(optimizer="muon"), "defense": defense_recipe(str(classifier))}
 
 
-def step_of(folder: Path, name: str = checkpoints.LAST) -> int:
+def step_of(folder: Path, name: str = LAST) -> int:
     """The step that a checkpoint was kept at."""
-    return int(json.loads(runs.read_metadata(folder / name)["numbers"])["progress"]["step"])
+    return int(json.loads(runs.read_metadata(folder / name)["numbers"])["step"])
 
 
 @pytest.mark.parametrize("kind", ["classifier", "defense"])
@@ -206,7 +216,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     job(recipe, data=data, out=whole, device="cpu")
     assert not (folder / "model.safetensors").exists()
     assert bool(list(folder.glob(".checkpoint.*.tmp"))) == (kind == "classifier")
-    assert (step_of(folder), step_of(folder, checkpoints.BEFORE)) == (4, 3)
+    assert (step_of(folder), step_of(folder, BEFORE)) == (4, 3)
 
     steps: list[int] = []
     job(recipe, data=data, out=folder, device="cpu", resume=True, progress=lambda step, _: steps.append(step))
@@ -268,56 +278,98 @@ def test_a_damaged_checkpoint_is_met_by_the_one_before(data: Splits, tmp_path: P
     jobs.train_classifier(recipe, data, out=whole, device="cpu")
     shutil.copytree(whole, out)
     (out / "model.safetensors").unlink()
-    last, before = out / checkpoints.LAST, out / checkpoints.BEFORE
+    last, before = out / LAST, out / BEFORE
     last.write_bytes(damaged(last.read_bytes(), 0))
     with pytest.warns(UserWarning, match=r"checkpoint.safetensors is damaged: .*from the one before, at step 2"):
         jobs.train_classifier(recipe, data, out=out, device="cpu", resume=True)
     assert weights(out) == weights(whole)
     assert records(out) == records(whole)
-    task = jobs.classifier_task(recipe, data)
-    good, older, used = last.read_bytes(), before.read_bytes(), 0
+    good, older = last.read_bytes(), before.read_bytes()
     for number in range(30):
         last.write_bytes(damaged(good, number))
+        state = fresh_state(data, recipe)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = checkpoints.load(out, task.networks(), 3)
-        assert found is not None
-        used += found.progress.step == 2 or last.read_bytes() == good
-    assert used == 30
+            state.load(out, 3)
+        assert state.step == 2 or last.read_bytes() == good
     before.write_bytes(damaged(older, 1))
     with pytest.raises(
         runs.RunError, match=r"is (damaged|truncated).*No checkpoint is left to go on from; delete"
     ) as e:
-        checkpoints.load(out, task.networks(), 3)
+        fresh_state(data, recipe).load(out, 3)
     assert "\n" not in str(e.value)
 
 
 def test_a_checkpoint_of_another_run_is_refused(data: Splits, tmp_path: Path) -> None:
-    task = jobs.classifier_task(classifier_recipe(), data)
-    networks = task.networks()
-    state = {"classifier": {k: v.clone() for k, v in task.classifier.state_dict().items()}}
-    optimizer = loop._optimizer(task.classifier, classifier_recipe().training).state_dict()
-    first = next(iter(state["classifier"]))
+    recipe = classifier_recipe()
+    fresh_state(data, recipe).save(tmp_path)
+    tensors, numbers = runs.load_tensors(tmp_path / LAST), json.loads(runs.read_metadata(tmp_path / LAST)["numbers"])
+    first = next(name for name in tensors if name.startswith("networks/classifier/"))
 
-    def kept(progress: checkpoints.Progress, **changed: Tensor) -> None:
-        state_ = {"classifier": {**state["classifier"], **changed}}
-        checkpoints.save(tmp_path, checkpoints.Checkpoint(progress, state_, {"classifier": optimizer}))
-        (tmp_path / checkpoints.BEFORE).unlink(missing_ok=True)
+    def load(changed: Mapping[str, Any], **others: Tensor) -> None:
+        written = {"numbers": json.dumps({**numbers, **changed})}
+        runs.save_tensors(tmp_path / LAST, {**tensors, **others}, written)
+        fresh_state(data, recipe).load(tmp_path, 8)
 
-    kept(checkpoints.Progress(step=5))
-    assert checkpoints.load(tmp_path, networks, 5) is not None
-    for progress, changed, said in (
-        (checkpoints.Progress(step=10**9), {}, "not of this run: it is at step 1000000000 of 8"),
-        (checkpoints.Progress(), {"more": torch.zeros(1)}, "not of this run: its networks are others"),
-        (checkpoints.Progress(), {first: torch.zeros(1)}, "not of this run: its networks are others"),
-        (checkpoints.Progress(), {first: state["classifier"][first] * torch.nan}, "weights that are NaN"),
+    load({"step": 5})
+    for changed, others, said in (
+        ({"step": 10**9}, {}, "not of this run: it is at step 1000000000 of 8"),
+        ({"step": -1}, {}, "is not a checkpoint .* step Input should be greater than or equal"),
+        ({"groups": {}}, {}, "is not a whole checkpoint"),
+        ({}, {"networks/classifier/more": torch.zeros(1)}, "not of this run: its networks are others"),
+        ({}, {first: torch.zeros(1)}, "not of this run: its networks are others"),
+        ({}, {first: tensors[first] * torch.nan}, "weights that are NaN"),
     ):
-        kept(progress, **changed)
         with pytest.raises(runs.RunError, match=said):
-            checkpoints.load(tmp_path, networks, 8)
+            load(changed, **others)
     (tmp_path / "checkpoint.pt").touch()
     with pytest.raises(runs.RunError, match="written by an older version; delete it to start over"):
-        checkpoints.load(tmp_path, networks, 8)
+        load({})
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
+def test_a_state_saves_and_loads_itself(optimizer: Any, data: Splits, tmp_path: Path) -> None:
+    recipe = classifier_recipe(optimizer=optimizer)
+    state = fresh_state(data, recipe)
+    state.average = {"classifier": snapshot(state.networks["classifier"])}
+    images, labels = data.train.batch(torch.arange(20))
+    for _ in range(2):
+        loss = F.cross_entropy(state.networks["classifier"](images), labels)
+        loss.backward()
+        state.optimizers["classifier"].step()
+        state.add({"loss": loss})
+        state.advance(0.5, 0.25)
+    state.validated(lambda: {"score": 0.5}, keep_best=True)
+    state.save(tmp_path)
+    again = fresh_state(data, recipe.model_copy(update={"seed": 99}))
+    assert described(again) != described(state)
+    again.load(tmp_path, 2)
+    assert described(again) == described(state)
+    assert (again.step, again.seconds, again.best_score, again.kept_step) == (2, 0.5, 0.5, 2)
+    nothing = fresh_state(data, recipe)
+    before = described(nothing)
+    nothing.load(tmp_path / "nowhere", 2)
+    assert described(nothing) == before
+
+
+def fresh_state(data: Splits, recipe: Any) -> TrainingState:
+    networks = jobs.classifier_task(recipe, data).networks()
+    return TrainingState(networks, {k: make_optimizer(net, recipe.training) for k, net in networks.items()})
+
+
+def described(state: TrainingState) -> Any:
+    """All of a state in values that can be compared."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.tolist()
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return value.state_dict() and plain(dict(value.state_dict())) if hasattr(value, "state_dict") else value
+
+    return plain(vars(state))
 
 
 class Payload:
@@ -332,32 +384,29 @@ class Payload:
 
 def test_a_checkpoint_is_never_unpickled(data: Splits, tmp_path: Path) -> None:
     jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path / "run", device="cpu")
-    (tmp_path / "run" / checkpoints.BEFORE).unlink()
-    torch.save({"step": Payload(tmp_path / "owned")}, tmp_path / "run" / checkpoints.LAST)
+    (tmp_path / "run" / BEFORE).unlink()
+    torch.save({"step": Payload(tmp_path / "owned")}, tmp_path / "run" / LAST)
     with pytest.raises(runs.RunError, match="not a safetensors file"):
         jobs.train_classifier(classifier_recipe(steps=2), data, out=tmp_path / "run", device="cpu", resume=True)
     assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_full_disk_keeps_the_last_checkpoint(data: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_keeps_the_last_checkpoint(data: Splits, tmp_path: Path) -> None:
     recipe, out, whole = classifier_recipe(steps=4), tmp_path / "full", tmp_path / "whole"
     jobs.train_classifier(recipe, data, out=whole, device="cpu")
 
-    real = runs._temporary
+    def no_room(_: Path, packed: bytes) -> int:
+        with Path("/dev/full").open("wb") as file:
+            return file.write(packed)
 
     def fill(step: int, _: int) -> None:
         if step == 2:  # from here on, what the next checkpoint is written to has no room
-            monkeypatch.setattr(runs, "_temporary", no_room)
+            full.setattr(Path, "write_bytes", no_room)
 
-    def no_room(path: Path) -> Path:
-        temporary = path.with_name(f".{path.name}.0.tmp")
-        temporary.symlink_to("/dev/full")
-        return temporary
-
-    with pytest.raises(runs.RunError, match=r"disk is full: .*the last whole checkpoint.safetensors is still there"):
+    said = r"disk is full: .*the last whole checkpoint.safetensors is still there"
+    with pytest.MonkeyPatch.context() as full, pytest.raises(runs.RunError, match=said):
         jobs.train_classifier(recipe, data, out=out, device="cpu", progress=fill)
-    monkeypatch.setattr(runs, "_temporary", real)
     assert step_of(out) == 1
     assert not list(out.glob(".*.tmp"))
     jobs.train_classifier(recipe, data, out=out, device="cpu", resume=True)
@@ -379,7 +428,7 @@ def test_the_test_split_is_refused(data: Splits, classifier: nn.Module, tmp_path
 def test_a_loss_that_is_no_number(data: Splits, tmp_path: Path) -> None:
     recipe = classifier_recipe(lr=1e30, checkpoint_seconds=1e9)
     said = (
-        r"loss of the classifier is not a number at step [12]: cross_entropy = (nan|inf); there is no checkpoint yet\. "
+        r"at step [12] a loss is not a number, cross_entropy = (nan|inf); there is no checkpoint yet\. "
         r"Go on with --resume and a lower training\.lr, or set training\.clip"
     )
     with pytest.raises(DivergedError, match=said):
@@ -395,9 +444,9 @@ def test_a_run_that_diverged_goes_on_with_a_lower_rate(data: Splits, tmp_path: P
         jobs.train_classifier(recipe(3e4), data, out=tmp_path, device="cpu")
     last = step_of(tmp_path)
     assert 1 <= last < 29
-    said = f"no longer sound: .* reaches .* at step {last + 1}; the last good checkpoint is .*checkpoint.safetensors"
+    said = f"at step {last + 1} .*no longer sound: .* reaches .*; the last good checkpoint is .*checkpoint.safetensors"
     assert re.search(said, str(error.value))
-    kept = runs.load_tensors(tmp_path / checkpoints.LAST)
+    kept = runs.load_tensors(tmp_path / LAST)
     assert max(float(v.abs().max()) for k, v in kept.items() if k.startswith("networks/") and "running" not in k) <= 1e5
 
     with pytest.raises(runs.RunError, match=r"it differs in training.batch\)"):  # slower, but not otherwise
@@ -424,6 +473,10 @@ def test_wrong_names_are_met_before_anything_is_trained(data: Splits, classifier
         values["adversarial_batches"]["attacks"] = [attack]
         with pytest.raises(UnknownNameError, match=message):
             jobs.train_defense(resolve(values), classifier, data, out=tmp_path / "new", device="cpu")
+    values["adversarial_batches"]["attacks"] = [{"name": "jsma"}]
+    values["defense"] = {"name": "denoised_smoothing", "denoiser": {"width": 4}}
+    with pytest.raises(ValueError, match="seeks the nearest point at which one answer changes, and a random model's"):
+        jobs.train_defense(resolve(values), classifier, data, out=tmp_path / "new", device="cpu")
     assert not (tmp_path / "new").exists()
 
 
@@ -518,7 +571,7 @@ def test_one_clipped_step_of_plain_descent(data: Splits, tmp_path: Path) -> None
 
 def test_vectors_do_not_decay(data: Splits, tmp_path: Path) -> None:
     task = small_task(data)
-    groups = loop._optimizer(task.classifier, Training(steps=1, weight_decay=0.3)).param_groups
+    groups = make_optimizer(task.classifier, Training(steps=1, weight_decay=0.3)).param_groups
     decayed = {p.dim() >= 2: g["weight_decay"] for g in groups for p in g["params"]}
     assert decayed == {True: 0.3, False: 0.0}
     assert sum(len(g["params"]) for g in groups) == len(list(task.classifier.parameters()))
@@ -573,57 +626,97 @@ def test_each_image_exactly_once_an_epoch(batch: int, world: int, data: Splits) 
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-THINGS = [
-    ComponentConfig(name="fgsm", share=0.25, eps=[0.1, 0.3]),
-    ComponentConfig(name="pgd", share=0.25, eps=0.3, steps=[3, 8], alpha=0.01),
-    ComponentConfig(name="mim", share=0.5, eps=0.05),
-]
+ENTRIES = mixture(
+    [
+        {"fraction": 0.25, "attack": {"name": "fgsm", "eps": {"uniform": [0.1, 0.3]}}},
+        {"fraction": 0.25, "attack": {"name": "pgd", "eps": 0.3, "steps": {"uniform": [3, 8]}, "alpha": 0.01}},
+        {"fraction": 0.5, "attack": {"name": "mim", "eps": 0.05}},
+    ]
+)
 
 
 @pytest.mark.parametrize("n", [1, 7, 16, 128])
-def test_shares_of_a_mixture(n: int) -> None:
-    parts = Mixture(THINGS, 0).split(n)
+def test_fractions_of_a_mixture(n: int) -> None:
+    parts = Mixture(ENTRIES, 0).split(n)
     assert [i for part in parts for i in range(n)[part]] == list(range(n))
-    assert all(abs((part.stop - part.start) - share * n) <= 1 for part, share in zip(parts, (0.25, 0.25, 0.5)))
+    assert all(abs((part.stop - part.start) - part_of * n) <= 1 for part, part_of in zip(parts, (0.25, 0.25, 0.5)))
 
 
 def test_ranges_are_drawn_afresh_each_step() -> None:
-    mixture = Mixture(THINGS, 3)
-    drawn = [mixture.at(step) for step in range(400)]
+    drawn = [Mixture(ENTRIES, 3).at(step) for step in range(400)]
     eps = [a[0].eps for a in drawn]  # type: ignore[attr-defined]
     assert stats.kstest(eps, stats.uniform(0.1, 0.2).cdf).pvalue > 1e-3
     steps = [a[1].steps for a in drawn]  # type: ignore[attr-defined]
     assert stats.chisquare([steps.count(k) for k in range(3, 9)]).pvalue > 1e-3
     assert set(steps) == set(range(3, 9))
     assert {a[2] for a in drawn} == {create_attack("mim", eps=0.05)}
-    assert Mixture(THINGS, 3).at(17) == drawn[17]
-    assert Mixture(THINGS, 4).at(17) != drawn[17]
-    assert hardest(THINGS[1]) == ("pgd", {"eps": 0.3, "steps": 8, "alpha": 0.01})
-    ranged = ComponentConfig(name="pgd", eps=["2/255", "8/255"], steps=2)
-    assert all(2 / 255 <= Mixture([ranged], 1).at(step)[0].eps <= 8 / 255 for step in range(9))  # type: ignore[attr-defined]
-    assert hardest(ranged) == ("pgd", {"eps": 8 / 255, "steps": 2})
-    assert [_draw(v, 0.5) for v in ([True, False], ["a", "b"], [0.1], [0, "1/2"])] == [
-        [True, False],
-        ["a", "b"],
-        [0.1],
-        0.25,
-    ]
-    with pytest.raises(ValueError, match=r"a range is \[low, high\]; got \[0.3, 0.1\]"):
-        Mixture([ComponentConfig(name="fgsm", eps=[0.3, 0.1])], 0)
-    with pytest.raises(ValueError, match="share must be above 0"):
-        Mixture([ComponentConfig(name="fgsm", eps=0.1, share=0)], 0)
+    assert Mixture(ENTRIES, 3).at(17) == drawn[17]
+    assert Mixture(ENTRIES, 4).at(17) != drawn[17]
+    assert hardest(ENTRIES[1]) == ("pgd", {"eps": 0.3, "steps": 8, "alpha": 0.01})
+    ranged = mixture([{"name": "pgd", "eps": {"uniform": ["2/255", "8/255"]}, "steps": 2}])
+    assert all(2 / 255 <= Mixture(ranged, 1).at(step)[0].eps <= 8 / 255 for step in range(9))  # type: ignore[attr-defined]
+    assert hardest(ranged[0]) == ("pgd", {"eps": 8 / 255, "steps": 2})
+
+
+def test_a_list_of_two_numbers_is_a_list(classifier: nn.Module) -> None:
+    entries = mixture([{"name": "patch", "area": 0.2, "scale": [0.8, 1.1], "steps": {"uniform": [1, 2]}}])
+    drawn = [Mixture(entries, 1).at(step)[0] for step in range(20)]
+    assert {tuple(a.scale) for a in drawn} == {(0.8, 1.1)}  # type: ignore[attr-defined]
+    assert {a.steps for a in drawn} == {1, 2}  # type: ignore[attr-defined]
+    images, labels, index = torch.rand(4, 1, 8, 8), torch.arange(4), torch.arange(4)
+    x_adv = Mixture(entries, 1)(System("net", classifier), images, labels, index, 0)
+    assert not torch.equal(x_adv, images)
+
+
+def test_a_mixture_that_does_not_fit() -> None:
+    with pytest.raises(RecipeError, match=r"attacks.0: eps: a range goes up, \{ uniform = \[0.1, 0.3\] \}, not down"):
+        mixture([{"name": "fgsm", "eps": {"uniform": [0.3, 0.1]}}])
+    with pytest.raises(RecipeError, match=r"attacks.0.fraction: Input should be greater than 0"):
+        mixture([{"attack": {"name": "fgsm", "eps": 0.1}, "fraction": 0}])
+    with pytest.raises(ValueError, match=r"a budget is a number or a fraction such as '8/255', not \[0.1, 0.3\]"):
+        Mixture(mixture([{"name": "fgsm", "eps": [0.1, 0.3]}]), 0)
 
 
 def test_each_part_of_a_batch_meets_its_own_attack(classifier: nn.Module) -> None:
-    mixture = Mixture([ComponentConfig(name="fgsm", eps=0.2), ComponentConfig(name="pgd", eps=0.05, steps=2)], 1)
+    attacks = Mixture(mixture([{"name": "fgsm", "eps": 0.2}, {"name": "pgd", "eps": 0.05, "steps": 2}]), 1)
+    net = System("net", classifier)
     images, labels, index = torch.rand(8, 1, 8, 8) * 0.5 + 0.25, torch.arange(8), torch.arange(8) + 100
-    x_adv = mixture(classifier, images, labels, index, 4)
+    x_adv = attacks(net, images, labels, index, 4)
     torch.testing.assert_close(
         x_adv[:4], create_attack("fgsm", eps=0.2)(classifier, images[:4], labels[:4]), rtol=0, atol=1e-6
     )
     assert float((x_adv - images)[4:].abs().max()) <= 0.05 + 1e-6
-    assert not torch.equal(x_adv[4:], mixture(classifier, images, labels, index, 5)[4:])  # other draws at another step
-    assert torch.equal(x_adv, mixture(classifier, images, labels, index, 4))
+    assert not torch.equal(x_adv[4:], attacks(net, images, labels, index, 5)[4:])  # other draws at another step
+    assert torch.equal(x_adv, attacks(net, images, labels, index, 4))
+
+
+class Halved(Defense):
+    """Half as bright, without a gradient to give."""
+
+    differentiable = False
+
+    def purify(self, images: Tensor) -> Tensor:
+        return images.detach() / 2
+
+    def surrogate_backward(self, images: Tensor) -> Tensor:
+        return 1 - images
+
+
+def test_pairs_are_made_against_what_the_attacker_knows(data: Splits, classifier: nn.Module) -> None:
+    # FGSM by hand: against the net alone, against the whole by the identity's slope, by the surrogate's opposite one.
+    system, defense = System("halved", classifier.eval(), Halved()), Halved()
+    sampler = Sampler(data.train, 6, 0, Augmentation(), torch.device("cpu"))
+    for knowledge, seen in (
+        ("oblivious", lambda x: classifier(x)),
+        ("bpda", lambda x: classifier(x + (x / 2 - x).detach())),
+        ("white_box", lambda x: classifier(defense.surrogate_backward(x) + (x / 2 - (1 - x)).detach())),
+    ):
+        config = AdversarialBatchesConfig(attacks=mixture([{"name": "fgsm", "eps": 0.1}]), knowledge=knowledge)
+        batch = AdversarialBatches(sampler, config, [system]).batch(0)
+        at = batch.x_real.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(F.cross_entropy(seen(at), batch.y, reduction="sum"), at)
+        expected = (batch.x_real + 0.1 * slope.sign()).clamp(0, 1)
+        torch.testing.assert_close(batch.x_adv, expected)
 
 
 # Cost and precision --------------------------------------------------------------------------------------------------
@@ -735,7 +828,7 @@ def test_what_was_used_is_what_is_kept(data: Splits, classifier: nn.Module, tmp_
     data = data.with_class_names([str(9 - k) for k in range(10)])
     filter_ = {"name": "jpeg", "quality": 30}
     values = {**defense_recipe().model_dump(mode="json"), "dataset": "mnist", "size": None, "defense": filter_}
-    values["adversarial_batches"]["attacks"] = [{"name": "fgsm", "eps": ["2/255", "8/255"]}]
+    values["adversarial_batches"]["attacks"] = [{"name": "fgsm", "eps": {"uniform": ["2/255", "8/255"]}}]
     recipe, own = resolve(values), Own()
     folder = tmp_path / "run"
     jobs.train_defense(recipe, [own, classifier], data, out=folder, device="cpu")
@@ -786,7 +879,7 @@ def test_a_run_folder_rebuilds_what_was_trained(data: Splits, classifier: nn.Mod
 def test_a_run_starts_with_the_weights_of_another(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
     first = jobs.train_defense(defense_recipe(steps=2), classifier, data, out=tmp_path / "first", device="cpu")
     recipe = defense_recipe().model_copy(update={"start": str(tmp_path / "first")})
-    task, _ = jobs.defense_task(recipe, data, [classifier], "cpu")
+    task = jobs.defense_task(recipe, data, [classifier], "cpu")
     assert {k: v.tolist() for k, v in task.defense.state_dict().items()} == {
         k: v.tolist() for k, v in first.state_dict().items()
     }

@@ -10,7 +10,8 @@ import pytest
 from unperturb import zoo
 from unperturb.classifiers import classifiers, load_classifier
 from unperturb.defenses import load_defense
-from unperturb.evaluation import jobs, training_cost
+from unperturb.evaluation import training_cost
+from unperturb.evaluation.plan import name_of
 from unperturb.registry import UnknownNameError
 from unperturb.runs import RunError
 
@@ -57,8 +58,8 @@ def test_a_name_that_the_zoo_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tables_call_the_zoos_as_they_call_run_folders() -> None:
-    assert jobs._name("zoo:finetune-mnist", "mnist") == jobs._name("runs/finetune-mnist", "mnist") == "finetune"
-    assert jobs._name("zoo:finetune-mnist+jpeg", "mnist") == "finetune+jpeg"
+    assert name_of("zoo:finetune-mnist", "mnist") == name_of("runs/finetune-mnist", "mnist") == "finetune"
+    assert name_of("zoo:finetune-mnist+jpeg", "mnist") == "finetune+jpeg"
 
 
 def test_what_the_zoos_have_cost_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

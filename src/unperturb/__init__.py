@@ -13,43 +13,59 @@ __version__ = "0.1.0"
 _WHERE = {
     "Attack": "attacks",
     "AttackResult": "attacks",
+    "Attacker": "attackers",
+    "Benchmark": "benchmarking",
     "Defense": "defenses",
     "ImageSet": "data",
     "Protected": "defenses",
+    "Results": "results",
     "Splits": "data",
+    "System": "systems",
+    "ThreatModel": "threat_models",
+    "as_image_set": "data",
+    "attack_images": "attack_folder",
+    "benchmark": "benchmarking",
     "budget": "attacks",
-    "list_available": "available",
-    "compare": "report",
-    "comparison_table": "report",
+    "compare": "results",
+    "comparison_table": "results",
     "create_attack": "attacks",
     "create_classifier": "classifiers",
     "create_defense": "defenses",
-    "evaluate": "evaluation.jobs",
+    "evaluate": "evaluation.run",
     "known_copy_note": "data",
+    "list_available": "available",
     "load_classifier": "classifiers",
     "load_dataset": "data",
     "load_defense": "defenses",
     "prepare": "data",
     "read_rows": "results.schema",
-    "run_evaluation": "evaluation.jobs",
-    "table": "report",
+    "robust_accuracy": "results",
+    "run_evaluation": "evaluation.run",
+    "table": "results",
     "train_classifier": "training.jobs",
     "train_defense": "training.jobs",
     "wrap": "classifiers",
-    "write_report": "report",
+    "wrap_attack": "attacks",
+    "write_report": "results.page",
 }
 __all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
-    from unperturb.attacks import Attack, AttackResult, budget, create_attack
+    from unperturb.attack_folder import attack_images
+    from unperturb.attackers import Attacker
+    from unperturb.attacks import Attack, AttackResult, budget, create_attack, wrap_attack
     from unperturb.available import list_available
+    from unperturb.benchmarking import Benchmark, benchmark
     from unperturb.classifiers import create_classifier, load_classifier, wrap
-    from unperturb.data import ImageSet, Splits, known_copy_note, load_dataset
+    from unperturb.data import ImageSet, Splits, as_image_set, known_copy_note, load_dataset
     from unperturb.data.prepare import prepare
     from unperturb.defenses import Defense, Protected, create_defense, load_defense
-    from unperturb.evaluation.jobs import evaluate, run_evaluation
-    from unperturb.report import compare, comparison_table, table, write_report
+    from unperturb.evaluation.run import evaluate, run_evaluation
+    from unperturb.results import Results, compare, comparison_table, robust_accuracy, table
+    from unperturb.results.page import write_report
     from unperturb.results.schema import read_rows
+    from unperturb.systems import System
+    from unperturb.threat_models import ThreatModel
     from unperturb.training.jobs import train_classifier, train_defense
 
 

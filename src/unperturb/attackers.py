@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unperturb.attacks.base import Attack
-from unperturb.defenses.base import Protected
+from unperturb.attacks.base import Attack, attacks
+from unperturb.defenses.base import Defense, Protected
 from unperturb.modules import ask
 from unperturb.systems import System
-from unperturb.threat_models import check_knowledge
+from unperturb.threat_models import KNOWLEDGE, check_knowledge
 
-SEES_ALL = ("bpda", "white_box", "black_box")  # the kinds of knowledge that meet the purifier itself
+
+def label_of(attack: Attack) -> str:
+    """The attack's short name in tables: its registered name, or its class's, norm where not Linf, and steps."""
+    name = next((n for n in attacks if attacks[n] is type(attack)), type(attack).__name__.lower())
+    norm = getattr(attack, "norm", "linf")
+    steps = getattr(attack, "steps", None)
+    return name + (f"-{norm}" if norm != "linf" else "") + (f"-{steps}" if steps else "")
 
 
 class _Replace(torch.autograd.Function):
@@ -122,7 +128,8 @@ class Attacker:
     """An attack and what who makes it knows.
 
     eot_samples: passes that the gradient of a random system is averaged over. surrogate_backward: for `bpda`, what is
-    differentiated in place of the purifier (default: the identity), images to images.
+    differentiated in place of the purifier (default: the identity), images to images. randomness: True for an attacker
+    who is sent against random systems alone, False for one against all others, None for one against any.
 
     Raises `UnknownNameError` for another knowledge, `ValueError` for an attack by gradients that is to see outputs only
     or for fewer than one pass.
@@ -132,6 +139,7 @@ class Attacker:
     knowledge: str
     eot_samples: int = 20
     surrogate_backward: Callable[[Tensor], Tensor] | None = None
+    randomness: bool | None = None
 
     def __post_init__(self) -> None:
         check_knowledge(self.knowledge)
@@ -143,39 +151,57 @@ class Attacker:
                 "for robustness. Ask by queries there (square, rays), or give it another knowledge"
             )
 
+    def is_sent_against(self, system: System) -> bool:
+        """Whether `system` is one that this attacker is meant for."""
+        return self.randomness in (None, system.random)
+
+    @property
+    def attacked(self) -> str:
+        """What the attack is made on: the undefended "classifier", a "surrogate" or the "system" itself."""
+        return KNOWLEDGE[self.knowledge].attacked
+
     def knowledge_of(self, system: System) -> str:
         """The least knowledge that amounts to the same for `system`: where nothing is defended, who attacks the
         undefended classifier sees all there is; where there is no purifier, its backward pass needs no surrogate."""
-        if system.undefended and self.knowledge in ("bpda", "white_box"):
+        if system.undefended and self.knowledge in ("gray_box", "bpda", "white_box"):
             return "oblivious"
         if system.purifier is None and self.knowledge == "bpda":
             return "white_box"
         return self.knowledge
 
-    def attack_for(self, system: System) -> Attack:
+    def attack_for(self, system: System, surrogate: nn.Module | None = None) -> Attack:
         """The attack as it is to be made: where the attacker meets a random system, one success is a draw, so that no
         attack stops at its first. Raises `ValueError` for a minimal-norm attack there."""
-        meets_random = system.random and self.knowledge in SEES_ALL
+        met = system if self.attacked == "system" else self._own(system, surrogate)
+        meets_random = met is not None and met.random
         return self.attack.for_random_model(eot_samples=1) if meets_random else self.attack  # `EOT` averages already
 
     def model_for(self, system: System, surrogate: nn.Module | None = None) -> nn.Module:
         """The module, images to logits, that this attacker differentiates, or questions.
 
-        none, oblivious: the undefended classifier (noise needs no gradient). transfer: `surrogate`, another classifier.
-        gray_box: `surrogate`, a purifier and a classifier of the attacker's own. bpda: the whole, the purifier's
-        backward pass replaced. white_box: the whole, exact gradient; a stage of the purifier that has none to give is
-        differentiated through its own surrogate, at the value that it really takes. black_box: the whole, answers only.
-        Gradients of a random system are averaged over `eot_samples` passes.
+        surrogate: a model of the attacker's own, or, for gray_box, a purifier that is put before `system.bare`.
+
+        none, oblivious: the undefended classifier (noise needs no gradient). transfer, gray_box: the surrogate, which
+        its owner knows whole. bpda: the whole, the purifier's backward pass replaced. white_box: the whole, exact
+        gradient; a stage of the purifier that has none to give is differentiated through its own surrogate, at the
+        value that it really takes. black_box: the whole, answers only. Gradients of a random system are averaged over
+        `eot_samples` passes.
 
         Raises `ValueError` for a transfer or a gray box without a surrogate.
         """
-        if self.knowledge in ("transfer", "gray_box"):
-            if surrogate is None:
-                raise ValueError(
-                    f"a {self.knowledge} attack is made on a model of the attacker's own; set surrogate in the recipe"
-                )
-            return surrogate
-        if self.knowledge in ("none", "oblivious"):
+        owned = self._own(system, surrogate)
+        if owned is not None:
+            return replace(self, knowledge="white_box").model_for(owned)
+        if self.attacked == "surrogate":
+            own, key = (
+                ("another classifier", "surrogate")
+                if self.knowledge == "transfer"
+                else ("a purifier", "surrogate_defense")
+            )
+            raise ValueError(
+                f"a {self.knowledge} attack is made on {own} of the attacker's own and needs that surrogate: set {key}"
+            )
+        if self.attacked == "classifier":
             return system.bare
         if self.knowledge == "black_box":
             return OutputsOnly(system.model)
@@ -189,3 +215,11 @@ class Attacker:
             stages = (s if s.differentiable else BPDA(s, s.surrogate_backward) for s in system.purifier.stages())
             seen = Chain(*stages, classifier=system.classifier)
         return EOT(seen, self.eot_samples) if system.random else seen
+
+    def _own(self, system: System, surrogate: nn.Module | None) -> System | None:
+        """The system of the attacker's own that a transfer or a gray-box attack is made on."""
+        if self.attacked != "surrogate" or surrogate is None:
+            return None
+        if isinstance(surrogate, Defense):
+            return System("surrogate", system.bare, surrogate)
+        return System.of("surrogate", surrogate)

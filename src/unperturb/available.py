@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 VERBS = {"classifier": "train-classifier", "defense": "train", "evaluation": "evaluate", "demo": "demo"}
@@ -18,14 +19,14 @@ def list_available() -> dict[str, dict[str, str]]:
     from unperturb.config import read_recipe, recipe_names
     from unperturb.data import NAMES
     from unperturb.defenses import defenses
-    from unperturb.threats import KNOWLEDGE
+    from unperturb.threat_models import KNOWLEDGE
 
     return {
         "datasets": {**NAMES, "folder:PATH": "class folders of pictures", "hub:NAME": "any image set on the hub"},
         "classifiers": {n: _line(classifiers[n]) for n in classifiers},
         "attacks": {n: _line(attacks[n]) for n in attacks},
         "defenses": {n: _line(defenses[n]) for n in defenses},
-        "knowledge": dict(KNOWLEDGE),
+        "knowledge": {n: kind.meaning for n, kind in KNOWLEDGE.items()},
         "zoo": {f"{zoo.PREFIX}{n}": _card(folder) for n, folder in zoo.folders().items()},
         "recipes": {n: f"{VERBS[read_recipe(n).kind]}: {_phrase(describe(n))}" for n in recipe_names()},
     }
@@ -65,33 +66,54 @@ def _phrase(text: str) -> str:
 
 
 def describe(name: str) -> str:
-    """What a recipe, by name or path, says of itself: the comment that it begins with, as one paragraph."""
-    from unperturb.config import recipe_text
+    """What a recipe, by name or path, says of itself: the comment that it, or else its base, begins with."""
+    from unperturb.config import recipe_sources, recipe_text
 
-    lines: list[str] = []
-    for line in recipe_text(name).splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").strip())
-    return " ".join(lines)
-
-
-def to_toml(recipe: Any) -> str:
-    """`recipe` with every key, as TOML that `read_recipe` takes; a key that is not set stands in a comment."""
-    from unperturb.config import snapshot
-
-    return "\n".join(_toml(snapshot(recipe), ())) + "\n"
+    for source in recipe_sources(name):
+        lines = recipe_text(source).splitlines()
+        comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+        if said := " ".join(line.removeprefix("#").strip() for line in comment):
+            return said
+    return ""
 
 
-def _toml(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+def to_toml(recipe: Any, name: str | None = None, overrides: Sequence[str] = ()) -> str:
+    """`recipe` with every key, as TOML that `read_recipe` takes; a key that is not set stands in a comment.
+
+    name: what it was read from, with `overrides`: a comment then says which keys come from which base.
+    """
+    from unperturb.config import recipe_sources, snapshot
+
+    sources = {} if name is None else recipe_sources(name)
+    changed = [tuple(override.partition("=")[0].strip().split(".")) for override in overrides]
+
+    def origin(path: tuple[str, ...]) -> str:
+        if any(path == key[: len(path)] or key == path[: len(key)] for key in changed):
+            return ""
+        source = next((source for source, said in sources.items() if _says(said, path)), name)
+        return "" if source == name else f"  # from {source}"
+
+    return "\n".join(_toml(snapshot(recipe), (), origin)) + "\n"
+
+
+def _says(table: Any, path: tuple[str, ...]) -> bool:
+    for key in path:
+        if not isinstance(table, dict) or key not in table:
+            return False
+        table = table[key]
+    return True
+
+
+def _toml(table: Mapping[str, Any], path: tuple[str, ...], origin: Callable[[tuple[str, ...]], str]) -> Iterator[str]:
     inner = {k: v for k, v in table.items() if isinstance(v, dict)}
     if path:
         yield f"\n[{'.'.join(map(_key, path))}]"
     for key, value in table.items():
         if key not in inner:
-            yield f"# {_key(key)}: not set" if value is None else f"{_key(key)} = {_value(value)}"
+            line = f"# {_key(key)}: not set" if value is None else f"{_key(key)} = {_value(value)}"
+            yield line + origin((*path, key))
     for key, value in inner.items():
-        yield from _toml(value, (*path, key))
+        yield from _toml(value, (*path, key), origin)
 
 
 def _key(key: str) -> str:
@@ -118,8 +140,12 @@ INTRODUCTION = """\
 A recipe is a TOML file that fixes one run completely. `unperturb list recipes` names those that come along,
 `unperturb show NAME` prints one whole, with what it needs. Every verb takes a name or a path, so a recipe of your own
 begins with `unperturb show protect-mnist > mine.toml`. `--set KEY=VALUE` changes a key: `--set training.lr=0.001`,
-`--set adversarial_batches.attacks.0.eps=8/255`, `--set 'classifiers=["zoo:mnist-resnet8"]'`. A key that does not exist
-is refused.
+`--set adversarial_batches.attacks.0.attack.eps=8/255`, `--set 'classifiers=["zoo:mnist-resnet8"]'`. A key that does not
+exist is refused.
+
+A recipe may say only what differs from another: `base = "protect-mnist"` at its top, a name that comes along, or a path
+that ends in `.toml`, seen from the recipe. Tables are merged key by key. Everything else is replaced: lists, and tables
+that give another `name`. `unperturb show` prints the result, and beside each key the base that it comes from.
 
 A classifier or a defense is named by its run folder (`runs/mnist-resnet8`), by `zoo:NAME` (weights that come with the
 repository: `unperturb list zoo`), a filter by its own name (`jpeg`), several purifiers one behind the other by
@@ -128,13 +154,31 @@ follow the keys.
 
 This page is made by `python -m unperturb.available > docs/recipes.md`; a test holds it to the program.
 """
+ENTRIES = """\
+## The lists of attacks
+
+An entry is an attack, `{ name = "pgd", eps = 0.3 }`, with the options of its name. If the entry says more, the attack
+stands in it: `{ attack = { name = "pgd", eps = 0.3 }, label = "mine" }`. What it may say in an evaluation:
+
+{evaluation}
+And in a mixture (`adversarial_batches.attacks`, or those of the objective `adversarial`), where an option given as
+`{ uniform = [low, high] }` is drawn anew each step:
+
+{mixture}"""
 
 
 def recipes_page() -> str:
     """`docs/recipes.md`: every key of every kind of recipe, and the options of everything that a recipe names."""
     from unperturb.attacks import attacks
     from unperturb.classifiers import classifiers
-    from unperturb.config import KINDS, AdversarialBatchesConfig, Augmentation, Training
+    from unperturb.config import (
+        KINDS,
+        AdversarialBatchesConfig,
+        AttackerConfig,
+        Augmentation,
+        MixtureConfig,
+        Training,
+    )
     from unperturb.defenses import defenses
     from unperturb.training.objectives import objectives
 
@@ -148,11 +192,8 @@ def recipes_page() -> str:
         ("adversarial_batches", AdversarialBatchesConfig),
     ):
         parts.append(f"## `[{title}]`\n\n{_line(part)}\n\n{_keys(part)}")
-    parts.append(
-        "## An attack of an evaluation or a mixture\n\nBeside the options of its name: `label` (its name in tables) "
-        "and `knowledge` (a list of its own) in an evaluation; `share` (its part of each batch) in a mixture, where an "
-        "option given as `[low, high]` is drawn anew each step.\n"
-    )
+    entries = ENTRIES.replace("{evaluation}", _keys(AttackerConfig)).replace("{mixture}", _keys(MixtureConfig))
+    parts.append(entries)
     for title, registry in (
         ("Classifiers", classifiers),
         ("Objectives", objectives),

@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-RESUMABLE = ("train", "train-classifier", "evaluate")
+RESUMABLE = ("train", "train-classifier", "evaluate", "attack")
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
@@ -205,13 +205,13 @@ def show(
     overrides: Overrides = None,
 ) -> None:
     """Print a recipe whole, with what it is for and what it needs: a file to begin your own with."""
-    from unperturb.available import VERBS, describe
+    from unperturb.available import VERBS, describe, to_toml
     from unperturb.config import read_recipe
 
     resolved = read_recipe(recipe, overrides or [])
     for line in textwrap.wrap(describe(recipe), 118):
         say(f"# {line}")
-    _show_recipe(resolved)
+    say(to_toml(resolved, recipe, overrides or []))
     part = getattr(resolved, "evaluation", resolved)
     say(f"# Run it: unperturb {VERBS[resolved.kind]}" + ("" if resolved.kind == "demo" else f" {recipe}"))
     say(f"# It needs the data set {part.dataset}: unperturb prepare {part.dataset}")
@@ -226,11 +226,11 @@ def _needs(recipe: Any) -> list[str]:
     from unperturb.unsaved import missing
     from unperturb.zoo import how_to_make
 
-    entries = [*getattr(recipe, "classifiers", []), *getattr(recipe, "defenses", [])]
-    entries += [getattr(recipe, key, None) for key in ("surrogate", "start")]
+    entries = [*getattr(recipe, "classifiers", []), *getattr(recipe, "systems", [])]
+    entries += [getattr(recipe, key, None) for key in ("surrogate", "surrogate_defense", "start")]
     entries.append(recipe.objective.options.get("teacher") if recipe.kind == "classifier" else None)
     lines = []
-    for entry in dict.fromkeys(e for e in entries if e and e != "none"):
+    for entry in dict.fromkeys(e for e in entries if e and e != "undefended"):
         gone = missing(entry)
         lines += [f"missing: {f}; {how_to_make(f, classifiers)}" for f in gone] or [f"there: {entry}"]
     return lines
@@ -333,7 +333,7 @@ def train(
             say("cost: not counted while no classifier is there")
             return
         start = {"start": None} if resolved.start in gone else {}  # its weights do not change what a step costs
-        task, _ = jobs.defense_task(resolved.model_copy(update=start), data, known, device)
+        task = jobs.defense_task(resolved.model_copy(update=start), data, known, device)
         resolved = jobs.decided(resolved, task, out, say)
         _show_recipe(resolved)
         _show_cost(jobs.estimate(task, resolved.training, device))
@@ -357,12 +357,57 @@ def _show_outcome(outcome: Any, out: Path) -> None:
     validation = ", ".join(f"{k} {100 * v:.2f} %" for k, v in outcome.validation.items())
     cost = (
         f"{outcome.steps} steps in {outcome.seconds:g} s, {outcome.images_per_second:g} images/s, "
-        f"{outcome.pflop:g} PFLOP, {outcome.gflops:g} GFLOP/s = {outcome.share:.0%} of a plain convolution "
+        f"{outcome.pflop:g} PFLOP, {outcome.gflops:g} GFLOP/s = {outcome.fraction_of_peak:.0%} of a plain convolution "
         f"({outcome.precision}, {outcome.memory_format})"
     )
     say(
         f"{out}: {cost if outcome.steps else 'nothing to learn'}; validation: {validation}"
         + (f"; test: {100 * outcome.test['accuracy']:.2f} % of {outcome.test['n']}" if outcome.test else "")
+    )
+
+
+@app.command()
+def attack(
+    model: Annotated[str, typer.Argument(help="A classifier: a run folder, zoo:NAME, or module:object.")],
+    data: Annotated[str, typer.Option(help="A data set: digits, mnist, folder:PATH, ... (see: list datasets)")],
+    attack: Annotated[str, typer.Option(help="An attack by name (see: list attacks).")] = "pgd",
+    eps: Annotated[str | None, typer.Option(help="The attack's budget: a number or a fraction, such as 8/255.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the attack, such as steps=40. Repeatable."),
+    ] = None,
+    defense: Annotated[str | None, typer.Option(help="A purifier before it: a run folder, zoo:NAME or a name.")] = None,
+    knowledge: Annotated[str, typer.Option(help="white_box, bpda, black_box, or oblivious.")] = "white_box",
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    size: Annotated[int | None, typer.Option(min=1, help="Side that pictures are resized to.")] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="A fixed, named random subset of this many.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the attack's random draws.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="How many images are attacked at once.")] = 100,
+    out: Out = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write adversarial images as a folder of 8-bit PNGs, each judged once more as it is read back."""
+    from unperturb.attack_folder import MANIFEST, attack_from, plan_attack_images, run_plan
+
+    _threads(threads)
+    made = attack_from(attack, eps, settings or [])
+    choices: dict[str, Any] = {"split": split, "size": size, "n": n, "seed": seed, "batch": batch}
+    plan = plan_attack_images(model, data, made, defense=defense, knowledge=knowledge, **choices)
+    out = out or Path("runs") / f"{attack}-{Path(model).name.replace(':', '-')}"
+    if dry_run:
+        for key, value in plan.settings().items():
+            say(f"{key} = {value}")
+        pflop, minutes = plan.cost(device)
+        say(f"cost: {len(plan.data)} images, at most {pflop:g} PFLOP, about {minutes:g} minutes; they go to {out}")
+        return
+    with _bar("attacking") as update:
+        done = run_plan(plan, out, device=device, resume=resume, progress=update)
+    say(
+        f"{out}: {len(done.images)} images by {made!r}. The system is right about {done.right_before} of them, and "
+        f"about {done.right_after} as they are in the pictures. A line on each: {out / MANIFEST}"
     )
 
 
@@ -380,7 +425,7 @@ def evaluate(
     mean: Mean = None,
     std: Std = None,
     size: Size = None,
-    defense: Cells = None,
+    system: Cells = None,
     attack: Cells = None,
     knowledge: Cells = None,
     device: Device = "auto",
@@ -388,11 +433,12 @@ def evaluate(
     resume: Resume = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Attack bare and protected models as each attacker would; keep a row per image."""
+    """Attack undefended and protected models as each attacker would; keep a row per image."""
     from unperturb.config import read_recipe
     from unperturb.data import load_dataset
-    from unperturb.evaluation import jobs
-    from unperturb.report import table
+    from unperturb.evaluation.plan import estimate, plan_of
+    from unperturb.evaluation.run import only, run_evaluation
+    from unperturb.results.render import table
     from unperturb.unsaved import stand_ins
 
     _threads(threads)
@@ -400,29 +446,100 @@ def evaluate(
         *(overrides or []),
         *(f"{k}={v}" for k, v in {"n": n, "eot_samples": eot_samples, "size": size}.items() if v),
     ]
-    cells = [defense or [], attack or [], knowledge or []]
-    resolved = jobs.only(_with(read_recipe(recipe, changes, "evaluation"), classifier), *cells)
+    cells = [system or [], attack or [], knowledge or []]
+    resolved = only(_with(read_recipe(recipe, changes, "evaluation"), classifier), *cells)
     out = out or Path("runs") / "-".join([Path(recipe).stem, *(name for part in cells for name in part)])
     data = load_dataset(**resolved.data_options)
     own = _own(resolved, data.train, weights, mean, std)
     if dry_run:
-        entries = [*resolved.classifiers, *([resolved.surrogate] if resolved.surrogate else []), *resolved.defenses]
+        named = [*resolved.classifiers, resolved.surrogate, resolved.surrogate_defense, *resolved.systems]
+        entries = [entry for entry in named if entry is not None]
         gone = _missing(entries, own)
         own |= stand_ins([e for e in entries if e not in own], data.train)
         _show_recipe(resolved)
         if unknown := [e for e in entries if e in gone and e not in own]:
             say(f"cost: not counted while {', '.join(unknown)} is missing")
             return
-        cost = jobs.estimate(jobs.grid_of(resolved, device, own))
+        cost = estimate(plan_of(resolved, device, own))
         say(
             f"cost: {cost.cells} cells of {cost.images} images, at most {cost.pflop:g} PFLOP, "
             f"about {cost.minutes:g} minutes"
         )
         return
     with _bar("evaluating") as update:
-        rows = jobs.run_evaluation(resolved, out, device=device, resume=resume, models=own, progress=update)
+        rows = run_evaluation(resolved, out, device=device, resume=resume, models=own, progress=update)
     say(table(rows))
     say(f"\nrows: {out}. Tables, figures and a page: unperturb report {shlex.quote(str(out))}")
+
+
+@app.command()
+def benchmark(
+    model: Annotated[str, typer.Argument(help="A run folder, zoo:NAME, net.onnx, or module:object.")],
+    data: Annotated[str, typer.Option(help="A data set: digits, mnist, folder:PATH, ... (see: list datasets)")],
+    eps: Annotated[str, typer.Option(help="Every attacker's budget: a number or a fraction.")] = "8/255",
+    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    budget: Annotated[str, typer.Option(help="quick, standard or thorough.")] = "standard",
+    n: Annotated[int | None, typer.Option("--n", min=1, help="A fixed random subset (default: 1,000).")] = None,
+    defense: Annotated[str | None, typer.Option(help="A purifier before it: a run folder, zoo:NAME or a name.")] = None,
+    base: Annotated[str | None, typer.Option(help="The undefended classifier that MODEL stands in place of.")] = None,
+    surrogate: Annotated[str | None, typer.Option(help="Another classifier, for transfer.")] = None,
+    surrogate_defense: Annotated[str | None, typer.Option(help="The attacker's own purifier: gray box.")] = None,
+    name: Annotated[str, typer.Option(help="What the card calls it.")] = "model",
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    weights: Weights = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side that pictures are resized to.")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="How often each image is shown to a random model.")] = 10,
+    out: Out = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Send the ladder of attackers against one model: its robust accuracy, the doubts about it, and a card."""
+    from unperturb.benchmarking import benchmark as run_benchmark
+    from unperturb.benchmarking import benchmark_plan, model_from
+    from unperturb.data import load_dataset
+    from unperturb.defenses import load_defense
+    from unperturb.evaluation.plan import estimate
+
+    _threads(threads)
+    images = getattr(load_dataset(data, size=size), split)
+    own: dict[str, Any] = {"weights": weights, "mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
+    judged = model_from(model, images, defense=defense, **own)
+    options: Any = {
+        "norm": norm,
+        "eps": eps,
+        "budget": budget,
+        "n": n,
+        "name": name,
+        "draws": draws,
+        "device": device,
+        "base": None if base is None else model_from(base, images),
+        "surrogate": None if surrogate is None else model_from(surrogate, images),
+        "surrogate_defense": None if surrogate_defense is None else load_defense(surrogate_defense),
+    }
+    out = out or Path("runs") / f"benchmark-{Path(model).name.replace(':', '-')}"
+    cost = estimate(benchmark_plan(judged, images, **options))
+    say(f"{cost.images:,} images, {cost.cells} cells, at most {cost.pflop:g} PFLOP, about {cost.minutes:g} minutes")
+    if dry_run:
+        return
+    with _bar("attacking") as update:
+        found = run_benchmark(judged, images, out=out, resume=resume, progress=update, **options)
+    say(found)
+    say(f"\nthe card: {found.write_card(out / 'card')['html']}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A run folder of an evaluation or a benchmark.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+) -> None:
+    """Two runs side by side on the same images, with McNemar's exact test."""
+    from unperturb.results.render import compare_pair
+
+    say(compare_pair(first, second))
 
 
 @app.command()
@@ -433,15 +550,17 @@ def report(
     note: Annotated[str | None, typer.Option(help="What the page says below its heading.")] = None,
 ) -> None:
     """Remake every table, figure and the page from rows and samples alone."""
-    from unperturb.report import compare, table, write_report
-    from unperturb.results.schema import read_rows
+    from unperturb.results import compare, table
+    from unperturb.results.flags import flags_of
+    from unperturb.results.page import write_report
+    from unperturb.results.results import Results
 
     with _bar("writing tables, figures and the page"):
         written = write_report(list(runs), out, title=title, note=note)
-        rows = read_rows(*runs)
-    say(table(rows))
-    if rows["defense"].nunique() > 2:
-        say(compare(rows))
+        results = Results.read(*runs)
+    say(table(results, flags=flags_of(results)))
+    if results.cells["system"].nunique() > 2:
+        say(compare(results))
     parts = [name.partition("/")[0] for name in written]
     say(
         f"\nwrote {written['page']}, with {parts.count('figures')} figures and {parts.count('tables')} tables beside it"

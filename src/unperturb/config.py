@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -33,6 +37,14 @@ class ComponentConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+_BESIDE = {"attack", "knowledge", "label", "fraction"}
+
+
+def _long(entry: Any) -> Any:
+    """An entry of a list of attacks in its long form, `{ attack = { name = ... } }`."""
+    return {"attack": entry} if isinstance(entry, dict) and "name" in entry and not _BESIDE & set(entry) else entry
+
+
 class _Entry(_Settings):
     """An attack, and beside it what a list says of it; an entry with a `name` is the attack itself."""
 
@@ -41,15 +53,10 @@ class _Entry(_Settings):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "name" not in value:
-            return value
-        beside = sorted(set(value) & set(cls.model_fields))
-        if beside:
-            first = beside[0]
-            raise ValueError(
-                f"{first} stands beside the attack: {{ attack = {{ name = {value['name']!r}, ... }}, {first} = ... }}"
-            )
-        return {"attack": value}
+        if isinstance(value, dict) and "name" in value and (beside := sorted(_BESIDE & set(value))):
+            long = f'{{ attack = {{ name = "{value["name"]}", ... }}, {beside[-1]} = ... }}'
+            raise ValueError(f"{' and '.join(beside)} cannot stand inside an attack; write {long}")
+        return _long(value)
 
 
 KnowledgeName = Literal["none", "transfer", "oblivious", "gray_box", "black_box", "bpda", "white_box"]
@@ -67,6 +74,41 @@ class MixtureConfig(_Entry):
 
     fraction: float = Field(1.0, gt=0, description="Its part of each batch, beside those of the others.")
 
+    @model_validator(mode="after")
+    def _ranges(self) -> MixtureConfig:
+        for option, value in self.attack.options.items():
+            try:
+                uniform_range(value)
+            except ValueError as error:
+                raise ValueError(f"{option}: {error}") from None
+        return self
+
+
+_FRACTION = re.compile(r"[0-9]+/[1-9][0-9]*|[0-9]+(\.[0-9]+)?")
+
+
+def _number(value: Any) -> int | float | None:
+    """`value` if it is a finite number, or a fraction such as `"8/255"`."""
+    if isinstance(value, str) and _FRACTION.fullmatch(value):
+        return float(Fraction(value))
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def uniform_range(value: Any) -> tuple[int | float, int | float] | None:
+    """(low, high) of an option that is a range, `{ uniform = [low, high] }`; None for any other option.
+
+    Raises `ValueError` for a range that is none.
+    """
+    if not (isinstance(value, Mapping) and "uniform" in value):
+        return None
+    given = value["uniform"]
+    low, high = map(_number, given) if isinstance(given, list | tuple) and len(given) == 2 else (None, None)
+    if len(value) != 1 or low is None or high is None:
+        raise ValueError(f"a range is {{ uniform = [low, high] }} with two numbers, not {dict(value)}")
+    if low > high:
+        raise ValueError(f"a range goes up, {{ uniform = [{given[1]}, {given[0]}] }}, not down, {list(given)}")
+    return low, high
+
 
 class Training(_Settings):
     """How the loop steps."""
@@ -80,7 +122,7 @@ class Training(_Settings):
     betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's averaging; with sgd the first is the momentum.")
     weight_decay: float = Field(0.0, ge=0, description="Decay of matrices and kernels; vectors are never decayed.")
     schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="The way down after the warm-up.")
-    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Fraction of the steps in which the learning rate rises.")
     clip: float | None = Field(None, gt=0, description="Largest gradient norm a network may step with.")
     ema: float = Field(
         0.0, ge=0, lt=1, description="Decay of the weight average that is kept; 0 keeps the last weights."
@@ -164,6 +206,16 @@ class DefenseRecipe(DataRecipe):
     seed: int = Field(0, ge=0, lt=2**32, description="Of weights, order, augmentation and attacks.")
 
 
+class LadderConfig(_Settings):
+    """The attackers that a system has to stand, weakest first; each meets only what the others have left standing."""
+
+    norm: Literal["linf", "l2"] = Field("linf", description="Of every attacker.")
+    eps: float | str = Field(description="Of every attacker: a number or a fraction such as 8/255.")
+    budget: Literal["quick", "standard", "thorough"] = Field("standard", description="What each may spend on an image.")
+    knowledge: KnowledgeName = Field("white_box", description="The most that any of them knows.")
+    doubted: int = Field(64, ge=0, description="So many images are attacked by everyone, to see who is worth what.")
+
+
 class EvaluationRecipe(DataRecipe):
     """Cross classifiers, defenses, attacks and kinds of knowledge, and keep a row per image."""
 
@@ -172,10 +224,16 @@ class EvaluationRecipe(DataRecipe):
     n: int | None = Field(None, gt=0, description="A fixed, named random subset of this many; None takes all.")
     classifiers: list[str] = Field(min_length=1, description="Run folders.")
     surrogate: str | None = Field(None, description="Run folder of the classifier that a transfer attack is made on.")
-    systems: list[str] = Field(
-        ["undefended"], min_length=1, description="Run folders of defenses; undefended is the classifier itself."
+    surrogate_defense: str | None = Field(
+        None, description="Run folder of the purifier of the attacker's own that a gray-box attack is made through."
     )
-    attacks: list[AttackerConfig] = Field(min_length=1, description="Each with its own knowledge and label, if any.")
+    systems: list[str] = Field(
+        ["undefended"],
+        min_length=1,
+        description="Run folders, or filters by name; undefended is the classifier itself.",
+    )
+    attacks: list[AttackerConfig] = Field([], description="Each with its own knowledge and label, if any.")
+    ladder: LadderConfig | None = Field(None, description="After them, the attackers of a ladder.")
     knowledge: list[KnowledgeName] = Field(
         ["oblivious", "white_box"], description="For attacks without a list of their own."
     )
@@ -187,6 +245,12 @@ class EvaluationRecipe(DataRecipe):
     batch: int = Field(200, gt=0, description="Images attacked at once.")
     shard: int = Field(1000, gt=0, description="Rows a file; a killed run goes on at the next missing one.")
     samples: int = Field(10, ge=0, description="Images per cell that are kept for the figures.")
+
+    @model_validator(mode="after")
+    def _someone_attacks(self) -> EvaluationRecipe:
+        if not self.attacks and self.ladder is None:
+            raise ValueError("give attacks, or a ladder")
+        return self
 
 
 class DemoRecipe(_Settings):
@@ -217,7 +281,7 @@ def recipe_text(name: str) -> str:
     """The TOML of the recipe called `name`, or at that path, comments and all; raises `RecipeError`."""
     path = Path(name)
     if path.suffix == ".toml":
-        if not path.is_file():
+        if not os.path.isfile(path):  # which also takes names that no file can have
             raise RecipeError(f"no recipe at {path}. Those that come with the program: unperturb list recipes")
         return _text(path)
     if name not in recipe_names():
@@ -226,24 +290,74 @@ def recipe_text(name: str) -> str:
     return (resources.files("unperturb") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
 
 
+def recipe_sources(name: str) -> dict[str, dict[str, Any]]:
+    """What a recipe, by name or path, and those that it is based on say themselves, by name or path: it first, then
+    its `base`, and so on.
+
+    A base is the name of a recipe that comes with the program, or a path that ends in .toml, seen from the recipe.
+    Raises `RecipeError` for one that is not there, is no TOML, or is based on itself.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    places: set[str] = set()
+    at: str | None = name
+    while at is not None:
+        try:
+            values = tomllib.loads(recipe_text(at))
+        except RecipeError as error:
+            raise RecipeError(f"{[*found][-1]}: its base: {error}" if found else str(error)) from None
+        except (ValueError, RecursionError) as error:  # its own error, and numbers of thousands of digits
+            raise RecipeError(f"{at} is not valid TOML: {error}") from None
+        place = os.path.realpath(at) if at.endswith(".toml") else at
+        if place in places:
+            raise RecipeError(f"a recipe cannot be its own base: {' is based on '.join([*found, at])}")
+        places.add(place)
+        base = values.pop("base", None)
+        if not isinstance(base, str | None):
+            raise RecipeError(f"{at}: base is the name of a recipe, or a path that ends in .toml, not {base!r:.80}")
+        found[at] = values
+        at = str(Path(at).parent / base) if base is not None and base.endswith(".toml") else base
+    return found
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """`above` over `below`: tables key by key, all else replaced; a table of another `name` too, for options belong to
+    a name."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    if "name" in above and above["name"] != below.get("name"):
+        return above
+    return {**below, **{key: _merged(below[key], value) if key in below else value for key, value in above.items()}}
+
+
 def read_recipe(name: str, overrides: Sequence[str] = (), kind: str | None = None) -> Any:
     """The recipe called `name` (one of `recipe_names()`, or a path to a TOML file), with `key=value` overrides.
 
-    kind: what it must be ("classifier", "defense", "evaluation", "demo").
+    A recipe with `base = "another"` holds only what differs from it: tables are merged key by key, all else is
+    replaced. kind: what it must be ("classifier", "defense", "evaluation", "demo").
 
     Raises `RecipeError` for a name, key, type or value that does not fit.
     """
-    try:
-        values = tomllib.loads(recipe_text(name))
-    except RecipeError:
-        raise
-    except (ValueError, RecursionError) as error:  # its own error, and numbers of thousands of digits
-        raise RecipeError(f"{name} is not valid TOML: {error}") from None
+    values: Any = {}
+    for said in reversed(recipe_sources(name).values()):
+        values = _merged(values, said)
+    values = _written_out(values)
     for override in overrides:
         _override(values, override)
     if kind is not None and values.get("kind") != kind:
         raise RecipeError(f"{name} is a {values.get('kind')!r} recipe; this needs a {kind!r} recipe")
     return resolve(values, name)
+
+
+def _written_out(values: Any) -> Any:
+    """`values` with each attack of a list in its long form, which is the one that overrides speak of."""
+    if isinstance(values, list):
+        return [_written_out(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    values = {key: _written_out(value) for key, value in values.items()}
+    if isinstance(values.get("attacks"), list):
+        values["attacks"] = [_long(entry) for entry in values["attacks"]]
+    return values
 
 
 def _text(path: Path) -> str:
@@ -260,11 +374,19 @@ def resolve(values: dict[str, Any], name: str = "recipe") -> Any:
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise RecipeError(f"{name}: " + str(unknown("kind", kind, KINDS)))
-    model = KINDS[kind]
+    return _checked(KINDS[kind], values, name)
+
+
+def _checked(model: type[BaseModel], values: Any, name: str) -> Any:
     try:
         return model.model_validate(values)
     except ValidationError as error:
         raise RecipeError("\n".join(f"{name}: {_explain(model, e)}" for e in error.errors())) from None
+
+
+def mixture(entries: Sequence[Mapping[str, Any]]) -> list[MixtureConfig]:
+    """The mixture that `entries` describe, as in a recipe; raises `RecipeError`."""
+    return _checked(AdversarialBatchesConfig, {"attacks": list(entries)}, "mixture").attacks
 
 
 def snapshot(recipe: BaseModel) -> dict[str, Any]:
@@ -310,7 +432,9 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     path = error["loc"]
     where = ".".join(str(p) for p in path)
     if error["type"] == "extra_forbidden":
-        return str(unknown("key", where, [".".join(map(str, (*path[:-1], f))) for f in _fields(model, path[:-1])]))
+        fields = _fields(model, path[:-1])
+        known = [*fields, f"attack.{path[-1]}"] if "attack" in fields else fields  # an option of the attack, perhaps
+        return str(unknown("key", where, [".".join(map(str, (*path[:-1], field))) for field in known]))
     if error["type"] == "missing":
         return f"{where} is missing"
     given = f", not {error['input']!r:.80}" if not isinstance(error["input"], dict) else ""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TRYING = "which precision is quickest here?"
 
@@ -23,11 +24,14 @@ class DemoResult:
     seconds: float
 
 
+Bar = Callable[[str], AbstractContextManager[Callable[..., None]]]
+
+
 def run_demo(
     out: str | Path = "runs/demo",
     recipe: str = "demo",
     *,
-    bar: Callable[[str], AbstractContextManager[Callable[..., None]]] | None = None,
+    bar: Bar | None = None,
     show: Callable[[str], None] = print,
 ) -> DemoResult:
     """Train a classifier and a purifier, attack the test images, restore them, judge and report, all under `out`.
@@ -37,47 +41,24 @@ def run_demo(
     """
     from unperturb.config import read_recipe
     from unperturb.data import load_dataset
-    from unperturb.evaluation.jobs import run_evaluation
-    from unperturb.report import table, write_report
-    from unperturb.runs import RunError, read_json, write_json
+    from unperturb.evaluation.run import run_evaluation
+    from unperturb.results.page import write_report
+    from unperturb.results.render import table
     from unperturb.screen import bar as own_bar
-    from unperturb.training.jobs import train_classifier, train_defense
 
     start = time.perf_counter()
     bar = bar or own_bar
     out = Path(out)
-    marker = out / "demo.json"
-    if out.exists() and any(out.iterdir()):
-        if not marker.exists():
-            raise RunError(f"{out} holds something that is not a demo; choose another folder with --out")
-        read_json(marker)
-        shutil.rmtree(out)
     plan = read_recipe(recipe, kind="demo")
-    write_json(marker, json.loads(plan.model_dump_json()))
-
+    _begin(out, plan)
     with bar("decoding the digits") as update:
         data = load_dataset(**plan.classifier.data_options, progress=update)
     show(
         f"data        {data.source}: {len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images"
     )
-    with bar("training a classifier") as update:
-        update(0, 0, TRYING)
-        _, cost = train_classifier(plan.classifier, data, out=out / "classifier", progress=update)
-    show(
-        f"classifier  {plan.classifier.classifier.name}: {cost.seconds:.0f} s, "
-        f"{100 * cost.validation['score']:.1f} % of validation images right"
-    )
-    recipe_ = plan.defense.model_copy(update={"classifiers": [str(out / "classifier")]})
-    with bar("training the purifier") as update:
-        update(0, 0, TRYING)
-        defense = train_defense(recipe_, data=data, out=out / "ours", progress=update)
-    cost = defense.outcome
-    show(
-        f"purifier    {cost.seconds:.0f} s, {cost.images_per_second:.0f} pairs/s, {cost.pflop:.2g} PFLOP, "
-        f"{cost.share:.0%} of a plain convolution's rate"
-    )
+    _train(plan, data, out, bar, show)
     evaluation = plan.evaluation.model_copy(
-        update={"classifiers": [str(out / "classifier")], "defenses": ["none", str(out / "ours")]}
+        update={"classifiers": [str(out / "classifier")], "systems": ["undefended", str(out / "ours")]}
     )
     with bar("attacking") as update:
         rows = run_evaluation(evaluation, out / "rows", progress=update)
@@ -86,3 +67,38 @@ def run_demo(
         update(0, 0)
         written = write_report([out / "rows"], out / "report")
     return DemoResult(table(rows), written["page"], out / "report" / "figures", time.perf_counter() - start)
+
+
+def _begin(out: Path, plan: Any) -> None:
+    """Empty `out`, if it holds a demo, and mark it as one; raises `RunError` where it holds anything else."""
+    from unperturb.runs import RunError, read_json, write_json
+
+    marker = out / "demo.json"
+    if out.exists() and any(out.iterdir()):
+        if not marker.exists():
+            raise RunError(f"{out} holds something that is not a demo; choose another folder with --out")
+        read_json(marker)
+        shutil.rmtree(out)
+    write_json(marker, json.loads(plan.model_dump_json()))
+
+
+def _train(plan: Any, data: Any, out: Path, bar: Bar, show: Callable[[str], None]) -> None:
+    """The classifier and the purifier before it, in run folders of their own."""
+    from unperturb.training.jobs import train_classifier, train_defense
+
+    with bar("training a classifier") as update:
+        update(0, 0, TRYING)
+        _, cost = train_classifier(plan.classifier, data, out=out / "classifier", progress=update)
+    show(
+        f"classifier  {plan.classifier.classifier.name}: {cost.seconds:.0f} s, "
+        f"{100 * cost.validation['score']:.1f} % of validation images right"
+    )
+    recipe = plan.defense.model_copy(update={"classifiers": [str(out / "classifier")]})
+    with bar("training the purifier") as update:
+        update(0, 0, TRYING)
+        defense = train_defense(recipe, data=data, out=out / "ours", progress=update)
+    cost = defense.outcome
+    show(
+        f"purifier    {cost.seconds:.0f} s, {cost.images_per_second:.0f} pairs/s, {cost.pflop:.2g} PFLOP, "
+        f"{cost.fraction_of_peak:.0%} of a plain convolution's rate"
+    )

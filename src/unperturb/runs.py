@@ -36,7 +36,7 @@ class RunError(RuntimeError):
 @pydantic_dataclass(kw_only=True, frozen=True, config=ConfigDict(allow_inf_nan=False))
 class Outcome:
     """What a training cost: PFLOP, seconds of training (without validation), steps, images per second, GFLOP/s, and the
-    share of what a plain convolution reached on the same machine in the same run; what is in `training.json`."""
+    fraction of what a plain convolution reached on the same machine in the same run; what is in `training.json`."""
 
     pflop: float
     seconds: float
@@ -44,7 +44,7 @@ class Outcome:
     images_per_second: float = 0.0
     gflops: float = 0.0
     convolution_gflops: float = 0.0
-    share: float = 0.0
+    fraction_of_peak: float = 0.0
     precision: str = "float32"
     memory_format: str = "contiguous"
     kept_step: int = 0

@@ -52,5 +52,6 @@ class System:
 
     @property
     def differentiable(self) -> bool:
-        """Whether gradients flow through the whole."""
-        return self.purifier is None or self.purifier.differentiable
+        """Whether gradients flow through the whole; an ONNX file gives none."""
+        through = self.purifier is None or self.purifier.differentiable
+        return through and bool(getattr(self.classifier, "differentiable", True))

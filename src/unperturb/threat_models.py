@@ -33,33 +33,50 @@ def budget(value: float | str, norm: str | None = None) -> float:
 @dataclass(frozen=True)
 class Knowledge:
     """One kind of knowledge. title: as tables say it. meaning: a phrase. includes: the kinds that who has this one has
-    too, itself among them: more knowledge is never a weaker attacker."""
+    too, itself among them: more knowledge is never a weaker attacker. attacked: what the attack is made on, the
+    undefended classifier, a surrogate of the attacker's own, or the system itself."""
 
     name: str
     title: str
     meaning: str
     includes: frozenset[str]
+    attacked: Literal["classifier", "surrogate", "system"]
 
 
-def _ordered(*kinds: tuple[str, str, str, tuple[str, ...]]) -> dict[str, Knowledge]:
+def _ordered(
+    *kinds: tuple[str, str, str, Literal["classifier", "surrogate", "system"], tuple[str, ...]],
+) -> dict[str, Knowledge]:
     found: dict[str, Knowledge] = {}
-    for name, title, meaning, below in kinds:
+    for name, title, meaning, attacked, below in kinds:
         includes = frozenset({name}).union(*(found[k].includes for k in below))
-        found[name] = Knowledge(name, title, meaning, includes)
+        found[name] = Knowledge(name, title, meaning, includes, attacked)
     return found
 
 
 KNOWLEDGE = _ordered(
-    ("none", "noise", "noise: nothing is known", ()),
-    ("transfer", "transfer", "made on another classifier", ("none",)),
-    ("oblivious", "oblivious", "made on the undefended classifier, the paper's protocol", ("none",)),
-    ("gray_box", "gray box", "made through a purifier that the attacker trained itself", ("transfer", "oblivious")),
-    ("black_box", "black box", "made on the whole by its outputs alone", ("transfer", "oblivious")),
-    ("bpda", "BPDA", "made on the whole, a surrogate for the purifier's backward pass", ("transfer", "oblivious")),
+    ("none", "noise", "noise: nothing is known", "classifier", ()),
+    ("transfer", "transfer", "made on another classifier", "surrogate", ("none",)),
+    ("oblivious", "oblivious", "made on the undefended classifier, the paper's protocol", "classifier", ("none",)),
+    (
+        "gray_box",
+        "gray box",
+        "made through a purifier that the attacker trained itself",
+        "surrogate",
+        ("transfer", "oblivious"),
+    ),
+    ("black_box", "black box", "made on the whole by its outputs alone", "system", ("transfer", "oblivious")),
+    (
+        "bpda",
+        "BPDA",
+        "made on the whole, a surrogate for the purifier's backward pass",
+        "system",
+        ("transfer", "oblivious"),
+    ),
     (
         "white_box",
         "white box",
         "made on classifier and purifier together, exact gradient",
+        "system",
         ("gray_box", "black_box", "bpda"),
     ),
 )

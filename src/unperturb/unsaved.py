@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -53,7 +54,20 @@ def import_classifier(
     return wrap(model, mean, std, size=size, channels=channels, classes=data.classes)
 
 
-def _import(path: str) -> nn.Module:
+def import_object(path: str) -> Any:
+    """What is at `module:object`, or what it makes when called without arguments; raises `ValueError`."""
+    return _import(path)
+
+
+def _makes_one(thing: Any) -> bool:
+    """Whether `thing` is to be called for a model, and is not one itself: a class, or what takes no argument."""
+    if isinstance(thing, nn.Module) or not callable(thing):
+        return False
+    options = inspect.signature(thing).parameters.values()
+    return not any(o.default is o.empty and o.kind in (o.POSITIONAL_ONLY, o.POSITIONAL_OR_KEYWORD) for o in options)
+
+
+def _import(path: str) -> Any:
     place, _, name = path.partition(":")
     file = Path(place)
     folder = file.parent if file.suffix == ".py" else Path()
@@ -62,7 +76,7 @@ def _import(path: str) -> nn.Module:
         thing: Any = _run(file) if file.suffix == ".py" else importlib.import_module(place)
         for part in name.split("."):
             thing = getattr(thing, part)
-        model = thing if isinstance(thing, nn.Module) or not callable(thing) else thing()
+        model = thing() if _makes_one(thing) else thing
     except (Exception, SystemExit) as error:  # the user's own code may raise anything, and a script may end itself
         raise ValueError(f"{path} could not be imported: {_where(error)}{type(error).__name__}: {error}") from error
     finally:

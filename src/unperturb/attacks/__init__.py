@@ -8,8 +8,10 @@ from unperturb.attacks import (
     deepfool,
     fab,
     fgsm,
+    foreign,
     jsma,
     mim,
+    nifgsm,
     noise,
     patch,
     pgd,
@@ -17,6 +19,7 @@ from unperturb.attacks import (
     square,
 )
 from unperturb.attacks.base import Attack, AttackResult, attacks, create_attack
+from unperturb.attacks.foreign import wrap_attack
 from unperturb.threat_models import budget
 
 __all__ = [
@@ -32,11 +35,14 @@ __all__ = [
     "deepfool",
     "fab",
     "fgsm",
+    "foreign",
     "jsma",
     "mim",
+    "nifgsm",
     "noise",
     "patch",
     "pgd",
     "rays",
     "square",
+    "wrap_attack",
 ]

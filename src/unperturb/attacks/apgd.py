@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from unperturb.attacks.base import BallAttack, Best, attacks
-from unperturb.attacks.context import AttackContext
+from unperturb.attacks.context import AttackContext, PerImage
 from unperturb.attacks.losses import LossFunction, attack_loss, margin
 from unperturb.attacks.projections import Norm, l2_norm, projection
 
@@ -36,14 +37,13 @@ def target_classes(context: AttackContext, logits: Tensor, count: int) -> Tensor
 
 
 @dataclass(frozen=True)
-class TargetedLoss:
+class TargetedLoss(PerImage):
     """The loss of an attacker who aims at the classes `target_class` `(N,)`: their logit minus the label's.
 
     scaled: over the largest minus the mean of the third and fourth logit, the targeted DLR loss (Croce & Hein 2020);
     with fewer than four classes not, since over the largest minus the third of three the loss is constant, and its
     gradient zero, wherever label and target class are first and last. targeted: the labels are the classes
-    to reach, and it is the lead over all other classes, not scaled, for the same reason. `take(rows)` is the loss for
-    some of the images.
+    to reach, and it is the lead over all other classes, not scaled, for the same reason.
     """
 
     target_class: Tensor
@@ -59,9 +59,6 @@ class TargetedLoss:
             return ahead
         top = logits.topk(4, dim=1).values
         return ahead / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
-
-    def take(self, rows: Tensor) -> TargetedLoss:
-        return replace(self, target_class=self.target_class[rows])
 
 
 def mean_gradient(
@@ -83,6 +80,50 @@ def mean_logits(context: AttackContext, x: Tensor, eot_samples: int) -> Tensor:
     return logits / eot_samples
 
 
+@dataclass
+class _Climb(PerImage):
+    """Where a climb stands: the point `x` and the one before it, what the model says of `x`, the highest point met by
+    `loss`, the step size, and how often the loss rose since the last mark. rows: the images' places in the answer."""
+
+    context: AttackContext
+    loss: LossFunction
+    rows: Tensor
+    x: Tensor
+    before: Tensor
+    value: Tensor
+    gradient: Tensor
+    top: Best
+    top_gradient: Tensor
+    size: Tensor
+    rises: Tensor
+    top_then: Tensor
+    halved: Tensor
+
+    def ahead(self, norm: Norm, project: Callable[[Tensor], Tensor], *, momentum: bool) -> Tensor:
+        """The next point."""
+        if norm == "linf":
+            ahead = torch.addcmul(self.x, self.gradient.sign(), self.size)
+        else:
+            step = self.size / l2_norm(self.gradient).clamp(min=1e-30)[:, None, None, None]
+            ahead = torch.addcmul(self.x, self.gradient, step)
+        ahead = project(ahead)
+        if momentum:  # z moves on, pulled along by the last move: x + a (z - x) + (1 - a) (x - x_before)
+            ahead = ahead.sub_(self.x).mul_(_MOMENTUM).add_(self.x).add_(self.x - self.before, alpha=1 - _MOMENTUM)
+            ahead = project(ahead)
+        return ahead
+
+    def mark(self, steps: int) -> None:
+        """Halve the step, and go back to the top, where too few of the last `steps` steps have raised the loss."""
+        halve = (self.rises < _RISES * steps) | (~self.halved & (self.top.value <= self.top_then))
+        back = halve[:, None, None, None]
+        self.size = torch.where(back, self.size / 2, self.size)
+        self.x = torch.where(back, self.top.images, self.x)
+        self.gradient = torch.where(back, self.top_gradient, self.gradient)
+        self.value = torch.where(halve, self.top.value, self.value)
+        self.top_then, self.halved = self.top.value, halve
+        self.rises = torch.zeros_like(self.rises)
+
+
 def run_apgd(
     context: AttackContext,
     start: Tensor,
@@ -102,61 +143,52 @@ def run_apgd(
     Costs `steps` passes forward and backward and one forward, each `eot_samples` times.
     """
     project, marks = projection(context.images, eps, norm), set(checkpoints(steps))
-    x = before = start
-    value, gradient, logits = mean_gradient(context, x, loss, eot_samples)
-    top, top_gradient = Best(x), gradient
-    top.update(x, value)
-    answer, rows = Best(x), torch.arange(len(x), device=x.device)
-    answer.update(x, _selection_value(context, logits, value, selection_loss), fooled=context.clearly_fooled(logits))
-    size = torch.full_like(x[:, :1, :1, :1], 2 * eps)
-    rises = torch.zeros_like(value)
-    top_then, halved, last_mark = top.value, torch.zeros_like(value, dtype=torch.bool), 0
+    value, gradient, logits = mean_gradient(context, start, loss, eot_samples)
+    top, answer = Best(start), Best(start)
+    top.update(start, value)
+    chosen = _selection_value(context, logits, value, selection_loss)
+    answer.update(start, chosen, fooled=context.clearly_fooled(logits))
+    now = _Climb(
+        context=context,
+        loss=loss,
+        rows=torch.arange(len(start), device=start.device),
+        x=start,
+        before=start,
+        value=value,
+        gradient=gradient,
+        top=top,
+        top_gradient=gradient,
+        size=torch.full_like(start[:, :1, :1, :1], 2 * eps),
+        rises=torch.zeros_like(value),
+        top_then=top.value,
+        halved=torch.zeros_like(value, dtype=torch.bool),
+    )
+    last_mark = 0
     for step in range(1, steps + 1):
         if first_success:
-            active = (~answer.fooled[rows]).nonzero().squeeze(1)
+            active = (~answer.fooled[now.rows]).nonzero().squeeze(1)
             if not len(active):
                 return answer
-            if len(active) <= _FEWER * len(x):
-                context, rows, loss = context.take(active), rows[active], _take(loss, active)
-                top.images, top.value = top.images[active], top.value[active]
-                x, before, value, gradient, top_gradient = (
-                    t[active] for t in (x, before, value, gradient, top_gradient)
-                )
-                size, rises, top_then, halved = (t[active] for t in (size, rises, top_then, halved))
-                project = projection(context.images, eps, norm)
-        if norm == "linf":
-            ahead = torch.addcmul(x, gradient.sign(), size)
-        else:
-            ahead = torch.addcmul(x, gradient, size / l2_norm(gradient).clamp(min=1e-30)[:, None, None, None])
-        ahead = project(ahead)
-        if step > 1:  # z moves on, pulled along by the last move: x + a (z - x) + (1 - a) (x - x_before)
-            ahead = ahead.sub_(x).mul_(_MOMENTUM).add_(x).add_(x - before, alpha=1 - _MOMENTUM)
-            ahead = project(ahead)
-        before, x, value_before = x, ahead, value
+            if len(active) <= _FEWER * len(now.x):
+                now = now.select(active)
+                project = projection(now.context.images, eps, norm)
+        value_before, ahead = now.value, now.ahead(norm, project, momentum=step > 1)
+        now.before, now.x = now.x, ahead
         if step < steps:
-            value, gradient, logits = mean_gradient(context, x, loss, eot_samples)
-            top_gradient = torch.where((value > top.value)[:, None, None, None], gradient, top_gradient)
+            now.value, now.gradient, logits = mean_gradient(now.context, now.x, now.loss, eot_samples)
+            higher = (now.value > now.top.value)[:, None, None, None]
+            now.top_gradient = torch.where(higher, now.gradient, now.top_gradient)
         else:
-            logits = mean_logits(context, x, eot_samples)
-            value = context.value(logits, loss)
-        top.update(x, value)
+            logits = mean_logits(now.context, now.x, eot_samples)
+            now.value = now.context.value(logits, now.loss)
+        now.top.update(now.x, now.value)
         # Now: below, x may go back to the top, and these logits would be another point's.
-        answer.update(
-            x,
-            _selection_value(context, logits, value, selection_loss),
-            fooled=context.clearly_fooled(logits),
-            rows=rows,
-        )
-        rises += value > value_before
+        chosen = _selection_value(now.context, logits, now.value, selection_loss)
+        answer.update(now.x, chosen, fooled=now.context.clearly_fooled(logits), rows=now.rows)
+        now.rises += now.value > value_before
         if step in marks:
-            halve = (rises < _RISES * (step - last_mark)) | (~halved & (top.value <= top_then))
-            back = halve[:, None, None, None]
-            size = torch.where(back, size / 2, size)
-            x = torch.where(back, top.images, x)
-            gradient = torch.where(back, top_gradient, gradient)
-            value = torch.where(halve, top.value, value)
-            top_then, halved, last_mark = top.value, halve, step
-            rises = torch.zeros_like(rises)
+            now.mark(step - last_mark)
+            last_mark = step
     return answer
 
 
@@ -178,13 +210,9 @@ def in_turn(
             rows = (~best.fooled).nonzero().squeeze(1)
             if not len(rows):
                 break
-            part = context.take(rows)
+            part = context.select(rows)
         best.merge(attempt(number, part, rows), rows)
     return best
-
-
-def _take(loss: LossFunction, rows: Tensor) -> LossFunction:
-    return loss.take(rows) if isinstance(loss, TargetedLoss) else loss
 
 
 @attacks.register("apgd")
@@ -194,12 +222,15 @@ class APGD(BallAttack):
     no longer rises; the highest loss met is returned, that of a clear success before any other.
 
     steps: forward+backward passes per restart. random_start: start uniformly in the ball. restarts: independent
-    starts, of which the best per image is kept (only the first may start at the image itself). eot_samples: passes
-    averaged per step, for a random model. first_success: an image leaves at its first success: for those who ask only
-    whether it falls, as `autoattack` does. Without it the whole budget is spent on every image.
+    starts, of which the best per image is kept (only the first may start at the image itself, or at a given start).
+    eot_samples: passes averaged per step, for a random model. first_success: an image leaves at its first success: for
+    those who ask only whether it falls, as `autoattack` does. Without it the whole budget is spent on every image.
 
     Source: Croce & Hein 2020, "Reliable evaluation of adversarial robustness", algorithm 1.
     """
+
+    uses_start: ClassVar[bool] = True
+    uses_mask: ClassVar[bool] = True
 
     steps: int = 100
     random_start: bool = True
@@ -224,7 +255,8 @@ class APGD(BallAttack):
         """The best of all climbs, their random starts numbered from `first`; by `selection_loss`, or else by `loss`."""
 
         def attempt(number: int, part: AttackContext, rows: Tensor) -> Best:
-            return self.search(part, _take(loss, rows), first + number, selection_loss)
+            part_loss = loss.select(rows) if isinstance(loss, PerImage) else loss
+            return self.search(part, part_loss, first + number, selection_loss)
 
         return in_turn(context, self.restarts, attempt, first_success=self.first_success)
 
@@ -232,12 +264,9 @@ class APGD(BallAttack):
         self, context: AttackContext, loss: LossFunction, restart: int, selection_loss: LossFunction | None = None
     ) -> Best:
         """The best of one climb, by `selection_loss`, or else by `loss`; `restart` numbers its random start."""
-        start = context.images
-        if self.random_start or restart:
-            start = context.random_start(self.eps, self.norm, restart)
         return run_apgd(
             context,
-            start,
+            self.first_point(context, restart, random_start=self.random_start),
             loss,
             eps=self.eps,
             norm=self.norm,
@@ -255,7 +284,8 @@ class APGDT(APGD):
 
     loss: `"dlr"` (targeted DLR) or `"margin"` (plain difference of logits; used anyway for two or three classes, and
     where a target is given).
-    target_classes: how many, the strongest others on the clean image first, at most all of them.
+    target_classes: how many, the strongest others on the clean image first, at most all of them. A given start is where
+    the first climb towards the first class begins; the others begin at random.
 
     Source: Croce & Hein 2020, the targeted DLR loss.
     """

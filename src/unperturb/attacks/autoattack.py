@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -31,11 +31,14 @@ class AutoAttack(BallAttack):
     who has fallen, averaged over `eot_samples` passes. steps: of APGD and FAB. target_classes: of APGD-T and FAB-T, at
     most all others. queries: of Square. With two classes DLR gives way to the margin.
 
-    An image that never falls comes back as the one with the highest margin met; `AttackResult.broken_by` names who
-    felled the others. Each member judges by the margin, so `loss` has no say; towards a target so does DLR.
+    A given start is looked at first: an image that it fools has fallen to "start"; the first climb and Square begin
+    there. An image that never falls comes back as the one with the highest margin met; `AttackResult.broken_by` names
+    who felled the others. Each member judges by the margin, so `loss` has no say; towards a target so does DLR.
 
     Source: Croce & Hein 2020.
     """
+
+    uses_start: ClassVar[bool] = True
 
     loss: str = "margin"
     version: Literal["standard", "rand"] = "standard"
@@ -60,10 +63,10 @@ class AutoAttack(BallAttack):
         broken_by = ["clean" if hit else "" for hit in fooled.tolist()]
         classes = target_classes(context, logits, self.target_classes)
         rows = (~fooled).nonzero().squeeze(1)
-        for name, attack in self._stages(context.targeted, logits.shape[1], classes.shape[1]):
+        for name, attack in self._stages(context, logits.shape[1], classes.shape[1]):
             if not len(rows):
                 break
-            part = context.take(rows)
+            part = context.select(rows)
             x = project_(attack(part, classes[rows]), part.images, self.eps, self.norm)
             logits = mean_logits(part, x, eot_samples)
             fooled = part.clearly_fooled(logits)
@@ -85,12 +88,14 @@ class AutoAttack(BallAttack):
         fab = FAB(**ball, target_classes=self.target_classes, first_success=True)
         return apgd, apgd_t, fab, Square(norm=self.norm, eps=self.eps, queries=self.queries)
 
-    def _stages(self, targeted: bool, classes: int, count: int) -> Iterator[Stage]:
+    def _stages(self, context: AttackContext, classes: int, count: int) -> Iterator[Stage]:
         """One stage per member, and within a targeted member one per class: whom the first target fells leaves then."""
         apgd, apgd_t, fab, square = self._members()
+        if context.start is not None:
+            yield "start", lambda p, _: p.images if p.start is None else p.start
         yield "apgd-ce", lambda p, _: apgd.search(p, cross_entropy, 0, margin).images
         if self.version == "rand":
-            dlr = attack_loss("dlr" if classes > 2 else "margin", targeted=targeted)
+            dlr = attack_loss("dlr" if classes > 2 else "margin", targeted=context.targeted)
             yield "apgd-dlr", lambda p, _: apgd.search(p, dlr, 1, margin).images
             return
         for number in range(count):

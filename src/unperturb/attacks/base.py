@@ -1,22 +1,23 @@
 """The contract of every attack: settings in, adversarial images out, inside the ball and inside [0, 1].
 
-A new attack is a frozen dataclass that writes `perturb` alone. It meets the model only through a `AttackContext`, which
-counts passes, keeps randomness per image and makes wrong answers of logits that are not finite.
+A new attack is a frozen dataclass that writes `perturb` alone, or of an `IterativeAttack` its `direction`. It meets the
+model only through an `AttackContext`, which counts passes, keeps randomness per image and makes wrong answers of logits
+that are not finite.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, TypedDict, Unpack, final
 
 import torch
 from torch import Tensor
 
 from unperturb import per_image_rng
-from unperturb.attacks.context import AttackContext, Model, Progress, QueryCounter, not_finite
-from unperturb.attacks.losses import LOSSES
-from unperturb.attacks.projections import Norm, column, l2_norm, project_
+from unperturb.attacks.context import AttackContext, Model, PerImage, Progress, QueryCounter, not_finite
+from unperturb.attacks.losses import LossFunction, OwnLoss, attack_loss, checked_loss
+from unperturb.attacks.projections import Norm, column, l2_norm, project_, projection, to_8_bit
 from unperturb.modules import frozen, logits_of
 from unperturb.registry import Registry
 from unperturb.threat_models import budget
@@ -54,15 +55,39 @@ class AttackResult:
     broken_by: list[str] = field(default_factory=list)
 
 
+class CallOptions(TypedDict, total=False):
+    """What a call of an attack takes besides model, images and labels.
+
+    targets: `(N,)` classes to reach. index: `(N,)` each image's number in its data set, which its random draws depend
+    on (default: its place in the batch). seed: of those draws. progress: called after each forward pass with their
+    number so far; nothing is ever printed from inside.
+    start: `(N, C, H, W)` adversarial images to begin from, brought into the ball first; an attack without `uses_start`
+    takes no notice of them. mask: bool or 0 and 1, `(N, 1 or C, H, W)` or a shape that broadcasts to it: pixels where
+    it is 0 never change; refused by an attack without `uses_mask`. quantize: whether the answer is rounded to 8 bits
+    (whole 255ths), still inside the ball.
+    """
+
+    targets: Tensor | None
+    index: Tensor | None
+    seed: int
+    progress: Progress | None
+    start: Tensor | None
+    mask: Tensor | None
+    quantize: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attack:
     """Settings of one attack. Its repr is its record.
 
     targets: None leaves the true class; `"least_likely"` or `"random"` picks a class to reach; classes given to the
-    call win over both. needs_gradient: of the class, whether it differentiates the model; False where outputs do.
+    call win over both. Of the class: needs_gradient, whether it differentiates the model, False where outputs do;
+    uses_start and uses_mask, whether a call's `start` and `mask` have a say.
     """
 
     needs_gradient: ClassVar[bool] = True
+    uses_start: ClassVar[bool] = False
+    uses_mask: ClassVar[bool] = False
     targets: Literal["least_likely", "random"] | None = None
 
     def perturb(self, context: AttackContext) -> Tensor:
@@ -78,67 +103,42 @@ class Attack:
         every image.
 
         eot_samples: passes that are averaged where the attack knows how; 1 for a model that averages itself
-        (`threats.EOT`). Raises `ValueError` for a minimal-norm attack, whose answer would be the nearest lucky draw.
+        (`attackers.EOT`). Raises `ValueError` for a minimal-norm attack, whose answer would be the nearest lucky draw.
         """
         return self
 
+    @property
+    def holds_own(self) -> bool:
+        """Whether it holds something of the user's own, such as a loss: then an equal repr is not an equal attack."""
+        return isinstance(getattr(self, "loss", None), OwnLoss)
+
     @final
-    def __call__(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        targets: Tensor | None = None,
-        index: Tensor | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-    ) -> Tensor:
+    def __call__(self, model: Model, images: Tensor, labels: Tensor, **options: Unpack[CallOptions]) -> Tensor:
         """Adversarial images.
 
         model: any callable from images to logits `(N, K)`. images: float `(N, C, H, W)` in [0, 1]. labels: `(N,)`
-        true classes. targets: `(N,)` classes to reach. index: `(N,)` each image's number in its data set, which its
-        random draws depend on (default: its place in the batch). seed: of those draws. progress: called after each
-        forward pass with their number so far; nothing is ever printed from inside.
+        true classes. options: those of `CallOptions`: targets, index, seed, progress, start, mask, quantize.
 
         Raises `TypeError` or `ValueError` for inputs that are not so, `NoGradientError` where an attack by gradients
         meets a model that gives none. Warns of logits that are not finite (wrong answers) and of gradients of zero.
         """
-        x, context = self._solve(model, images, labels, targets, index, seed, progress)
+        x, context = self._solve(model, images, labels, **options)
         # Whoever has reached a target has no gradient left, and who has not is not told apart without another pass.
         context.counter.warn(torch.full_like(context.labels, not context.targeted, dtype=torch.bool))
         return x
 
     @final
     def solve(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        targets: Tensor | None = None,
-        index: Tensor | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
+        self, model: Model, images: Tensor, labels: Tensor, **options: Unpack[CallOptions]
     ) -> tuple[Tensor, QueryCounter]:
         """The same images as `__call__`, without a warning, with what they cost: for who asks batch by batch."""
-        x, context = self._solve(model, images, labels, targets, index, seed, progress)
+        x, context = self._solve(model, images, labels, **options)
         return x, context.counter
 
     @final
-    def run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        targets: Tensor | None = None,
-        index: Tensor | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-    ) -> AttackResult:
+    def run(self, model: Model, images: Tensor, labels: Tensor, **options: Unpack[CallOptions]) -> AttackResult:
         """The same images as `__call__`, re-checked by clean forward passes, with what they cost."""
-        x, context = self._solve(model, images, labels, targets, index, seed, progress)
+        x, context = self._solve(model, images, labels, **options)
         counter = context.counter
         success = []
         with torch.inference_mode(False), frozen(model), torch.no_grad():
@@ -167,10 +167,13 @@ class Attack:
         model: Model,
         images: Tensor,
         labels: Tensor,
-        targets: Tensor | None,
-        index: Tensor | None,
-        seed: int,
-        progress: Progress | None,
+        targets: Tensor | None = None,
+        index: Tensor | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+        start: Tensor | None = None,
+        mask: Tensor | None = None,
+        quantize: bool = False,
     ) -> tuple[Tensor, AttackContext]:
         images = check_images(images)
         check_labels(images, labels)
@@ -182,7 +185,9 @@ class Attack:
         counts = torch.zeros_like(labels)
         counter = QueryCounter(queries=counts, zero_gradients=counts.clone(), progress=progress)
         rows = torch.arange(len(images), device=images.device)
-        context = AttackContext(model, images, labels, False, index, seed, counter, rows)
+        mask = None if mask is None else self._checked_mask(mask, images)
+        start = None if start is None else self._checked_start(start, images, mask)
+        context = AttackContext(model, images, labels, False, index, seed, counter, rows, start, mask)
         if not len(images):
             return images.clone(), context
         with frozen(model) as modules:
@@ -195,7 +200,40 @@ class Attack:
             if targets is not None or self.targets is not None:
                 context = replace(context, labels=self._choose_targets(context, targets), targeted=True)
             x = self.limit(self.perturb(context).detach(), images)
-        return x, context
+        if quantize:
+            x = to_8_bit(x, images, getattr(self, "eps", None), getattr(self, "norm", "linf"))
+        return x if mask is None else torch.where(mask > 0, x, images), context
+
+    def _checked_mask(self, mask: Tensor, images: Tensor) -> Tensor:
+        """`mask` as float zeros and ones that broadcast with the images, one per image."""
+        if not self.uses_mask:
+            raise ValueError(
+                f"{type(self).__name__} cannot keep pixels as they are: mask is for attacks that follow the loss's "
+                "gradient (fgsm, pgd, mim, ni_fgsm, apgd, apgd-t)"
+            )
+        try:
+            mask = torch.as_tensor(mask, device=images.device)
+            torch.broadcast_to(mask, images.shape)
+        except (RuntimeError, TypeError, ValueError):
+            given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"a mask must be a tensor that broadcasts to the images {tuple(images.shape)}, such as "
+                f"{(len(images), 1, *images.shape[2:])}, not {given}"
+            ) from None
+        if bool(((mask != 0) & (mask != 1)).any()):
+            raise ValueError("a mask must be bool or hold 0 and 1 alone: 1 where a pixel may change")
+        mask = mask.detach().to(images.dtype)
+        mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
+        return _plain(mask.expand(len(images), -1, -1, -1))
+
+    def _checked_start(self, start: Tensor, images: Tensor, mask: Tensor | None) -> Tensor | None:
+        """`start` brought into what this attack may do; None where it has no say."""
+        start = _plain(check_images(start).detach().to(images))
+        if start.shape != images.shape:
+            raise ValueError(f"start must have the images' shape {tuple(images.shape)}, not {tuple(start.shape)}")
+        if not self.uses_start:
+            return None
+        return self.limit(start if mask is None else torch.where(mask > 0, start, images), images)
 
     def _check_reach(self, images: Tensor) -> None:
         """Raise `ValueError` for an L2 budget that no two images are apart by."""
@@ -233,22 +271,29 @@ class BallAttack(Attack):
 
     norm: `"linf"` or `"l2"`. eps: radius, a number or a fraction such as `"8/255"`. loss: what is maximized,
     `"cross_entropy"`, or `"margin"` or `"dlr"` (which still have a gradient where the softmax saturates; towards a
-    target `"dlr"` is the margin).
+    target `"dlr"` is the margin), or a function of one's own: (logits `(N, K)`, labels `(N,)`) -> `(N,)`. With targets
+    minus the loss of the target is maximized.
     """
 
     norm: Norm = "linf"
     eps: float
-    loss: str = "cross_entropy"
+    loss: str | LossFunction = "cross_entropy"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eps", budget(self.eps, self.norm))
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"norm must be 'linf' or 'l2', not {self.norm!r}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
+        object.__setattr__(self, "loss", checked_loss(self.loss))
 
     def limit(self, x: Tensor, images: Tensor) -> Tensor:
         return project_(x, images, self.eps, self.norm)
+
+    def first_point(self, context: AttackContext, restart: int, *, random_start: bool) -> Tensor:
+        """Where the search numbered `restart` begins: the first at the call's `start`, if there is one; the others, and
+        with `random_start` all, at random in the ball."""
+        if context.start is not None and not restart:
+            return context.start
+        return context.random_start(self.eps, self.norm, restart) if random_start or restart else context.images
 
     def ascend(self, x: Tensor, direction: Tensor, step: float) -> Tensor:
         """`x` moved by `step` along the steepest ascent of this norm; a zero direction moves nothing."""
@@ -257,6 +302,60 @@ class BallAttack(Attack):
         # First to a size whose square float32 can hold: of a nearly saturated softmax the gradient is tiny, not zero.
         unit = direction / direction.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-37)
         return x + unit * column(step / l2_norm(unit).clamp(min=1e-12), unit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterativeAttack(BallAttack):
+    """Steps of `alpha` along a direction made of gradients, projected after each; the highest loss met is returned,
+    that of a success before any other.
+
+    A variant writes `direction`, and `gradient_point` if its gradient is not that of the point it stands at.
+
+    alpha: step in pixel units (default `reach` eps / steps, `reach` being the class's). steps: forward+backward passes
+    per restart. random_start: start uniformly in the ball. restarts: independent starts, of which the best per image is
+    kept (only the first may start at the image itself, or at a given start).
+    """
+
+    uses_start: ClassVar[bool] = True
+    uses_mask: ClassVar[bool] = True
+    reach: ClassVar[float] = 1.0
+
+    alpha: float | None = None
+    steps: int = 10
+    random_start: bool = False
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None:
+            object.__setattr__(self, "alpha", budget(self.alpha, self.norm))
+        if self.steps < 1 or self.restarts < 1:
+            raise ValueError("steps and restarts must be at least 1")
+
+    def direction(self, gradient: Tensor, last: Tensor | None) -> Tensor:
+        """Where the next step goes; both may be worked on in place. last: the step before's, None at the first."""
+        return gradient
+
+    def gradient_point(self, x: Tensor, last: Tensor | None, alpha: float) -> Tensor:
+        """Where the gradient of the step from `x` is taken; it is projected, for it may be the best point met."""
+        return x
+
+    def perturb(self, context: AttackContext) -> Tensor:
+        loss = attack_loss(self.loss, targeted=context.targeted)
+        alpha = self.reach * self.eps / self.steps if self.alpha is None else self.alpha
+        best, project = Best(context.images), projection(context.images, self.eps, self.norm)
+        for restart in range(self.restarts):
+            x, last = self.first_point(context, restart, random_start=self.random_start), None
+            for _ in range(self.steps):
+                point = self.gradient_point(x, last, alpha)
+                point = point if point is x else project(point)
+                value, gradient, logits = context.gradient(point, loss)
+                best.update(point, value, fooled=context.fooled(logits))
+                last = self.direction(gradient, last)
+                x = project(self.ascend(x, last, alpha))
+            logits = context.logits(x)
+            best.update(x, context.value(logits, loss), fooled=context.fooled(logits))
+        return best.images
 
 
 class MinimalAttack(Attack):
@@ -270,13 +369,19 @@ class MinimalAttack(Attack):
         )
 
 
-class Best:
+@dataclass(eq=False)
+class Best(PerImage):
     """The best point met per image: a fooled one before all others, among these the one with the highest value.
 
     images: `(N, C, H, W)`. value: `(N,)`, float64, so that it is kept as it was compared. fooled: `(N,)` bool.
     """
 
-    def __init__(self, images: Tensor) -> None:
+    images: Tensor
+    value: Tensor = field(init=False)
+    fooled: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        images = self.images
         self.images = images.clone()
         self.value = torch.full((len(images),), -torch.inf, dtype=torch.float64, device=images.device)
         self.fooled = torch.zeros_like(self.value, dtype=torch.bool)

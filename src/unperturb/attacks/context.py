@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ class NoGradientError(ValueError):
         super().__init__(
             "the attacked model gives no gradient (it works under no_grad, on detached values or on integers), so an "
             "attack by gradients would stand still and look like robustness: attack it by queries (square, rays), or "
-            "give its hidden step a stand-in (knowledge 'bpda', unperturb.threats.BPDA)"
+            "give its hidden step a stand-in (knowledge 'bpda', unperturb.attackers.BPDA)"
         )
 
 
@@ -76,12 +78,40 @@ class QueryCounter:
             )
 
 
+SHARED = {"shared": True}  # metadata of a field of a `PerImage` whose tensor is not per image
+
+
+class PerImage:
+    """Of a dataclass: its tensors have one entry per image, and its images leave together.
+
+    `select(rows)` is the same for some of the images (positions or a mask). It cuts every field that is a tensor or
+    `PerImage` itself, so that no value is left with another image's point. All other fields are shared: models,
+    numbers, and a tensor that is declared with `field(metadata=SHARED)`.
+    """
+
+    def select(self, rows: Tensor) -> Self:
+        part, count = copy.copy(self), None
+        for f in fields(self):  # type: ignore[arg-type]
+            value: Any = getattr(self, f.name)
+            if isinstance(value, Tensor) and not f.metadata.get("shared"):
+                if count not in (None, len(value)):
+                    raise ValueError(f"{f.name} has {len(value)} entries, the tensors beside it {count}")
+                count, value = len(value), value[rows]
+            elif isinstance(value, PerImage):
+                value = value.select(rows)
+            else:
+                continue
+            object.__setattr__(part, f.name, value)  # some are frozen
+        return part
+
+
 @dataclass
-class AttackContext:
+class AttackContext(PerImage):
     """A batch to be attacked: the model, the images, and what the attacker wants of them.
 
-    `labels` are the classes to leave, or with `targeted` the classes to reach. `take(rows)` is the same problem for
-    some of the images; the counter is shared.
+    labels: the classes to leave, or with `targeted` the classes to reach. rows: the images' places in the batch that
+    the counter counts for. start: images to begin from, inside what the attack may do. mask: float, 1 where a pixel may
+    change and 0 where not, of a shape that broadcasts with the images.
     """
 
     model: Model
@@ -92,20 +122,9 @@ class AttackContext:
     seed: int
     counter: QueryCounter
     rows: Tensor
+    start: Tensor | None = None
+    mask: Tensor | None = None
     _denial: Tensor | None = field(default=None, init=False, repr=False)
-
-    def take(self, rows: Tensor) -> AttackContext:
-        """The problem for the images at `rows` (positions or a mask)."""
-        return AttackContext(
-            self.model,
-            self.images[rows],
-            self.labels[rows],
-            self.targeted,
-            self.index[rows],
-            self.seed,
-            self.counter,
-            self.rows[rows],
-        )
 
     def _forward(self, x: Tensor) -> Tensor:
         """Logits, float32; an image's that are not all finite give way to a denial of its label, which is wrong
@@ -172,6 +191,8 @@ class AttackContext:
         self.counter.backwards += 1
         self._count(self.counter.gradients)
         self._count(self.counter.zero_gradients, gradient.flatten(1).abs().amax(1) == 0)
+        if self.mask is not None:  # counted before: a mask says nothing of the model
+            gradient *= self.mask
         return value.detach(), gradient, logits.detach()
 
     @torch.enable_grad()
@@ -201,13 +222,19 @@ class AttackContext:
         return per_image_rng.normal(self.seed, self.index, step, self.images.shape[1:])
 
     def random_start(self, eps: float, norm: Norm, step: int) -> Tensor:
-        """Uniform in the ball of radius `eps` around the images, projected into [0, 1]."""
+        """Uniform in the ball of radius `eps` around the images (of the pixels that may change), projected into
+        [0, 1]."""
         if norm == "linf":
             delta = self.uniform(step) * eps
+            delta = delta if self.mask is None else delta * self.mask
         else:
             direction = self.normal(step)
+            free: int | Tensor = direction[0].numel()
+            if self.mask is not None:
+                direction *= self.mask
+                free = self.mask.expand_as(direction).flatten(1).sum(1).clamp(min=1)
             radius = per_image_rng.uniform(self.seed, self.index, step + (1 << 40), (1,)).squeeze(1)
-            radius = eps * radius ** (1.0 / direction[0].numel())
+            radius = eps * radius ** (1.0 / free)
             delta = direction * column(radius / l2_norm(direction).clamp(min=1e-30), direction)
         return project_(self.images + delta, self.images, eps, norm)
 

@@ -9,12 +9,27 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.base import Best, MinimalAttack, attacks
-from unperturb.attacks.context import AttackContext
+from unperturb.attacks.context import AttackContext, PerImage
 from unperturb.attacks.losses import margin
 from unperturb.attacks.projections import l2_norm
 
 _CHECKS = 10  # how often per search step the loss is asked whether it still falls
 _SHARPNESS = 40.0  # of the smooth maximum over the rivals, times the label's lead on the clean image
+
+
+@dataclass
+class _Descent(PerImage):
+    """Where Adam stands. rows: the images' places in the answer; lowest: the lowest loss met at a check."""
+
+    context: AttackContext
+    rows: Tensor
+    w: Tensor
+    m: Tensor
+    v: Tensor
+    const: Tensor
+    lr: Tensor
+    sharpness: Tensor
+    lowest: Tensor
 
 
 @attacks.register("cw")
@@ -58,7 +73,7 @@ class CW(MinimalAttack):
         active = (~fooled).nonzero().squeeze(1)
         if not len(active):
             return found
-        context, sharpness = context.take(active), _SHARPNESS / lead[active].abs().clamp(min=1e-12)
+        context, sharpness = context.select(active), _SHARPNESS / lead[active].abs().clamp(min=1e-12)
         best = Best(context.images)
         w = torch.atanh((2 * context.images - 1) * self.smoothing)
         const = torch.full_like(sharpness, self.initial_const)
@@ -91,48 +106,54 @@ class CW(MinimalAttack):
     ) -> tuple[Tensor, Tensor]:
         """One search step from `start`: where each image's w came to, and whether the image fell on the way."""
         end, hit = start.clone(), torch.zeros_like(const, dtype=torch.bool)
-        w, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
-        rows = torch.arange(len(w), device=w.device)
-        lowest = torch.full_like(const, torch.inf)
+        now = _Descent(
+            context=context,
+            rows=torch.arange(len(start), device=start.device),
+            w=start.clone(),
+            m=torch.zeros_like(start),
+            v=torch.zeros_like(start),
+            const=const,
+            lr=lr,
+            sharpness=sharpness,
+            lowest=torch.full_like(const, torch.inf),
+        )
         for step in range(1, self.steps + 1):
-            bend = torch.tanh(w)
+            bend = torch.tanh(now.w)
             x = (bend * (0.5 / self.smoothing)).add_(0.5).clamp_(0, 1)
-            point, logits = context.forward(x)
+            point, logits = now.context.forward(x)
             logits_now = logits.detach()
-            fooled, lead = self._fooled(context, logits_now)
-            delta = x - context.images
+            fooled, lead = self._fooled(now.context, logits_now)
+            delta = x - now.context.images
             distance = l2_norm(delta).square_()
-            best.update(x, torch.where(fooled, -distance, -torch.inf), rows=rows)
-            hit[rows] |= fooled
+            best.update(x, torch.where(fooled, -distance, -torch.inf), rows=now.rows)
+            hit[now.rows] |= fooled
 
             # The gradient of the hinge, then of the distance, then through tanh. Where several rivals are near, their
             # mixture leads to nearer images than the leader of the moment: a softmax, its sharpness in units of the
             # lead to be made up, stands for the maximum. The cut to [0, 1] is left out: a pixel pushed past it must
             # come back.
-            labels = context.labels[:, None]
-            pull = torch.where(lead < 0, -const if context.targeted else const, 0.0)[:, None]
-            others = (logits_now.scatter(1, labels, -torch.inf) * sharpness[:, None]).softmax(1)
+            labels = now.context.labels[:, None]
+            pull = torch.where(lead < 0, -now.const if context.targeted else now.const, 0.0)[:, None]
+            others = (logits_now.scatter(1, labels, -torch.inf) * now.sharpness[:, None]).softmax(1)
             weights = (others * -pull).scatter_(1, labels, pull)
-            slope = context.backward(point, logits, weights).add_(delta, alpha=2)
+            slope = now.context.backward(point, logits, weights).add_(delta, alpha=2)
             slope.addcmul_(slope, bend.square_(), value=-1)
 
             # Adam, with the two bias corrections.
-            m.lerp_(slope, 0.1)
-            v.mul_(0.999).addcmul_(slope, slope, value=0.001)
+            now.m.lerp_(slope, 0.1)
+            now.v.mul_(0.999).addcmul_(slope, slope, value=0.001)
             share = 0.525 + 0.475 * math.cos(math.pi * step / self.steps) if decay else 1.0
-            size, grown = lr * (share / (1 - 0.9**step)), math.sqrt(1 - 0.999**step)
-            w.addcdiv_(m, v.sqrt().add_(1e-8 * grown).div_((grown * size)[:, None, None, None]), value=-1)
+            size, grown = now.lr * (share / (1 - 0.9**step)), math.sqrt(1 - 0.999**step)
+            now.w.addcdiv_(now.m, now.v.sqrt().add_(1e-8 * grown).div_((grown * size)[:, None, None, None]), value=-1)
 
             if self.abort_early and step % max(self.steps // _CHECKS, 1) == 0 and step < self.steps:
-                loss = distance - const * lead.clamp(max=0)
-                falling = (loss <= 0.9999 * lowest).nonzero().squeeze(1)
-                lowest = torch.minimum(loss, lowest)
-                if len(falling) < len(w):
-                    end[rows] = w
-                    context = context.take(falling)
-                    state = (w, m, v, rows, const, lr, sharpness, lowest)
-                    w, m, v, rows, const, lr, sharpness, lowest = (t[falling] for t in state)
-                    if not len(w):
+                loss = distance - now.const * lead.clamp(max=0)
+                falling = (loss <= 0.9999 * now.lowest).nonzero().squeeze(1)
+                now.lowest = torch.minimum(loss, now.lowest)
+                if len(falling) < len(now.w):
+                    end[now.rows] = now.w
+                    now = now.select(falling)
+                    if not len(now.w):
                         break
-        end[rows] = w
+        end[now.rows] = now.w
         return end, hit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.base import MinimalAttack, attacks
-from unperturb.attacks.context import AttackContext
+from unperturb.attacks.context import AttackContext, PerImage
 from unperturb.attacks.losses import margin
 from unperturb.attacks.projections import Norm
 
@@ -20,6 +20,19 @@ _LEAST = {"l2": 1e-4, "linf": 1e-5}
 _AUTHORS_STEPS = 4
 # Behind rounding, or with bfloat16 inside, a short step changes nothing that the model says. The next one is longer.
 _LONGER = 4.0
+
+
+@dataclass
+class _Walk(PerImage):
+    """Where each image that still stands has come to. rows: its place in the answer; stretch: what the next step's
+    length is multiplied by; lead: the margin at the step before; target_classes: `(N, M)`, those that count."""
+
+    context: AttackContext
+    rows: Tensor
+    x: Tensor
+    target_classes: Tensor
+    stretch: Tensor
+    lead: Tensor
 
 
 @attacks.register("deepfool")
@@ -48,52 +61,49 @@ class DeepFool(MinimalAttack):
 
     def perturb(self, context: AttackContext) -> Tensor:
         found = context.images.clone()
-        x, rows = context.images, torch.arange(len(found), device=found.device)
-        target_classes = torch.empty(0)
-        stretch = torch.ones_like(x[:, 0, 0, 0])
-        lead = torch.full_like(stretch, torch.inf)
+        one = torch.ones_like(found[:, 0, 0, 0])
+        now = _Walk(
+            context=context,
+            rows=torch.arange(len(found), device=found.device),
+            x=context.images,
+            target_classes=context.labels[:, None],
+            stretch=one,
+            lead=torch.full_like(one, torch.inf),
+        )
         for step in range(self.steps):
-            point, logits = context.forward(x)
+            point, logits = now.context.forward(now.x)
             if not step:
                 others = logits.detach().scatter(1, context.labels[:, None], -torch.inf)
-                target_classes = others.topk(min(self.top_k, logits.shape[1]) - 1).indices
-            fooled = context.clearly_fooled(logits.detach())
-            found[rows[fooled]] = x[fooled]
+                now.target_classes = others.topk(min(self.top_k, logits.shape[1]) - 1).indices
+            fooled = now.context.clearly_fooled(logits.detach())
+            found[now.rows[fooled]] = now.x[fooled]
             active = (~fooled).nonzero().squeeze(1)
             if not len(active):
                 return found
             # The images just fooled would sit through every backward pass of this graph, each worth some two forward
             # passes. Where that costs more than another forward pass of the others, start over without them; else they
             # leave after this step.
-            now = context.value(logits.detach(), margin)
-            stretch, lead = torch.where((now - lead).abs() <= 1e-3 * now.abs(), _LONGER * stretch, 1.0), now
-            passes = 1 if context.targeted else target_classes.shape[1]
-            if 2 * (len(x) - len(active)) * passes > len(active):
-                context, x, rows, target_classes = context.take(active), x[active], rows[active], target_classes[active]
-                stretch, lead = stretch[active], lead[active]
-                active = torch.arange(len(x), device=x.device)
+            lead = now.context.value(logits.detach(), margin)
+            stuck = (lead - now.lead).abs() <= 1e-3 * lead.abs()
+            now.stretch, now.lead = torch.where(stuck, _LONGER * now.stretch, 1.0), lead
+            passes = 1 if context.targeted else now.target_classes.shape[1]
+            if 2 * (len(now.x) - len(active)) * passes > len(active):
+                now = now.select(active)
+                active = torch.arange(len(now.x), device=now.x.device)
                 del point, logits  # the old graph goes before the new one comes
-                point, logits = context.forward(x)
-            x = x + self._to_nearest_boundary(context, point, logits, target_classes, stretch, step >= _AUTHORS_STEPS)
-            if len(active) < len(x):
-                context, x, rows, target_classes = context.take(active), x[active], rows[active], target_classes[active]
-                stretch, lead = stretch[active], lead[active]
-            x = x.clamp_(0, 1)
-        fooled = context.clearly_fooled(context.logits(x))
-        found[rows[fooled]] = x[fooled]
+                point, logits = now.context.forward(now.x)
+            now.x = now.x + self._to_nearest_boundary(now, point, logits, in_box=step >= _AUTHORS_STEPS)
+            if len(active) < len(now.x):
+                now = now.select(active)
+            now.x = now.x.clamp_(0, 1)
+        fooled = now.context.clearly_fooled(now.context.logits(now.x))
+        found[now.rows[fooled]] = now.x[fooled]
         return found
 
-    def _to_nearest_boundary(
-        self,
-        context: AttackContext,
-        point: Tensor,
-        logits: Tensor,
-        target_classes: Tensor,
-        stretch: Tensor,
-        in_box: bool,
-    ) -> Tensor:
+    def _to_nearest_boundary(self, now: _Walk, point: Tensor, logits: Tensor, *, in_box: bool) -> Tensor:
         """The step `(N, C, H, W)` onto the nearest boundary between the label and a rival, and a little past it; its
-        length times `stretch` `(N,)`."""
+        length times `stretch`."""
+        context, target_classes = now.context, now.target_classes
         values, labels, x = logits.detach(), context.labels[:, None], point.detach()
         if context.targeted:  # the target has to rise above whichever class leads
             target_classes = values.scatter(1, labels, -torch.inf).argmax(1, keepdim=True)[:, : target_classes.shape[1]]
@@ -115,7 +125,7 @@ class DeepFool(MinimalAttack):
             least, slope = torch.where(nearer, distance, least), torch.where(nearer, norm, slope)
             direction = torch.where(nearer[:, None, None, None], w, direction)
         length = torch.where(least < torch.inf, least * (1 + self.overshoot), 0).clamp_(min=_LEAST[self.norm])
-        length = length * stretch
+        length = length * now.stretch
         if self.norm == "linf":
             return direction.sign() * length[:, None, None, None]
         return direction * (length / slope)[:, None, None, None]

@@ -9,10 +9,23 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.base import MinimalAttack, attacks
-from unperturb.attacks.context import AttackContext
+from unperturb.attacks.context import AttackContext, PerImage
 
 _SATURATED = 0.01  # a value this near to its limit counts as there: what is left of it could change nothing
 _PAIRS_AT_ONCE = 1 << 22  # bounds the memory of the pair scores, whatever the image size
+
+
+@dataclass
+class _Search(PerImage):
+    """Where each image that is still searched has come to. rows: its place in the answer; target: `(N, 1)`, the class
+    to raise; up, down: `(N, C*H*W)`, what a change of each value does to it and to the rest."""
+
+    context: AttackContext
+    rows: Tensor
+    x: Tensor
+    target: Tensor
+    up: Tensor
+    down: Tensor
 
 
 @attacks.register("jsma")
@@ -45,36 +58,42 @@ class JSMA(MinimalAttack):
 
     def perturb(self, context: AttackContext) -> Tensor:
         found = context.images.clone()
-        x, rows = context.images, torch.arange(len(found), device=found.device)
-        target = context.labels[:, None]
-        stuck = torch.zeros_like(rows, dtype=torch.bool)
-        for step in range(int(x[0].numel() * self.gamma / self.pixels)):
-            point, logits = context.forward(x)
+        flat = found.flatten(1)
+        now = _Search(
+            context=context,
+            rows=torch.arange(len(found), device=found.device),
+            x=context.images,
+            target=context.labels[:, None],
+            up=flat,
+            down=flat,
+        )
+        stuck = torch.zeros_like(now.rows, dtype=torch.bool)
+        for step in range(int(flat.shape[1] * self.gamma / self.pixels)):
+            point, logits = now.context.forward(now.x)
             values = logits.detach()
             if not step and not context.targeted:
-                target = values.scatter(1, target, -torch.inf).argmax(1, keepdim=True)
-            fooled = context.clearly_fooled(values)
-            found[rows[fooled]] = x[fooled]
+                now.target = values.scatter(1, now.target, -torch.inf).argmax(1, keepdim=True)
+            fooled = now.context.clearly_fooled(values)
+            found[now.rows[fooled]] = now.x[fooled]
             active = (~(fooled | stuck)).nonzero().squeeze(1)
             if not len(active):
                 return found
-            up, down = self._slopes(context, point, logits, target)
-            if len(active) < len(x):
-                context, x, rows, target = context.take(active), x[active], rows[active], target[active]
-                up, down = up[active], down[active]
-            flat = x.flatten(1)
+            now.up, now.down = self._slopes(now.context, point, logits, now.target)
+            if len(active) < len(now.x):
+                now = now.select(active)
+            flat = now.x.flatten(1)
             free = flat < 1 - _SATURATED if self.theta > 0 else flat > _SATURATED
             if self.pixels == 2:
-                chosen, score = best_pair(up, down, free)
+                chosen, score = best_pair(now.up, now.down, free)
                 score = score[:, None].expand(chosen.shape)
             else:
-                chosen, score = best_singles(up, down, free, min(self.pixels, flat.shape[1]))
+                chosen, score = best_singles(now.up, now.down, free, min(self.pixels, flat.shape[1]))
             stuck = (score < 0).all(1)
             # Added, not set: without a pair both places may be the same, and nothing is added.
             change = torch.where(score < 0, 0.0, self.theta)
-            x = flat.scatter_add(1, chosen, change).clamp_(0, 1).reshape_as(x)
-        fooled = context.clearly_fooled(context.logits(x))
-        found[rows[fooled]] = x[fooled]
+            now.x = flat.scatter_add(1, chosen, change).clamp_(0, 1).reshape_as(now.x)
+        fooled = now.context.clearly_fooled(now.context.logits(now.x))
+        found[now.rows[fooled]] = now.x[fooled]
         return found
 
     def _slopes(self, context: AttackContext, point: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,42 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 LOSSES: dict[str, LossFunction] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
 
 
-def attack_loss(name: str, *, targeted: bool) -> LossFunction:
-    """The loss of that name. Towards a target, DLR gives way to the margin: where the target ranks third the ratio is
-    exactly 1, whatever the image, and its gradient zero."""
-    return margin if targeted and name == "dlr" else LOSSES[name]
+@dataclass(frozen=True)
+class OwnLoss:
+    """A loss of the user's own. Its repr is its name alone: two of one name may compute different things."""
+
+    function: LossFunction
+
+    def __repr__(self) -> str:
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        value = self.function(logits, labels)
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape != (len(logits),):
+            raise ValueError(f"the loss {self!r} must give one number per image, ({len(logits)},), it gave {shape}")
+        if logits.requires_grad and not value.requires_grad:
+            raise ValueError(f"the loss {self!r} gives no gradient: compute it from the logits, without detaching them")
+        return value
+
+
+def checked_loss(loss: str | LossFunction) -> str | OwnLoss:
+    """The name of one of `LOSSES`, or a user's own loss: any callable (logits `(N, K)`, labels `(N,)`) -> `(N,)`.
+
+    Raises `ValueError` for anything else.
+    """
+    if isinstance(loss, OwnLoss) or (isinstance(loss, str) and loss in LOSSES):
+        return loss
+    if isinstance(loss, str) or not callable(loss):
+        raise ValueError(
+            f"loss must be one of {', '.join(LOSSES)}, or a function (logits, labels) -> (N,), not {loss!r}"
+        )
+    return OwnLoss(loss)
+
+
+def attack_loss(loss: str | LossFunction, *, targeted: bool) -> LossFunction:
+    """The loss of that name, or `loss` itself where it is one. Towards a target, DLR gives way to the margin: where the
+    target ranks third the ratio is exactly 1, whatever the image, and its gradient zero."""
+    if not isinstance(loss, str):
+        return loss
+    return margin if targeted and loss == "dlr" else LOSSES[loss]

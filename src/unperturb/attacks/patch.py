@@ -12,7 +12,7 @@ from torch import Tensor
 from unperturb import per_image_rng
 from unperturb.attacks.base import Attack, Best, attacks
 from unperturb.attacks.context import AttackContext
-from unperturb.attacks.losses import LOSSES, LossFunction, attack_loss
+from unperturb.attacks.losses import LossFunction, attack_loss, checked_loss
 
 _MOMENTUM = 0.9
 
@@ -28,7 +28,8 @@ class PatchAttack(Attack):
     factor in this range. eot_samples: 0 makes the patch for the one placement that the returned image shows; n averages
     over n fresh placements per step, and the returned image shows one that was not trained on. universal: one patch for
     the whole batch, which then decides together. steps: forward+backward passes (times eot_samples). lr: step in pixel
-    units, along the sign of the momentum. loss: what is maximized.
+    units, along the sign of the momentum. loss: what is maximized, a
+    name or a function as in a ball attack.
 
     Without eot_samples the patch with the highest loss met is returned (of patches for one image, that of a success
     before any other), with it the last one: a mean over few placements tells more of the placements than of the patch.
@@ -44,7 +45,7 @@ class PatchAttack(Attack):
     universal: bool = False
     steps: int = 100
     lr: float = 0.05
-    loss: str = "cross_entropy"
+    loss: str | LossFunction = "cross_entropy"
 
     def __post_init__(self) -> None:
         if not isinstance(self.position, str):
@@ -60,8 +61,7 @@ class PatchAttack(Attack):
             raise ValueError(f"scale must be (smallest, largest) factor, not {self.scale!r}")
         if self.steps < 1 or self.eot_samples < 0 or self.lr <= 0:
             raise ValueError("steps must be at least 1, eot_samples not negative and lr positive")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
+        object.__setattr__(self, "loss", checked_loss(self.loss))
 
     def perturb(self, context: AttackContext) -> Tensor:
         count, channels, height, width = context.images.shape

@@ -52,3 +52,45 @@ def projection(center: Tensor, eps: float, norm: Norm) -> Callable[[Tensor], Ten
         return lambda x: project_(x, center, eps, norm)
     low, high = (center - eps).clamp_(min=0), (center + eps).clamp_(max=1)
     return lambda x: torch.clamp(x, low, high, out=x)
+
+
+def to_8_bit(x: Tensor, center: Tensor, eps: float | None, norm: Norm) -> Tensor:
+    """`x` with every pixel a whole number of 255ths, as pictures are kept, still in the ball around `center`.
+
+    Each pixel is rounded to the nearest level. Where that leaves the ball it is rounded towards the original: in Linf
+    that pixel, in L2 as few pixels of the image as are needed. eps: None for no ball.
+
+    Raises `ValueError` where no such image is within `eps`: the original has no 8 bits itself, and `eps` is too small.
+    """
+    levels, original = x.double() * 255, center.double() * 255
+    whole = original.round()
+    original = torch.where((original - whole).abs() < 1e-4, whole, original)  # what float32 leaves of k / 255
+    near = levels.round()
+    if eps is not None:
+        radius = eps * 255 + 2e-5  # 8e-8 of a pixel, for budgets that are whole levels
+        below, above = levels.floor(), levels.ceil()
+        back = torch.where((below - original).abs() <= (above - original).abs(), below, above)
+        if norm == "linf":
+            near = torch.where((near - original).abs() <= radius, near, back)
+            inside = (near - original).abs().flatten(1).amax(1) <= radius
+        else:
+            near, inside = _round_back(near, back, original, radius)
+        if not bool(inside.all()):
+            raise ValueError(
+                f"no 8-bit image was found within eps {eps:g} of {int((~inside).sum())} of {len(x)} images: they are "
+                "no 8-bit images themselves. Round them first, or take a larger eps"
+            )
+    return (near.clamp(0, 255) / 255).to(x.dtype)
+
+
+def _round_back(near: Tensor, back: Tensor, original: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+    """`near` with those of its pixels replaced by `back`'s that bring most, until each image is within `radius`; and
+    whether it is, `(N,)`."""
+    near, back, original, shape = near.flatten(1), back.flatten(1), original.flatten(1), near.shape
+    size = (near - original).square()
+    gain = size - (back - original).square()
+    gain, order = gain.sort(dim=1, descending=True)
+    before = size.sum(1, keepdim=True) - gain.cumsum(1) + gain  # the squared distance before each is replaced
+    replaced = (before > radius * radius) & (gain > 0)
+    near = torch.where(torch.zeros_like(replaced).scatter_(1, order, replaced), back, near)
+    return near.reshape(shape), (near - original).square().sum(1).sqrt() <= radius

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from unperturb.attacks.base import MinimalAttack, attacks
-from unperturb.attacks.context import AttackContext
+from unperturb.attacks.context import SHARED, AttackContext, PerImage
 from unperturb.threat_models import budget
 
 _CORNERS = 64
@@ -25,11 +25,16 @@ class RayS(MinimalAttack):
     there has failed (default: all queries go into coming nearer). tolerance: of the binary search along a ray.
 
     Each image is at its own point of the search, and every query of the batch serves all of them. While an image has
-    met no other class yet, every other one of its first 64 queries shows it a random corner of the box. Source: Chen &
-    Gu 2020, "RayS: a ray searching method for hard-label adversarial attack", algorithms 1-3 (but for the corners).
+    met no other class yet, every other one of its first 64 queries shows it a random corner of the box. A given start
+    costs one query; where it is of another class, only nearer points count, and the first ray is the one towards it.
+
+    Source: Chen & Gu 2020, "RayS: a ray searching method for hard-label adversarial attack", algorithms 1-3 (but for
+    the corners and the start).
     """
 
     needs_gradient: ClassVar[bool] = False
+    uses_start: ClassVar[bool] = True
+
     queries: int = 10_000
     eps: float | None = None
     tolerance: float = 1e-3
@@ -47,15 +52,18 @@ class RayS(MinimalAttack):
         rows = (~context.fooled(context.logits(answer))).nonzero().squeeze(1)
         if not len(rows):
             return answer
-        search = _Search(context.take(rows), rows, self.tolerance)
+        search = _Search.of(context.select(rows), rows, self.tolerance)
         for query in range(1, self.queries):
-            search.ask(query if query < _CORNERS and query % 2 == 0 else None)
+            if query == 1 and search.context.start is not None:
+                search.ask_at_start(search.context.start)
+            else:
+                search.ask(query if query < _CORNERS and query % 2 == 0 else None)
             if self.eps is None:
                 continue
             near = search.found & (search.radius <= self.eps)
             if bool(near.any()):  # the one look at the device per query, and only where images may leave
                 answer[search.rows[near]] = search.point()[near]
-                search.keep((~near).nonzero().squeeze(1))
+                search = search.select((~near).nonzero().squeeze(1))
             if not len(search.rows):
                 return answer
         if self.eps is None:
@@ -63,30 +71,60 @@ class RayS(MinimalAttack):
         return answer
 
 
-class _Search:
-    """Where the search stands for each image: its best direction and radius, the block that is tried, the bracket."""
+@dataclass
+class _Search(PerImage):
+    """Where the search stands for each image: its best direction and radius, the block that is tried, the bracket.
 
-    def __init__(self, context: AttackContext, rows: Tensor, tolerance: float) -> None:
-        self.context, self.rows, self.tolerance = context, rows, tolerance
+    rows: the images' places in the answer. low: the radius along `sign` that is known to be too small. level, block:
+    how often the image has been halved, and which part is turned over. at_start: whether the nearest success is still
+    the given start, at `radius`, and not on a ray. place: the number of each value of an image.
+    """
+
+    context: AttackContext
+    rows: Tensor
+    tolerance: float
+    sign: Tensor
+    radius: Tensor
+    low: Tensor
+    found: Tensor
+    bisecting: Tensor
+    level: Tensor
+    block: Tensor
+    at_start: Tensor
+    place: Tensor = field(metadata=SHARED)
+
+    @classmethod
+    def of(cls, context: AttackContext, rows: Tensor, tolerance: float) -> _Search:
         count, size = len(rows), context.images[0].numel()
-        self.sign = context.images.new_ones(count, size)
-        self.radius = context.images.new_ones(count)  # at radius 1 every ray has met the corner of the box
-        self.low = torch.zeros_like(self.radius)
-        self.found = torch.zeros_like(rows, dtype=torch.bool)
-        self.bisecting = self.found.clone()
-        self.level = torch.zeros_like(rows)
-        self.block = torch.full_like(rows, -1)  # the first ray is tried as it is, nothing turned over
-        self.place = torch.arange(size, device=rows.device)
+        one, no = context.images.new_ones(count), torch.zeros_like(rows, dtype=torch.bool)
+        return cls(
+            context=context,
+            rows=rows,
+            tolerance=tolerance,
+            sign=context.images.new_ones(count, size),
+            radius=one,  # at radius 1 every ray has met the corner of the box
+            low=torch.zeros_like(one),
+            found=no,
+            bisecting=no,
+            level=torch.zeros_like(rows),
+            block=torch.full_like(rows, -1),  # the first ray is tried as it is, nothing turned over
+            at_start=no,
+            place=torch.arange(size, device=rows.device),
+        )
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with the images at `rows` alone."""
-        self.context = self.context.take(rows)
-        for name in ("rows", "sign", "radius", "low", "found", "bisecting", "level", "block"):
-            setattr(self, name, getattr(self, name)[rows])
+    def ask_at_start(self, start: Tensor) -> None:
+        """One query at the start: where it is a success, it is the first, and the first ray goes its way."""
+        way = (start - self.context.images).flatten(1)
+        self.at_start = self.found = self.context.fooled(self.context.logits(start))
+        self.sign = torch.where(self.found[:, None] & (way < 0), -1.0, self.sign)
+        self.radius = torch.where(self.found, way.abs().amax(1), self.radius)
 
     def point(self) -> Tensor:
         """The nearest success so far, where there is one, `(N, C, H, W)`."""
-        return self._along(self.sign, self.radius)
+        on_ray = self._along(self.sign, self.radius)
+        if self.context.start is None:
+            return on_ray
+        return torch.where(self.at_start[:, None, None, None], self.context.start, on_ray)
 
     def _along(self, sign: Tensor, radius: Tensor) -> Tensor:
         images = self.context.images
@@ -111,7 +149,7 @@ class _Search:
         self.low = torch.where(self.bisecting, torch.where(hit, self.low, radius), 0)
         self.sign = torch.where(hit[:, None], trial, self.sign)
         self.radius = torch.where(hit, radius, self.radius)
-        self.found = self.found | hit
+        self.found, self.at_start = self.found | hit, self.at_start & ~hit
         self.bisecting = (self.bisecting | hit) & (self.radius - self.low > self.tolerance)
         # Whoever is done with a block goes on to the next one, or to blocks of half the length.
         block = torch.where(cornered | self.bisecting, self.block, self.block + 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unperturb import per_image_rng
 from unperturb.attacks.base import BallAttack, attacks
-from unperturb.attacks.context import AttackContext
+from unperturb.attacks.context import AttackContext, PerImage
 from unperturb.attacks.losses import margin
 from unperturb.attacks.projections import l2_norm
 
@@ -21,8 +21,19 @@ from unperturb.attacks.projections import l2_norm
 # authors' code alone).
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
-# (context, the held images, query, share of the pixels) -> images with a new square.
-Paint = Callable[[AttackContext, Tensor, int, float], Tensor]
+
+@dataclass
+class _Held(PerImage):
+    """What each image that still stands holds: its best point, and the margin there. rows: its place in the answer."""
+
+    context: AttackContext
+    rows: Tensor
+    x: Tensor
+    value: Tensor
+
+
+# (context, the held images, query) -> images with a new square.
+Paint = Callable[[AttackContext, Tensor, int], Tensor]
 
 
 def _signs(numbers: Tensor) -> Tensor:
@@ -57,12 +68,15 @@ class Square(BallAttack):
     queries: forward passes per image at most. p_init: share of the pixels under the first squares. first_success: an
     image leaves with its first success; without it, for a random model, all stay to the end, and of three queries two
     ask at the new image and one again at the held one, which is judged by the mean of its answers, so that a lucky one
-    does not last. The margin is what is maximized, targeted too, so `loss` has no say.
+    does not last. The margin is what is maximized, targeted too, so `loss` has no say. A given start is asked first,
+    the stripes next.
 
     Source: Andriushchenko et al. 2020, algorithms 1, 2 (Linf) and 3 (L2).
     """
 
     needs_gradient: ClassVar[bool] = False
+    uses_start: ClassVar[bool] = True
+
     loss: str = "margin"
     queries: int = 5000
     p_init: float = 0.8
@@ -82,34 +96,38 @@ class Square(BallAttack):
 
     def perturb(self, context: AttackContext) -> Tensor:
         found = context.images.clone()
-        start, paint = (self._stripes, self._paint_linf) if self.norm == "linf" else (self._tiles, self._paint_l2)
-        x = start(context)
+        begin, square = (self._stripes, self._paint_linf) if self.norm == "linf" else (self._tiles, self._paint_l2)
+
+        def paint(part: AttackContext, x: Tensor, query: int) -> Tensor:
+            late = query == 1 and part.start is not None  # the start was asked in place of what the search begins with
+            return begin(part) if late else square(part, x, query, self._share(query))
+
+        x = begin(context) if context.start is None else context.start
         logits = context.logits(x)
         value, fooled = context.value(logits, margin), context.clearly_fooled(logits)
         if not self.first_success:
             return self._to_the_end(context, x, value, paint)
-        rows = torch.arange(len(x), device=x.device)
+        now = _Held(context=context, rows=torch.arange(len(x), device=x.device), x=x, value=value)
         for query in range(1, self.queries):
             # The one look at the device per query: exact counts are the point of a query-limited attack.
             if bool(fooled.any()):
-                found[rows[fooled]] = x[fooled]
-                keep = (~fooled).nonzero().squeeze(1)
-                context, x, value, rows = context.take(keep), x[keep], value[keep], rows[keep]
-            if not len(rows):
+                found[now.rows[fooled]] = now.x[fooled]
+                now = now.select((~fooled).nonzero().squeeze(1))
+            if not len(now.rows):
                 return found
-            new = paint(context, x, query, self._share(query))
-            logits = context.logits(new)
-            new_value, fooled = context.value(logits, margin), context.clearly_fooled(logits)
-            better = (new_value > value) | fooled
-            x = torch.where(better[:, None, None, None], new, x)
-            value = torch.where(better, new_value, value)
-        found[rows] = x
+            new = paint(now.context, now.x, query)
+            logits = now.context.logits(new)
+            new_value, fooled = now.context.value(logits, margin), now.context.clearly_fooled(logits)
+            better = (new_value > now.value) | fooled
+            now.x = torch.where(better[:, None, None, None], new, now.x)
+            now.value = torch.where(better, new_value, now.value)
+        found[now.rows] = now.x
         return found
 
     def _to_the_end(self, context: AttackContext, x: Tensor, value: Tensor, paint: Paint) -> Tensor:
         answers = torch.ones_like(value)  # how many of them `value` is the mean of
         for query in range(1, self.queries - 2, 3):
-            new = paint(context, x, query, self._share(query))
+            new = paint(context, x, query)
             new_value = (context.value(context.logits(new), margin) + context.value(context.logits(new), margin)) / 2
             answers += 1
             value = value + (context.value(context.logits(x), margin) - value) / answers

@@ -9,14 +9,16 @@ from unperturb.classifiers.base import (
     load_classifier,
     macs,
     save_classifier,
-    wrap,
 )
 from unperturb.classifiers.fused_copy import FusedCopy, fused_copy
+from unperturb.classifiers.onnx_file import OnnxModel
+from unperturb.classifiers.wrapped import wrap
 
 __all__ = [
     "Classifier",
     "FusedCopy",
     "Normalize",
+    "OnnxModel",
     "airbench",
     "classifiers",
     "convnet",

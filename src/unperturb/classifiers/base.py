@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from unperturb import zoo
 from unperturb.devices import SizeLimit, check_options
-from unperturb.modules import ask, check_logits, deep_copy, evaluating
+from unperturb.modules import ask, evaluating
 from unperturb.registry import Registry
 from unperturb.runs import RunError, fit_weights, load_tensors, read_json, save_tensors, shortened, write_json
 from unperturb.validation import check_form
@@ -64,7 +63,7 @@ class Classifier(nn.Module):
 
     spec: what rebuilds it (name, options, channels, size, classes, mean, std), JSON-able; None for a model that was
     wrapped, not built here: such a one gets its input in a dtype that it takes, and may write over it. A frozen one
-    stays in eval mode whatever it is part of.
+    stays in eval mode whatever it is part of. differentiable: False where the net is known to give no gradient.
     """
 
     def __init__(self, normalize: nn.Module, net: nn.Module, spec: Mapping[str, Any] | None = None) -> None:
@@ -73,6 +72,7 @@ class Classifier(nn.Module):
         self.net = net
         self.spec = None if spec is None else dict(spec)
         self.frozen = False
+        self.differentiable = True
 
     def forward(self, images: Tensor) -> Tensor:
         if self.spec is None:
@@ -164,87 +164,6 @@ def load_classifier(folder: str | Path) -> Classifier:
         raise RunError(f"{path} does not describe a classifier that this version can build: {said}") from error
     fit_weights(classifier, tensors, folder, path.name, described.sha256)
     return classifier.eval()
-
-
-class _TwoLogits(nn.Module):
-    """The one logit z of a binary model, `(N,)` or `(N, 1)`, as two: (0, z). Softmax makes of them what sigmoid makes
-    of z."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, images: Tensor) -> Tensor:
-        z = ask(self.net, images)
-        if not isinstance(z, Tensor) or tuple(z.shape) not in ((len(images),), (len(images), 1)):
-            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
-            raise ValueError(f"binary=True is for a model that gives one logit per image; this one gave {got}")
-        z = z.reshape(-1, 1)
-        return torch.cat([torch.zeros_like(z), z], 1)
-
-
-@torch.inference_mode(False)
-def wrap(
-    module: nn.Module,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    size: int | None = None,
-    channels: int | None = None,
-    classes: int | None = None,
-    binary: bool = False,
-) -> Classifier:
-    """Any model of yours as a classifier: a frozen copy in eval mode, behind `Normalize(mean, std)` if these are given.
-
-    mean, std: in [0, 1] pixel units. size: side of the images it takes, in pixels; with it, two random images in [0, 1]
-    are shown to the model at once. channels: theirs, if there is no mean to count (default 3). classes: K, where it
-    should be checked. binary: the model gives one logit z per image, of which two are made, (0, z): class 1 is what it
-    calls positive (z > 0), class 0 the other.
-
-    Raises `TypeError` for what is no module, `ValueError` for one that cannot be copied, and where the model fails on
-    the two images or gives anything but finite logits `(2, K)`. Warns where they look like probabilities: attacks and
-    losses here apply the softmax themselves.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"wrap takes a torch.nn.Module, not {type(module).__name__}; a function becomes one as the forward of a "
-            "class of yours, its networks as attributes"
-        )
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std go together; give both, or neither if the model normalizes its own input")
-    if mean is not None and channels is not None and len(mean) != channels:
-        raise ValueError(f"mean and std need one number per channel: {channels}; got {list(mean)}")
-    normalize = Normalize(mean, std) if mean is not None and std is not None else nn.Identity()
-    net = deep_copy(module)
-    classifier = Classifier(normalize, _TwoLogits(net) if binary else net).freeze()
-    at = next((t for t in module.parameters() if t.is_floating_point()), torch.zeros(()))
-    normalize.to(at.device)
-    if size is not None:
-        shape = (2, len(mean) if mean is not None else channels or 3, size, size)
-        images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        _check_answers(classifier, images.to(at.device), classes)
-    return classifier
-
-
-@torch.no_grad()
-def _check_answers(classifier: nn.Module, images: Tensor, classes: int | None) -> None:
-    shape = tuple(images.shape)
-    try:
-        answers = classifier(images)
-    except Exception as error:
-        raise ValueError(
-            f"the model failed on two float32 images {shape} in [0, 1]; are size and channels its own? It said: {error}"
-        ) from error
-    logits = check_logits(answers, len(images))
-    if classes is not None and logits.shape[1] != classes:
-        raise ValueError(f"the model gives {logits.shape[1]} logits an image, where {classes} classes were expected")
-    if not logits.isfinite().all():
-        raise ValueError(f"the model gives NaN or infinite logits for random images {shape} in [0, 1]")
-    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(2, device=logits.device), atol=1e-3):
-        warnings.warn(
-            "the model's outputs are probabilities, not logits (they are >= 0 and sum to 1): remove its softmax, "
-            "or attacks will find no gradient and look weaker than they are",
-            stacklevel=5,
-        )
 
 
 def macs(module: nn.Module, shape: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -39,7 +39,7 @@ class Batch:
 
 
 class Defense(nn.Module):
-    """A purifier, possibly with detectors.
+    """A purifier, possibly with detectors. A new one writes `purify`; called, it checks, purifies and clamps.
 
     differentiable: gradients flow through `purify`. random: two calls may differ. Both say what an attacker needs.
     learns_from_pairs: its losses look at adversarial images; where they do not, none are made. size: the only side of
@@ -58,18 +58,33 @@ class Defense(nn.Module):
     outcome: Any = None  # what the training cost (`unperturb.runs.Outcome`), where that is known
 
     def purify(self, images: Tensor) -> Tensor:
-        """Images `(N, C, H, W)` in [0, 1] -> purified images of the same shape and range."""
+        """Images `(N, C, H, W)` in [0, 1], to write over if need be -> purified images of the same shape."""
         raise TypeError(f"{type(self).__name__} does not say how it purifies")
 
+    @final  # type: ignore[misc]  # torch declares `forward` as an attribute
     def forward(self, images: Tensor) -> Tensor:
-        """`purify`; raises `TypeError` or `ValueError` for images that are not float or not of its channels."""
+        """Images `(N, C, H, W)` in [0, 1] -> purified images of the same shape, in [0, 1]: `purify` on a copy, cut to
+        that range.
+
+        Raises `TypeError` or `ValueError` for images that are not float `(N, C, H, W)` or not of its channels.
+        """
+        self._check(images)
+        return self.purify(images.clone()).clamp(0, 1)  # a pixel in [0, 1] keeps its gradient
+
+    @final
+    def purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """(what `forward` gives, `scores(images, logits_fn)`), with what the two share done once."""
+        self._check(images)
+        purified, scores = self._purify_and_score(images.clone(), logits_fn)
+        return purified.clamp(0, 1), scores
+
+    def _check(self, images: Tensor) -> None:
         check_form(images)
         if self.channels not in (None, images.shape[1]):
             raise ValueError(
                 f"this {type(self).__name__} purifies images of {self.channels} channel(s), and these have "
                 f"{images.shape[1]}: pass images of {self.channels}, or train one for {images.shape[1]}"
             )
-        return self.purify(images)
 
     def surrogate_backward(self, images: Tensor) -> Tensor:
         """What an attacker differentiates in place of `purify` where that has no gradient to give; by default the
@@ -84,7 +99,7 @@ class Defense(nn.Module):
         """How suspicious each image is, `(N, detectors)`; a defense without detectors gives `(N, 0)`."""
         return images.new_zeros(len(images), 0)
 
-    def purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """(`purify(images)`, `scores(images, logits_fn)`); a defense whose two share work does it once here."""
         return self.purify(images.clone()), self.scores(images, logits_fn)
 
@@ -238,7 +253,7 @@ def save_defense(folder: Path, defense: Defense, about: Mapping[str, Any]) -> No
 def load_defense(source: str | Path) -> Defense:
     """A defense in eval mode, its weights frozen; what its training cost is in its `outcome`.
 
-    source: a run folder or `zoo:NAME`; or the name of a defense that has nothing to learn (`"none"`, `"jpeg"`, ...),
+    source: a run folder or `zoo:NAME`; or the name of a defense that has nothing to learn (`"jpeg"`, `"median"`, ...),
     then with its default options; or several of these joined by `+`, a pipeline, first to last.
 
     Raises `RunError` where a folder holds no defense or its files are damaged or do not fit together.

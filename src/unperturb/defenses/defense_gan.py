@@ -82,9 +82,9 @@ class DefenseGAN(Defense):
     each call. unroll: so many of the last steps keep their graph, so that an attacker can differentiate through them
     (0: none; `steps`: the exact gradient, of memory in proportion). detect: score images by their reconstruction error,
     which costs as much as purifying them. precision: of the search alone, "float32", "bfloat16" or "auto" (the faster
-    here); which of its finds is nearest is always judged in float32. drop_rate: share of clean validation images that
-    this detector may turn away. critic_steps: updates of the critic per update of the generator, each on its own part
-    of the batch. penalty: weight of the gradient penalty.
+    here); which of its finds is nearest is always judged in float32. drop_rate: fraction of clean validation images
+    that this detector may turn away. critic_steps: updates of the critic per update of the generator, each on its own
+    part of the batch. penalty: weight of the gradient penalty.
 
     Source: Samangouei, Kabkab and Chellappa, ICLR 2018, and the authors' code.
     """
@@ -137,7 +137,7 @@ class DefenseGAN(Defense):
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
         return self.reconstruct(images)[1][:, None] if self.detect else images.new_zeros(len(images), 0)
 
-    def purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         found, errors = self.reconstruct(images)
         return found, errors[:, None] if self.detect else images.new_zeros(len(images), 0)
 
@@ -172,7 +172,7 @@ class DefenseGAN(Defense):
             with torch.enable_grad():
                 with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
                     found = self.generator(z)
-                error = _error(found, goal if kept else goal.detach())
+                error = squared_error(found, goal if kept else goal.detach())
                 (slope,) = torch.autograd.grad(error.sum(), z, create_graph=kept)
                 velocity = self.momentum * velocity + slope
                 z = z - self.lr * velocity
@@ -183,7 +183,7 @@ class DefenseGAN(Defense):
         `(N, R, latent)`."""
         restarts = z.shape[1]
         found = self.generator(z.flatten(0, 1))
-        error = _error(found, images.repeat_interleave(restarts, 0)).unflatten(0, (len(images), restarts))
+        error = squared_error(found, images.repeat_interleave(restarts, 0)).unflatten(0, (len(images), restarts))
         best = error.argmin(1, keepdim=True)
         rows = torch.arange(len(images), device=images.device) * restarts + best.squeeze(1)
         return found[rows], error.gather(1, best).squeeze(1)
@@ -220,6 +220,6 @@ class DefenseGAN(Defense):
         return torch.randn(len(like), self.latent, device=like.device)
 
 
-def _error(found: Tensor, goal: Tensor) -> Tensor:
+def squared_error(found: Tensor, goal: Tensor) -> Tensor:
     """Mean squared error of each image, `(N,)`. A mean, because the steps' length of 10 is for a mean."""
     return (found - goal).square().flatten(1).mean(1)

@@ -32,7 +32,7 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake:
 
     Source: Gulrajani et al. 2017, equation (3), without its lambda; the norm is over the whole image.
     """
-    share = torch.rand(len(x_real), 1, 1, 1, device=x_real.device)
-    between = (x_real + share * (x_fake - x_real)).detach().requires_grad_()
+    way = torch.rand(len(x_real), 1, 1, 1, device=x_real.device)
+    between = (x_real + way * (x_fake - x_real)).detach().requires_grad_()
     (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
     return (slope.flatten(1).norm(dim=1) - 1).square().mean()

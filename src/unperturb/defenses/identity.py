@@ -1,4 +1,4 @@
-"""The control: no defense at all."""
+"""The control: a purifier that does nothing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 from unperturb.defenses.base import Defense, defenses
 
 
-@defenses.register("none")
+@defenses.register("identity")
 class Identity(Defense):
-    """Gives back what it is given: the row that every table needs."""
+    """Gives back what it is given."""
 
     def purify(self, images: Tensor) -> Tensor:
         return images

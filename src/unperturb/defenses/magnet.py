@@ -95,7 +95,7 @@ class MagNet(Defense):
     one, each image is restored by one drawn from torch's generator. diversity: weight of the pack's members' distance
     from their mean, which is made large. detectors: each has either `error` (1 or 2: the norm of the reconstruction
     error) or `temperature` (the divergence of the classifier's predictions before and after restoring, softened), and
-    may have a `structure` for an autoencoder of its own; without one it asks the first reformer. drop_rate: share of
+    may have a `structure` for an autoencoder of its own; without one it asks the first reformer. drop_rate: fraction of
     clean validation images that each detector may turn away. noise: standard deviation of what is added to training
     images. activity: weight of the sum of the squared activations.
 
@@ -150,7 +150,7 @@ class MagNet(Defense):
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
         return self._scores(images, self.reformers.members[0](images)[-1], logits_fn)
 
-    def purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         purified = self.purify(images)
         if self.random:  # drawn from the pack: not the first reformer's
             return purified, self.scores(images, logits_fn)

@@ -41,23 +41,23 @@ class Pipeline(Defense):
 
     def purify(self, images: Tensor) -> Tensor:
         for part in self._parts():
-            images = part.purify(images)
+            images = part(images)
         return images
 
     def surrogate_backward(self, images: Tensor) -> Tensor:
         for part in self._parts():
             if part.differentiable:
-                images = part.purify(images)
-            else:  # its stand-in's gradient, but at the value that the next part really gets
+                images = part(images)
+            else:  # its surrogate's gradient, but at the value that the next part really gets
                 soft = part.surrogate_backward(images)
-                images = soft + (part.purify(images) - soft).detach()
+                images = soft + (part(images) - soft).detach()
         return images
 
     def scores(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> Tensor:
         """Every part's scores side by side, `(N, detectors)`, each of the image as it reaches that part."""
         return self.purify_and_score(images, logits_fn)[1]
 
-    def purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         found = []
         for part in self._parts():
             images, scores = part.purify_and_score(images, logits_fn)

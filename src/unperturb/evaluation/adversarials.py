@@ -11,6 +11,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +54,12 @@ def from_16_bit(stored: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Adversarials:
-    """images: `(N, C, H, W)` in [0, 1]. seconds: per image, when they were made. zero_gradients, gradients, nonfinite:
-    `(N,)` int32 on the CPU, how often an image's gradient was exactly zero, was asked for, and its logits were not
-    finite."""
+    """images: `(N, C, H, W)` in [0, 1]. The rest `(N,)` on the CPU: seconds: float32, what an image took when it was
+    made. zero_gradients, gradients, nonfinite: int32, how often an image's gradient was exactly zero, was asked for,
+    and its logits were not finite."""
 
     images: Tensor
-    seconds: float
+    seconds: Tensor
     zero_gradients: Tensor
     gradients: Tensor
     nonfinite: Tensor
@@ -86,13 +87,19 @@ class AdversarialStore:
         seed: int,
         batch: int,
         device: torch.device,
+        start: Tensor | None = None,
     ) -> Adversarials:
         """Adversarial images for `rows` of `data`, on `device`; always those that were kept: what is read again is what
-        was used first. key: of the attack and the function together (`identity.identify`)."""
+        was used first. key: of the attack and the function together (`identity.identify`). start: `(len(rows), C, H,
+        W)` in [0, 1], images that the attack is to begin at (default: where it begins by itself)."""
         parts = f"{code()}|{data.fingerprint}|{key}|{attack!r}|{seed}|{batch}"
-        index = hashlib.sha256(data.index[rows].contiguous().numpy().tobytes()).hexdigest()[:24]
+        index = _digest(data.index[rows])
         about = {"key": hashlib.sha256(parts.encode()).hexdigest()[:24], "index": index, "attack": repr(attack)}
-        path = self.folder / about["key"] / f"{int(rows[0]):06d}-{len(rows):05d}.safetensors"
+        name = f"{int(rows[0]):06d}-{len(rows):05d}-{index[:8]}"
+        if start is not None:
+            about["start"] = _digest(to_16_bit(start).cpu())
+            name += f"-{about['start'][:8]}"
+        path = self.folder / about["key"] / f"{name}.safetensors"
         expect = {"images": ("uint16", (len(rows), *data.shape)), "seconds": ("float32", ())}
         expect |= {count: ("int32", (len(rows),)) for count in COUNTS}
         try:
@@ -100,11 +107,11 @@ class AdversarialStore:
             with contextlib.suppress(OSError):  # cleared away since by another process
                 os.utime(path.parent)
         except runs.RunError:  # not there, damaged, or another's
-            kept = _make(attack, function, data, rows, seed, batch, device)
+            kept = _make(attack, function, data, rows, seed, batch, device, start)
             self._keep(path, kept, about)
             self._prune(path.parent)
         counts = {count: kept[count] for count in COUNTS}
-        return Adversarials(from_16_bit(kept["images"]).to(device), float(kept["seconds"]), **counts)
+        return Adversarials(from_16_bit(kept["images"]).to(device), kept["seconds"].expand(len(rows)), **counts)
 
     def entries(self) -> list[tuple[Path, int, float]]:
         """(folder, bytes, when it was last used) of each attack that is kept."""
@@ -135,16 +142,29 @@ class AdversarialStore:
                 total -= size
 
 
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:24]
+
+
 def _make(
-    attack: Attack, function: nn.Module, data: ImageSet, rows: Tensor, seed: int, batch: int, device: torch.device
+    attack: Attack,
+    function: nn.Module,
+    data: ImageSet,
+    rows: Tensor,
+    seed: int,
+    batch: int,
+    device: torch.device,
+    start: Tensor | None,
 ) -> dict[str, Tensor]:
-    start = time.perf_counter()
+    began = time.perf_counter()
     found: dict[str, list[Tensor]] = {name: [] for name in ("images", *COUNTS)}
-    for part in rows.split(batch):
+    starts = [None] * len(rows) if start is None else start.split(batch)
+    for part, begin in zip(rows.split(batch), starts):
         images, labels = data.batch(part, device)
-        adversarial, counter = attack.solve(function, images, labels, index=data.index[part], seed=seed)
+        more: dict[str, Any] = {} if begin is None else {"start": begin.to(device)}
+        adversarial, counter = attack.solve(function, images, labels, index=data.index[part], seed=seed, **more)
         found["images"].append(to_16_bit(adversarial).cpu())
         for count in COUNTS:
             found[count].append(getattr(counter, count).to(torch.int32).cpu())
-    seconds = (time.perf_counter() - start) / len(rows)
+    seconds = (time.perf_counter() - began) / len(rows)
     return {name: torch.cat(parts) for name, parts in found.items()} | {"seconds": torch.tensor(seconds)}

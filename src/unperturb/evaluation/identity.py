@@ -7,6 +7,7 @@ the object's own, and means nothing once the process has ended.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import sys
@@ -25,7 +26,10 @@ _INTERNAL = frozenset(vars(nn.Module()))
 _HOOKS = frozenset(k for k in _INTERNAL if k.endswith("hooks") and ("forward" in k or "backward" in k))
 _BESIDE = frozenset({"outcome", "frozen"})  # what training cost, and whether it may go on: not what is computed
 _WRITERS = ("torch", "unperturb", "contextlib", "dataclasses", "reprlib")  # the last two: what a dataclass is given
-_MAKERS = ("attacks", "classifiers", "defenses", "validation.py", "per_image_rng.py", "modules.py", "threats.py")
+_MAKERS = (
+    *("attacks", "classifiers", "defenses"),
+    *("attackers.py", "systems.py", "modules.py", "per_image_rng.py", "validation.py"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,12 @@ class Identity:
     lasting: bool
 
 
-def identify(function: object) -> Identity:
-    """The identity of a module, or of any other function: two that differ in settings, weights or code share no key."""
+def identify(*things: object) -> Identity:
+    """The identity of a module, an attack or any other function, or of several together: what differs in settings,
+    weights or code shares no key."""
     reader = _Reader()
-    return Identity(reader.key(function), reader.lasting)
+    keys = [reader.key(thing) for thing in things]
+    return Identity(keys[0] if len(keys) == 1 else _hash([key.encode() for key in keys]), reader.lasting)
 
 
 def is_known(kind: type) -> bool:
@@ -95,6 +101,9 @@ class _Reader:
             settings = {k: v for k, v in vars(value).items() if k not in _INTERNAL | _BESIDE}
             yield f"module {kind.__module__} {kind.__qualname__}".encode()
             yield from self._parts({**settings, **value._parameters, **value._buffers, **value._modules})
+        elif dataclasses.is_dataclass(kind) and self._is_known(kind):  # an attack
+            yield f"settings {kind.__module__} {kind.__qualname__}".encode()
+            yield from self._parts(vars(value))
         else:
             self.lasting = False
             yield f"object {id(value)}".encode()

@@ -1,17 +1,15 @@
-"""What the training of each judged defense has cost, kept beside the rows: reports do not see the defenses' folders."""
+"""What the training of each system has cost, kept beside the rows: reports do not see the systems' folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from unperturb import runs, zoo
-from unperturb.defenses.base import Defense
+from unperturb.systems import System
 
 TrainingCost = tuple[float | None, float | None]
-NOTHING: TrainingCost = (0.0, 0.0)  # a filter, or no defense at all
+NOTHING: TrainingCost = (0.0, 0.0)  # a filter, or the undefended classifier
 UNKNOWN: TrainingCost = (None, None)
 
 
@@ -33,23 +31,26 @@ def of_folder(source: str | Path, after: tuple[Path, ...] = ()) -> TrainingCost:
     return _sum([_own(folder), *earlier])
 
 
-def of_model(defense: Defense, classifier: nn.Module | None = None) -> TrainingCost:
-    """The same of a defense in hand; classifier: the one that stands in the bare one's place, if it does."""
-    if defense.outcome is not None:
-        return defense.outcome.pflop, defense.outcome.seconds
-    learned = classifier is not None or any(stage.networks() for stage in defense.stages())
+def of_system(system: System) -> TrainingCost:
+    """The same of a system in hand: of its purifier, and of a classifier that stands in the base's place."""
+    learned = system.bare is not system.classifier
+    if system.purifier is not None:
+        if system.purifier.outcome is not None and not learned:
+            return system.purifier.outcome.pflop, system.purifier.outcome.seconds
+        learned |= any(stage.networks() for stage in system.purifier.stages())
     return UNKNOWN if learned else NOTHING
 
 
-def about(dataset: str, defense: Defense, cost: TrainingCost, folder: str = "") -> dict[str, Any]:
-    """One entry of `defenses.json` (`unperturb.schema.read_costs`)."""
+def about(dataset: str, system: System, cost: TrainingCost, folder: str = "") -> dict[str, Any]:
+    """One entry of `systems.json` (`unperturb.results.schema.read_systems`)."""
     pflop, seconds = cost
     return {
         "dataset": dataset,
         "folder": folder,
-        "spec": defense.spec,
-        "differentiable": defense.differentiable,
-        "random": defense.random,
+        "spec": None if system.purifier is None else system.purifier.spec,
+        "differentiable": system.differentiable,
+        "random": system.random,
+        "defended": not system.undefended,
         "pflop": pflop,
         "seconds": seconds,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -88,8 +90,9 @@ class Results:
 
         Columns: cell, draw, index; clean_right, right (the system on the image, on the adversarial image), right_8bit
         (on that image rounded to 8 bits; empty where that is not recorded); l0, l2, linf (how far the adversarial image
-        is away); inherited (it was made by an earlier stage of a cascade); zero_gradients (the fraction of the
-        attacker's gradients that were exactly zero; NaN where none was asked for, or that is not recorded).
+        is away); inherited, made_with (whether an earlier stage of a cascade made it, and what its attacker knew, ""
+        for the cell's own); zero_gradients (the fraction of the attacker's gradients that were exactly zero; NaN where
+        none was asked for, or that is not recorded).
         """
         import pandas as pd
 
@@ -104,6 +107,7 @@ class Results:
                 "right_8bit": rounded.mask(rows["pred_pure_adv_8bit"] == -2),
                 **{k: rows[k] for k in ("l0", "l2", "linf")},
                 "inherited": rows["made_by"] != "",
+                "made_with": rows["made_with"],
                 "zero_gradients": (rows["zero_gradients"] / asked).clip(0, 1),
             }
         )
@@ -121,9 +125,15 @@ class Results:
             block: list(part["system"].unique()) for block, part in zip(self.blocks, self.parts(BLOCK), strict=True)
         }
 
-    def parts(self, by: str | list[str]) -> Iterator[pd.DataFrame]:
+    def parts(self, by: list[str]) -> Iterator[pd.DataFrame]:
         """The parts of `cells` that are equal in the columns `by`, in the order of reading; NaN is equal to itself."""
-        yield from (part for _, part in self.cells.groupby(by, sort=False, dropna=False))
+        yield from (part for _, part in groups(self.cells, by))
+
+    def budgets(self, block: Block) -> list[tuple[str, float]]:
+        """The (norm, eps) that attacks of a block were given, that of most cells first, then the largest."""
+        mine = self.cells[(self.cells[BLOCK] == list(block)).all(axis=1) & self.cells["eps"].notna()]
+        counted = Counter(zip(mine["norm"], map(_as_given, mine["eps"])))
+        return sorted(counted, key=lambda budget: (-counted[budget], *reading_order(budget)))
 
     def where(self, **values: Any) -> Results:
         """The results of the cells that have these values in these columns of `cells`; a collection means any of its
@@ -181,6 +191,32 @@ class Results:
         found = Results(rows, about=renamed(self._about), probes=renamed(self._probes))
         found.runs, found.names = self.runs, dict(self.names)
         return found
+
+
+def reading_order(budget: tuple[str, float]) -> tuple[bool, str, float]:
+    """Where a (norm, eps) stands among others: Linf first, the largest of a norm first."""
+    norm, eps = budget
+    return norm != "linf", norm, -eps
+
+
+def records(frame: pd.DataFrame) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """`(number, values by column)` of each line."""
+    yield from zip(frame.index, ({str(k): v for k, v in line.items()} for line in frame.to_dict("records")))
+
+
+def groups(frame: pd.DataFrame, by: list[str]) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """`(key, part)` of `frame`, in the order of its lines; NaN is a key too."""
+    yield from frame.groupby(by, sort=False, dropna=False)
+
+
+def key_of(line: Mapping[str, Any], columns: Iterable[str]) -> tuple[Any, ...]:
+    """A line's values in `columns`, to look it up by: NaN, which is not equal to itself, is None."""
+    return tuple(None if line[k] != line[k] else line[k] for k in columns)
+
+
+def _as_given(eps: float) -> float:
+    """A budget without what float32 has added to it: to seven digits."""
+    return round(float(eps), 6 - math.floor(math.log10(eps))) if eps > 0 else 0.0
 
 
 def _among(column: pd.Series[Any], values: list[Any]) -> pd.Series[Any]:

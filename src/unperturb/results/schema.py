@@ -38,7 +38,10 @@ ROW_COLUMNS: dict[str, str] = {
     "draw": "int16",  # which draw of a random system; else 0
     "index": "int64",  # the image's number in its split
     "label": "int32",
-    "made_by": "string",  # "": by this cell's attack; else the earlier stage of a cascade that had broken the image
+    # In a cascade an image that is broken is not attacked again: what attack made its adversarial image, and what that
+    # attacker knew; both "" where the cell's own attack did.
+    "made_by": "string",
+    "made_with": "string",
     "pred_clean": "int32",
     "pred_adv": "int32",
     "pred_pure_clean": "int32",
@@ -71,6 +74,7 @@ ROW_COLUMNS: dict[str, str] = {
 ADDED: dict[str, tuple[int, int | str]] = {
     **dict.fromkeys(("gradients", "zero_gradients", "nonfinite"), (2, -1)),
     "made_by": (3, ""),
+    "made_with": (3, ""),
     "pred_pure_adv_8bit": (3, -2),
 }
 UNDEFENDED = "undefended"  # how the third schema calls the system that older rows call the defense "none"

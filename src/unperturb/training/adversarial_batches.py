@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unperturb import per_image_rng
+from unperturb.attackers import Attacker
 from unperturb.attacks.base import Attack, attacks
-from unperturb.config import AdversarialBatchesConfig, Augmentation, ComponentConfig
+from unperturb.config import AdversarialBatchesConfig, Augmentation, MixtureConfig, uniform_range
 from unperturb.data import ImageSet, augment
 from unperturb.defenses.base import Batch
-
-FRACTION = re.compile(r"[0-9]+/[1-9][0-9]*|[0-9]+(\.[0-9]+)?")
+from unperturb.systems import System
 
 
 class Sampler:
@@ -56,37 +54,26 @@ class Sampler:
         return images, labels, index
 
 
-def _number(value: Any) -> int | float | None:
-    """`value` if it is a number, or a fraction such as `"8/255"`."""
-    if isinstance(value, str) and FRACTION.fullmatch(value):
-        return float(Fraction(value))
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _draw(value: Any, u: float) -> Any:
-    """An option: a range `[low, high]` becomes one number of it, anything else stays."""
-    if not isinstance(value, list | tuple) or len(value) != 2:
+def _drawn(value: Any, u: float) -> Any:
+    """An option: of a range one number, `u` of the way up (whole between whole bounds); anything else as it is."""
+    bounds = uniform_range(value)
+    if bounds is None:
         return value
-    low, high = map(_number, value)
-    if low is None or high is None:
-        return value
-    if low > high:
-        raise ValueError(f"a range is [low, high]; got {list(value)}")
+    low, high = bounds
     if isinstance(low, int) and isinstance(high, int):
         return low + min(int(u * (high - low + 1)), high - low)
     return low + u * (high - low)
 
 
 class Mixture:
-    """Attacks by share of the batch; options given as ranges are drawn by (seed, step)."""
+    """Attacks, each on its fraction of a batch, by attackers of one knowledge; options given as ranges are drawn by
+    (seed, step)."""
 
-    def __init__(self, things: Sequence[ComponentConfig], seed: int) -> None:
-        self.seed = seed
-        self.parts = [(t.name, {k: v for k, v in t.options.items() if k != "share"}) for t in things]
-        shares = [float(t.options.get("share", 1.0)) for t in things]
-        if min(shares) <= 0:
-            raise ValueError("each attack's share must be above 0")
-        self.shares = [s / sum(shares) for s in shares]
+    def __init__(self, entries: Sequence[MixtureConfig], seed: int, knowledge: str = "white_box") -> None:
+        self.seed, self.knowledge = seed, knowledge
+        self.parts = [(entry.attack.name, entry.attack.options) for entry in entries]
+        total = sum(entry.fraction for entry in entries)
+        self.fractions = [entry.fraction / total for entry in entries]
         self.at(0)  # a wrong name or option is met before anything is trained
 
     def at(self, step: int) -> list[Attack]:
@@ -94,54 +81,58 @@ class Mixture:
         made = []
         for number, (name, options) in enumerate(self.parts):
             u = per_image_rng.uniform(self.seed, torch.tensor([number]), step, (max(1, len(options)),))[0].tolist()
-            made.append(attacks.create(name, **{k: _draw(v, x) for (k, v), x in zip(options.items(), u)}))
+            made.append(attacks.create(name, **{k: _drawn(v, x) for (k, v), x in zip(options.items(), u)}))
         return made
 
     def split(self, n: int) -> list[slice]:
         """Where each attack's images lie in a batch of `n`."""
         edges, total = [0], 0.0
-        for share in self.shares:
-            total += share
+        for fraction in self.fractions:
+            total += fraction
             edges.append(round(total * n))
         return [slice(a, b) for a, b in pairwise(edges)]
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, index: Tensor, step: int) -> Tensor:
-        """Adversarial images for one batch."""
+    def __call__(self, system: System, images: Tensor, labels: Tensor, index: Tensor, step: int) -> Tensor:
+        """Adversarial images for one batch, made against `system`."""
         x_adv = images.clone()
         for attack, part in zip(self.at(step), self.split(len(images))):
             if part.stop > part.start:
-                x_adv[part] = attack(
-                    model, images[part], labels[part], index=index[part], seed=self.seed + 7_919 * (step + 1)
-                )
+                x_adv[part] = attacked(
+                    Attacker(attack, self.knowledge), system, images[part], labels[part], index[part],
+                    seed=self.seed + 7_919 * (step + 1),
+                )  # fmt: skip
         return x_adv
 
 
-class AdversarialBatches:
-    """Pairs for a defense: step by step a batch, attacked on one of the functions it is handed, taken in turn.
+def attacked(
+    attacker: Attacker, system: System, images: Tensor, labels: Tensor, index: Tensor, seed: int = 0
+) -> Tensor:
+    """What `attacker` makes of `images` against `system`."""
+    attack, model = attacker.attack_for(system), attacker.model_for(system)
+    return attack(model, images, labels, index=index, seed=seed)
 
-    attacked: for each classifier the function that is attacked; logits: for each the frozen classifier that a loss may
-    go through.
+
+class AdversarialBatches:
+    """Clean and adversarial images for a defense: step by step a batch, attacked on one of `systems`, taken in turn.
+
+    systems: the defense in front of each frozen classifier, which is what a loss may go through.
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        recipe: AdversarialBatchesConfig,
-        attacked: Sequence[nn.Module],
-        logits: Sequence[nn.Module],
-    ) -> None:
-        self.sampler = sampler
-        self.mixture = Mixture(recipe.attacks, sampler.seed)
-        self.attacked, self.logits = list(attacked), list(logits)
+    def __init__(self, sampler: Sampler, recipe: AdversarialBatchesConfig, systems: Sequence[System]) -> None:
+        self.sampler, self.systems = sampler, list(systems)
+        self.mixture = Mixture(recipe.attacks, sampler.seed, recipe.knowledge)
+        for attack in self.mixture.at(0):
+            for system in self.systems:  # as is an attack that cannot be made on a random one
+                Attacker(attack, recipe.knowledge).attack_for(system)
 
     def batch(self, step: int, rank: int = 0, world: int = 1, *, attack: bool = True) -> Batch:
         """The pairs of this step for device `rank` of `world`; without `attack` the clean images stand in for both."""
         images, labels, index = self.sampler.images(step, rank, world)
-        turn = step % len(self.attacked)
-        x_adv = self.mixture(self.attacked[turn], images, labels, index, step) if attack else images
-        return Batch(images, x_adv, labels, self.logits[turn], step)
+        system = self.systems[step % len(self.systems)]
+        x_adv = self.mixture(system, images, labels, index, step) if attack else images
+        return Batch(images, x_adv, labels, system.classifier, step)
 
 
-def hardest(thing: ComponentConfig) -> tuple[str, dict[str, Any]]:
+def hardest(entry: MixtureConfig) -> tuple[str, dict[str, Any]]:
     """An attack of a mixture with every range at its high end: (name, options)."""
-    return thing.name, {k: _draw(v, 1.0) for k, v in thing.options.items() if k != "share"}
+    return entry.attack.name, {k: _drawn(v, 1.0) for k, v in entry.attack.options.items()}

@@ -13,7 +13,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from unperturb import runs, screen, threats
+from unperturb import runs, screen
+from unperturb.attackers import Attacker
 from unperturb.attacks.base import attacks
 from unperturb.classifiers import Classifier, create_classifier, fused_copy, load_classifier, save_classifier
 from unperturb.config import ClassifierRecipe, DefenseRecipe, Training, read_recipe, snapshot
@@ -22,10 +23,12 @@ from unperturb.defenses.base import Defense, create_defense, load_defense, save_
 from unperturb.devices import pick_device, probe
 from unperturb.modules import classes_of
 from unperturb.runs import Outcome
-from unperturb.training.adversarial_batches import AdversarialBatches, Sampler, hardest
-from unperturb.training.loop import DIVERGED, Validate, total_steps, train
+from unperturb.systems import System
+from unperturb.training.adversarial_batches import AdversarialBatches, Sampler, attacked, hardest
+from unperturb.training.loop import DIVERGED, total_steps, train
 from unperturb.training.objectives import DefenseTask, DistilledClassifier, PlainClassifier, Task, objectives
 from unperturb.training.profiling import autotune_precision, flop_per_image
+from unperturb.training.state import Validate
 
 Show = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -143,7 +146,7 @@ def _of_data(plan: Any, data: Splits) -> Any:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: ImageSet, device: torch.device, batch: int = 500) -> float:
-    """Share of the images of `data` that `model` gives their label."""
+    """Fraction of the images of `data` that `model` gives their label."""
     right = 0
     for rows in torch.arange(len(data)).split(batch):
         images, labels = data.batch(rows, device)
@@ -254,8 +257,8 @@ def _classifier_validation(
 
 def defense_task(
     recipe: DefenseRecipe, data: Splits, classifiers: Sequence[nn.Module], device: str = "cpu"
-) -> tuple[DefenseTask, Sequence[nn.Module]]:
-    """The task that `recipe` describes, with a fresh defense, and the frozen fast copies of the classifiers."""
+) -> DefenseTask:
+    """The task that `recipe` describes: a fresh defense, in front of frozen fast copies of the classifiers."""
     torch.manual_seed(recipe.seed)
     where = pick_device(device)
     channels, height, width = data.train.shape
@@ -271,8 +274,8 @@ def defense_task(
     example, _ = data.train.batch(torch.arange(2), where)
     # The layout is given, not probed: a resumed run must draw the same pairs to the last bit.
     fused = [fused_copy(c.to(where), example, channels_last=True) for c in classifiers]
-    attacked = [threats.target(t, defense, recipe.adversarial_batches.knowledge) for t in fused]
-    return DefenseTask(defense, AdversarialBatches(sampler, recipe.adversarial_batches, attacked, fused)), fused
+    systems = [System(f"{recipe.defense.name}-{i}", classifier, defense) for i, classifier in enumerate(fused)]
+    return DefenseTask(defense, AdversarialBatches(sampler, recipe.adversarial_batches, systems))
 
 
 def begin_with(defense: Defense, folder: str) -> None:
@@ -317,21 +320,17 @@ def train_defense(
     out = Path(out or Path("runs") / name)
     data = data or load_dataset(**plan.data_options)
     plan = _of_data(plan, data)
-    if classifier is None:
-        classifiers: list[nn.Module] = [load_classifier(Path(folder)) for folder in plan.classifiers]
-    else:
-        classifiers = [classifier] if isinstance(classifier, nn.Module) else list(classifier)
-        plan = plan.model_copy(update={"classifiers": [f"in hand: {_called(c)}" for c in classifiers]})
+    plan, classifiers = _to_protect(plan, classifier)
     if plan.start is not None and Path(plan.start).resolve() == out.resolve():
         raise runs.RunError(f"training cannot start with {plan.start}, the folder that it is to write")
-    task, fused = defense_task(plan, data, classifiers, device)
+    task = defense_task(plan, data, classifiers, device)
     plan = decided(plan, task, out, show)
     names = [{"name": _called(c), "spec": getattr(c, "spec", None), "weights": _weights(c)} for c in classifiers]
     used = {"data": _data_used(data), "classifiers": names}
     if plan.start is not None:
         used["start"] = {"weights": _weights(task.defense)}
     with _run_folder(out, plan, used, resume):
-        validate = _defense_validation(plan, data, task, fused, pick_device(device))
+        validate = _defense_validation(plan, data, task, pick_device(device))
         if task.networks():
             with screen.shown("training", progress, quiet) as update:
                 outcome = train(
@@ -340,13 +339,23 @@ def train_defense(
                 )  # fmt: skip
         else:
             outcome = _untrained(validate, out)
-        _calibrate(task.defense, data.val, fused, plan.seed, pick_device(device))
+        _calibrate(task, data.val, plan.seed, pick_device(device))
         about = {"dataset": data.source, "fingerprint": data.train.fingerprint, "classifiers": names}
         if _first():
             save_defense(out, task.defense, {**about, "outcome": asdict(outcome)})
     defense = task.defense.eval()
     defense.outcome = outcome
     return defense
+
+
+def _to_protect(
+    plan: DefenseRecipe, given: nn.Module | Sequence[nn.Module] | None
+) -> tuple[DefenseRecipe, list[nn.Module]]:
+    """(`plan` naming the classifiers that were given in place of its own, the classifiers)."""
+    if given is None:
+        return plan, [load_classifier(Path(folder)) for folder in plan.classifiers]
+    classifiers = [given] if isinstance(given, nn.Module) else list(given)
+    return plan.model_copy(update={"classifiers": [f"in hand: {_called(c)}" for c in classifiers]}), classifiers
 
 
 def _called(classifier: nn.Module) -> str:
@@ -370,50 +379,48 @@ def _held_out(data: ImageSet, most: int | None, seed: int) -> ImageSet:
 
 
 @torch.no_grad()
-def _calibrate(defense: Defense, data: ImageSet, fused: Sequence[nn.Module], seed: int, device: torch.device) -> None:
-    """Let `defense` set its thresholds on clean validation images, seen in front of each classifier in turn."""
-    held_out = _held_out(data, defense.eval().held_out, seed)
+def _calibrate(task: DefenseTask, data: ImageSet, seed: int, device: torch.device) -> None:
+    """Let the defense set its thresholds on clean validation images, seen in front of each classifier in turn."""
+    defense = task.defense.eval()
+    held_out = _held_out(data, defense.held_out, seed)
     scores = []
-    for classifier in fused:
+    for system in task.adversarial_batches.systems:
         for rows in torch.arange(len(held_out)).split(250):
             images, _ = held_out.batch(rows, device)
-            scores.append(defense.scores(images, classifier))
+            scores.append(defense.scores(images, system.classifier))
             if not scores[-1].shape[1]:
                 return
     defense.calibrate(torch.cat(scores))
 
 
-def _defense_validation(
-    recipe: DefenseRecipe, data: Splits, task: DefenseTask, fused: Sequence[nn.Module], device: torch.device
-) -> Validate:
+def _defense_validation(recipe: DefenseRecipe, data: Splits, task: DefenseTask, device: torch.device) -> Validate:
     """Accuracy behind the defense on validation images, clean and under each attack of the mixture at its hardest,
     averaged over the classifiers; the score is their mean."""
     held_out = _held_out(data.val, task.defense.held_out or VALIDATION_IMAGES, recipe.seed)
     images, labels = held_out.batch(torch.arange(len(held_out)), device)
-    mixture = [hardest(t) for t in recipe.adversarial_batches.attacks]
-    kept: dict[tuple[int, int], Tensor] = {}  # oblivious examples do not change while the defense learns
+    knowledge = recipe.adversarial_batches.knowledge
+    named = [hardest(entry) for entry in recipe.adversarial_batches.attacks]
+    attackers = {
+        f"{name}-{i}": Attacker(attacks.create(name, **options), knowledge) for i, (name, options) in enumerate(named)
+    }
+    kept: dict[tuple[str, str], Tensor] = {}  # oblivious examples do not change while the defense learns
 
-    def adversarial(turn: int, number: int) -> Tensor:
-        if recipe.adversarial_batches.knowledge != "oblivious":
-            return attacked(turn, number)
-        if (turn, number) not in kept:
-            kept[turn, number] = attacked(turn, number)
-        return kept[turn, number]
-
-    def attacked(turn: int, number: int) -> Tensor:
-        name, options = mixture[number]
-        return attacks.create(name, **options)(
-            task.adversarial_batches.attacked[turn], images, labels, index=held_out.index
-        )
+    def adversarial(system: System, name: str) -> Tensor:
+        if (system.name, name) in kept:
+            return kept[system.name, name]
+        x_adv = attacked(attackers[name], system, images, labels, held_out.index)
+        if knowledge == "oblivious":
+            kept[system.name, name] = x_adv
+        return x_adv
 
     def validate() -> dict[str, float]:
         defense = task.defense.eval()
         figures: dict[str, list[float]] = {}
-        for turn, classifier in enumerate(fused):
-            shown = {"clean": images} | {f"{m[0]}-{i}": adversarial(turn, i) for i, m in enumerate(mixture)}
+        for system in task.adversarial_batches.systems:
+            shown = {"clean": images} | {name: adversarial(system, name) for name in attackers}
             for name, x in shown.items():
                 with torch.no_grad():
-                    found = torch.cat([classes_of(classifier(defense.purify(part))) for part in x.split(250)])
+                    found = torch.cat([classes_of(system.classifier(defense(part))) for part in x.split(250)])
                 figures.setdefault(name, []).append(float((found == labels).float().mean()))
         means = {k: sum(v) / len(v) for k, v in figures.items()}
         return {**means, "score": sum(means.values()) / len(means)}

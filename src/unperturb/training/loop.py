@@ -6,34 +6,31 @@ step) alone, so a killed run that is resumed from its last checkpoint ends with 
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from unperturb import runs, screen
 from unperturb.config import Training
-from unperturb.devices import probe, set_layout
+from unperturb.devices import Speed, probe, set_layout
 from unperturb.runs import Outcome
-from unperturb.training import checkpoints
-from unperturb.training.checkpoints import Checkpoint, Progress, State
 from unperturb.training.muon import Muon
 from unperturb.training.objectives import Task
 from unperturb.training.profiling import flop_per_image
+from unperturb.training.state import LAST, DivergedError, TrainingState, Validate, weights_of
 
-Validate = Callable[[], Mapping[str, float]]
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
 DIVERGED = "diverged.json"  # kept in the folder of a run that did, so that it may go on with a lower rate
-
-
-class DivergedError(RuntimeError):
-    """A loss was no longer a number, or the weights were no longer sound."""
 
 
 def total_steps(settings: Training, n: int) -> int:
@@ -51,7 +48,8 @@ def learning_rate(settings: Training, step: int, steps: int) -> float:
     return settings.lr * factor
 
 
-def _optimizer(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
+def make_optimizer(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    """The optimizer of one network; a group's `"scale"` is what its rate is to be multiplied by."""
     kernels = [p for p in network.parameters() if p.dim() >= 2]
     vectors = [p for p in network.parameters() if p.dim() < 2]
     groups: list[dict[str, Any]] = [
@@ -65,44 +63,24 @@ def _optimizer(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
     return kind(groups, lr=settings.lr, betas=settings.betas)
 
 
-def _snapshot(networks: Mapping[str, nn.Module]) -> State:
-    return {k: {n: t.detach().clone() for n, t in net.state_dict().items()} for k, net in networks.items()}
+class Log:
+    """One line a record: in the file as JSON, on the screen for people. One that is not `kept`, as those of all
+    processes but the first are not, writes nothing."""
 
-
-def _load(networks: Mapping[str, nn.Module], state: State) -> None:
-    for name, network in networks.items():
-        network.load_state_dict(state[name])
-
-
-def _beside(networks: Mapping[str, nn.Module], state: State | None) -> State | None:
-    """`state`, read from a file, on the devices of `networks`."""
-    own = _snapshot(networks)
-    return state and {k: {n: own[k][n].copy_(t) for n, t in tensors.items()} for k, tensors in state.items()}
-
-
-@torch.no_grad()
-def _average(average: State, networks: Mapping[str, nn.Module], decay: float, step: int) -> None:
-    weight = 1 - min(decay, (1 + step) / (10 + step))  # a short memory at first, or the start is never forgotten
-    for name, network in networks.items():
-        for key, value in network.state_dict().items():
-            if value.is_floating_point():
-                average[name][key].lerp_(value, weight)
-            else:
-                average[name][key].copy_(value)
-
-
-class _Log:
-    """One line a record: in the file as JSON, on the screen for people."""
-
-    def __init__(self, path: Path, last_step: int, show: Callable[[str], None] | None) -> None:
-        self.path, self.show = path, show
+    def __init__(self, path: Path, last_step: int, show: Callable[[str], None] | None, kept: bool = True) -> None:
+        self.path, self.show, self.kept = path, show, kept
+        if not kept:
+            return
+        with runs.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():  # what was written after the checkpoint will be written again
             with runs.writing(path):
                 lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if _step_of(line) <= last_step]
-            runs.write_text(path, "".join(line + "\n" for line in kept))
+            runs.write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= last_step))
 
     def write(self, record: Mapping[str, Any]) -> None:
+        if not self.kept:
+            return
         line = json.dumps(record)
         with runs.writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -139,175 +117,159 @@ def train(
     Raises `DivergedError` where a loss is not a number, or the weights are not sound where a checkpoint of them is due:
     it names the step, what is wrong and the last good checkpoint.
     """
-    from lightning_fabric import Fabric
-
     # Set-up: devices, precision, memory format, one optimizer a network.
-    accelerator = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        precision="32-true",  # autocast is the loop's own, so that it also covers the frozen classifier in a loss
-    )
-    fabric.launch()
+    fabric = _launched(device, devices)
+    rank, world, kind = fabric.global_rank, fabric.world_size, fabric.device.type
     precision, layout = fabric.broadcast((settings.precision, settings.memory_format))
     settings = settings.model_copy(update={"precision": precision, "memory_format": layout})
-    sampler = task.sampler
-    n, world, rank = len(sampler.data), fabric.world_size, fabric.global_rank
-    steps = total_steps(settings, n)
+    n, keep_best = len(task.sampler.data), settings.keep == "best"
+    steps, every = total_steps(settings, n), max(1, round((settings.validate_every or 0) * n / settings.batch))
     torch.manual_seed(seed)
-    flop = flop_per_image(task) * settings.batch
-    convolution = probe(accelerator).rates[settings.precision, settings.memory_format]
-    bare = task.networks()
-    wrapped, optimizers = {}, {}
-    for name, network in bare.items():
-        set_layout(network.train(), settings.memory_format)
-        wrapped[name], optimizers[name] = fabric.setup(network, _optimizer(network, settings))
-    average = _snapshot(bare) if settings.ema else None
-
-    def autocast() -> torch.autocast:
-        # Without the cache of cast weights, which would outlive a network's update.
-        return torch.autocast(
-            accelerator, torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False
-        )
+    cost = _Cost(kind, settings, flop_per_image(task))
+    networks = task.networks()
+    wrapped, optimizers = _set_up(fabric, networks, settings)
 
     # Resume.
-    with runs.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    at = Progress()
-    sums: dict[str, Tensor] = {}  # of the loss terms since the last log line
-    best: State | None = None
-    saved = checkpoints.load(folder, bare, steps)
-    if saved is not None:
-        _load(bare, saved.networks)
-        for name, optimizer in optimizers.items():
-            checkpoints.restore(optimizer.optimizer, saved.optimizers[name])
-        average, best = _beside(bare, saved.average), _beside(bare, saved.best)
-        at, sums = saved.progress, saved.sums
-    step, seconds, since = at.step, at.seconds, at.since
-    kept_step, validation, best_score = at.kept_step, at.validation, at.best_score
-    log = _Log(folder / "log.jsonl", step, show if rank == 0 else None) if rank == 0 else None
-
-    def keep_checkpoint() -> None:
-        now = Progress(
-            step=step, seconds=seconds, kept_step=kept_step, best_score=best_score, validation=validation, since=since
-        )
-        states = {k: o.state_dict() for k, o in optimizers.items()}
-        checkpoints.save(folder, Checkpoint(now, _snapshot(bare), states, average, best, sums))
-
-    def diverged(said: str) -> DivergedError:
-        last = folder / checkpoints.LAST
-        where = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-        said = f"{said}; {where}. Go on with --resume and a lower training.lr, or set training.clip"
-        if rank == 0:
-            runs.write_json(folder / DIVERGED, {"step": step, "said": said})
-        return DivergedError(said)
+    state = TrainingState(networks, {k: o.optimizer for k, o in optimizers.items()})
+    state.average = weights_of(networks) if settings.ema else None
+    state.load(folder, steps)
+    log = Log(folder / "log.jsonl", state.step, show, kept=rank == 0)
 
     # Steps.
     saved_at = time.monotonic()
-    every = max(1, round((settings.validate_every or 0) * n / settings.batch))
-    while step < steps:
-        started = time.perf_counter()
-        torch.manual_seed(seed * 1_000_003 + step)  # dropout and the like: fixed by the step, not by what came before
-        rate = learning_rate(settings, step, steps)
-        with autocast():  # attacks too: in bfloat16 they differentiate the network that learns; images stay float32
-            batch = task.batch(step, rank, world)
-            for name, terms in task.losses(batch, wrapped):
-                loss = torch.stack(list(terms.values())).sum()
-                if not bool(torch.isfinite(loss)):
-                    listed = ", ".join(f"{k} = {float(v.detach()):.4g}" for k, v in terms.items())
-                    raise diverged(f"the loss of the {name} is not a number at step {step}: {listed}")
-                optimizer = optimizers[name]
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["scale"]
-                optimizer.zero_grad()
-                fabric.backward(loss)
-                if settings.clip is not None:
-                    fabric.clip_gradients(wrapped[name], optimizer, max_norm=settings.clip, error_if_nonfinite=False)
-                optimizer.step()
-                for term, value in terms.items():
-                    sums[term] = sums.get(term, 0) + value.detach()
-        if average is not None:
-            _average(average, bare, settings.ema, step)
-        step += 1
-        seconds += time.perf_counter() - started
-
-        if log and (step % settings.log_every == 0 or step == steps):
-            spent = max(seconds - since[1], 1e-9)
-            record = {
-                "step": step,
-                "epoch": round(step * settings.batch / n, 3),
-                "lr": float(f"{rate:.4g}"),
-                **{k: float(f"{float(v) / (step - since[0]):.5g}") for k, v in sums.items()},
-                "images_per_second": round(settings.batch * (step - since[0]) / spent, 1),
-                "gflops": round(flop * (step - since[0]) / spent / 1e9, 1),
-                "pflop": float(f"{flop * step / 1e15:.4g}"),
-                "seconds": round(seconds, 2),
-            }
-            log.write(record)
-            sums, since = {}, (step, seconds)
-        if validate and settings.validate_every and (step % every == 0 or step == steps):
-            figures = _validated(validate, bare, average)
-            if log:
-                log.write({"step": step, "validation": figures})
-            if best_score is None or figures["score"] > best_score:
-                best_score = figures["score"]
-                if settings.keep == "best":
-                    best, kept_step, validation = copy.deepcopy(average or _snapshot(bare)), step, figures
-            if settings.keep == "last":
-                validation = figures
-        if progress and rank == 0:
-            progress(step, steps)
-        if step == steps or (rank == 0 and time.monotonic() - saved_at >= settings.checkpoint_seconds):
-            if wrong := checkpoints.unsound(bare):
-                raise diverged(f"{wrong} at step {step}")
-            if rank == 0:
-                keep_checkpoint()
-            saved_at = time.monotonic()
+    with _diverging(folder, state, rank):
+        while state.step < steps:
+            started = time.perf_counter()
+            torch.manual_seed(seed * 1_000_003 + state.step)  # dropout and the like: fixed by the step alone
+            rate = learning_rate(settings, state.step, steps)
+            with _autocast(kind, precision):
+                for name, terms in task.losses(task.batch(state.step, rank, world), wrapped):
+                    _update(fabric, wrapped[name], optimizers[name], terms, rate, settings.clip)
+                    state.add(terms)
+            state.advance(settings.ema, time.perf_counter() - started)
+            last = state.step == steps
+            if last or state.step % settings.log_every == 0:
+                log.write(cost.record(state, rate, n))
+                state.logged()
+            if validate and settings.validate_every and (last or state.step % every == 0):
+                log.write({"step": state.step, "validation": state.validated(validate, keep_best=keep_best)})
+            if progress and rank == 0:
+                progress(state.step, steps)
+            if last or (rank == 0 and time.monotonic() - saved_at >= settings.checkpoint_seconds):
+                state.check()
+                if rank == 0:
+                    state.save(folder)
+                saved_at = time.monotonic()
 
     # What is kept.
-    if settings.keep == "last":
-        kept_step = steps
-    kept = best or average
-    if kept is not None:
-        _load(bare, kept)
-    for network in bare.values():
-        set_layout(network.eval(), "contiguous")
-    if validate and not validation:
-        validation = dict(validate())
-    done = settings.batch * steps
-    again = probe.__wrapped__(accelerator).rates[settings.precision, settings.memory_format]
-    convolution = (convolution + again) / 2
-    gflops = flop * steps / seconds / 1e9
-    outcome = Outcome(
-        steps=steps,
-        seconds=round(seconds, 2),
-        images_per_second=round(done / seconds, 1),
-        pflop=float(f"{flop * steps / 1e15:.4g}"),
-        gflops=round(gflops, 1),
-        convolution_gflops=round(convolution, 1),
-        share=round(gflops / convolution, 3),
-        precision=settings.precision,
-        memory_format=settings.memory_format,
-        kept_step=kept_step,
-        validation=validation,
-    )
+    state.finish(validate, keep_best=keep_best)
+    outcome = cost.outcome(state)
     if rank == 0:
         runs.write_json(folder / "training.json", asdict(outcome))
     return outcome
 
 
-def _validated(validate: Validate, networks: Mapping[str, nn.Module], average: State | None) -> dict[str, float]:
-    """Figures of the weights that would be kept now; the networks are left as they were."""
-    now = _snapshot(networks) if average is not None else None
-    if average is not None:
-        _load(networks, average)
-    for network in networks.values():
-        network.eval()
+def _launched(device: str, devices: int) -> Fabric:
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(
+        accelerator="cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        precision="32-true",  # autocast is the loop's own, so that it also covers the frozen classifier in a loss
+    )
+    fabric.launch()
+    return fabric
+
+
+def _set_up(
+    fabric: Fabric, networks: Mapping[str, nn.Module], settings: Training
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the networks as a loss is to call them, their optimizers), on their device."""
+    wrapped, optimizers = {}, {}
+    for name, network in networks.items():
+        set_layout(network.train(), settings.memory_format)
+        wrapped[name], optimizers[name] = fabric.setup(network, make_optimizer(network, settings))
+    return wrapped, optimizers
+
+
+def _autocast(device: str, precision: str) -> torch.autocast:
+    """For attacks too: in bfloat16 they differentiate the network that learns; images stay float32. Without the cache
+    of cast weights, which would outlive a network's update."""
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
+
+
+def _update(
+    fabric: Fabric, network: Any, optimizer: Any, terms: Mapping[str, Tensor], rate: float, clip: float | None
+) -> None:
+    """One step of one network down the sum of its loss terms; raises `DivergedError` where that is not a number."""
+    loss = torch.stack(list(terms.values())).sum()
+    if not bool(torch.isfinite(loss)):
+        listed = ", ".join(f"{k} = {float(v.detach()):.4g}" for k, v in terms.items())
+        raise DivergedError(f"a loss is not a number, {listed}")
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+    optimizer.zero_grad()
+    fabric.backward(loss)
+    if clip is not None:
+        fabric.clip_gradients(network, optimizer, max_norm=clip, error_if_nonfinite=False)
+    optimizer.step()
+
+
+@contextlib.contextmanager
+def _diverging(folder: Path, state: TrainingState, rank: int) -> Iterator[None]:
+    """A `DivergedError` from inside says at which step it was and how to go on, and is kept in the folder."""
     try:
-        return {k: round(float(v), 5) for k, v in validate().items()}
-    finally:
-        if now is not None:
-            _load(networks, now)
-        for network in networks.values():
-            network.train()
+        yield
+    except DivergedError as error:
+        last = folder / LAST
+        where = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        said = (
+            f"at step {state.step} {error}; {where}. Go on with --resume and a lower training.lr, or set training.clip"
+        )
+        if rank == 0:
+            runs.write_json(folder / DIVERGED, {"step": state.step, "said": said})
+        raise DivergedError(said) from None
+
+
+class _Cost:
+    """What the steps of a run cost, beside what a plain convolution reaches on the same machine."""
+
+    def __init__(self, device: str, settings: Training, flop_per_image: float) -> None:
+        self.device, self.settings, self.flop = device, settings, flop_per_image * settings.batch
+        self.convolution = self._rate(probe)
+
+    def _rate(self, probe: Callable[[str], Speed]) -> float:
+        return probe(self.device).rates[self.settings.precision, self.settings.memory_format]
+
+    def record(self, state: TrainingState, rate: float, n: int) -> dict[str, Any]:
+        """The log line of a step: what has been done since the last one."""
+        steps, seconds = state.step - state.logged_step, max(state.seconds - state.logged_seconds, 1e-9)
+        return {
+            "step": state.step,
+            "epoch": round(state.step * self.settings.batch / n, 3),
+            "lr": float(f"{rate:.4g}"),
+            **{k: float(f"{float(v) / steps:.5g}") for k, v in state.sums.items()},
+            "images_per_second": round(self.settings.batch * steps / seconds, 1),
+            "gflops": round(self.flop * steps / seconds / 1e9, 1),
+            "pflop": float(f"{self.flop * state.step / 1e15:.4g}"),
+            "seconds": round(state.seconds, 2),
+        }
+
+    def outcome(self, state: TrainingState) -> Outcome:
+        """What the whole has cost; the convolution is measured again, for a machine is not always equally quick."""
+        convolution = (self.convolution + self._rate(probe.__wrapped__)) / 2
+        gflops = self.flop * state.step / state.seconds / 1e9
+        return Outcome(
+            steps=state.step,
+            seconds=round(state.seconds, 2),
+            images_per_second=round(self.settings.batch * state.step / state.seconds, 1),
+            pflop=float(f"{self.flop * state.step / 1e15:.4g}"),
+            gflops=round(gflops, 1),
+            convolution_gflops=round(convolution, 1),
+            fraction_of_peak=round(gflops / convolution, 3),
+            precision=self.settings.precision,
+            memory_format=self.settings.memory_format,
+            kept_step=state.kept_step,
+            validation=state.validation,
+        )

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from unperturb import per_image_rng, runs, zoo
 from unperturb.attacks.base import Attack, attacks
 from unperturb.classifiers import load_classifier
-from unperturb.config import ComponentConfig
+from unperturb.config import mixture
 from unperturb.defenses.base import Batch, Defense
 from unperturb.modules import frozen
 from unperturb.registry import Registry
+from unperturb.systems import System
 from unperturb.threat_models import budget
 from unperturb.training.adversarial_batches import AdversarialBatches, Mixture, Sampler, hardest
 
@@ -138,9 +139,10 @@ class DistilledClassifier(PlainClassifier):
 class AdversarialClassifier(PlainClassifier):
     """A classifier learns its labels on images attacked against itself, as it stands at each step.
 
-    attacks: a mixture as in a defense's pairs. val_attack: the attack on validation images, by which keep = "best"
-    chooses (default: PGD-20 at the mixture's highest budget). ramp: steps in which perturbations grow to their whole
-    size; a small net that meets 0.3 at once on MNIST learns to say nothing. Source: Madry et al. 2018, equation (2.1).
+    attacks: a mixture as in a defense's `adversarial_batches`. val_attack: the attack on validation images, by which
+    keep = "best" chooses (default: PGD-20 at the mixture's highest budget). ramp: steps in which perturbations grow to
+    their whole size; a small net that meets 0.3 at once on MNIST learns to say nothing. Source: Madry et al. 2018,
+    equation (2.1).
     """
 
     def __init__(
@@ -155,10 +157,10 @@ class AdversarialClassifier(PlainClassifier):
     ) -> None:
         super().__init__(classifier, sampler, label_smoothing=label_smoothing)
         self.ramp = ramp
-        things = [ComponentConfig(**a) for a in attacks]
-        self.mixture = Mixture(things, sampler.seed)
+        entries = mixture(attacks)
+        self.mixture = Mixture(entries, sampler.seed)
         if val_attack is None:
-            strongest = max((hardest(t)[1] for t in things), key=lambda o: budget(o.get("eps", 0.0)))
+            strongest = max((hardest(entry)[1] for entry in entries), key=lambda o: budget(o.get("eps", 0.0)))
             val_attack = _default_val_attack(strongest.get("eps", 0.0), strongest.get("norm", "linf"))
         self.val_attack = _named(val_attack)
 
@@ -167,7 +169,7 @@ class AdversarialClassifier(PlainClassifier):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         images, labels, index = self.sampler.images(step, rank, world)
-        x_adv = self.mixture(self.classifier, images, labels, index, step)
+        x_adv = self.mixture(System("classifier", self.classifier), images, labels, index, step)
         if step < self.ramp:
             x_adv = images + (step + 1) / self.ramp * (x_adv - images)
         return x_adv, labels

@@ -1,0 +1,276 @@
+"""One call, one verdict: what a model is worth against the ladder of attackers, and how far to believe it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from typing_extensions import TypedDict, Unpack
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from torch import Tensor, nn
+
+    from unperturb.data import ImageSet
+    from unperturb.defenses import Defense
+    from unperturb.evaluation.plan import Cost, Plan
+    from unperturb.results.card import Card
+    from unperturb.results.flags import Flag
+    from unperturb.results.results import Results
+    from unperturb.results.robust import RobustAccuracy
+    from unperturb.systems import System
+
+IMAGES = 1000  # that are judged where nobody says how many
+UNDEFENDED = "undefended"  # what tables call the classifier that stands without its defense beside a defended system
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark:
+    """What `benchmark` found. Numbers lie in [0, 1].
+
+    system: its name. clean: accuracy when nobody attacks. robust: robust accuracy with its interval against everything
+    that was tried. flags: why not to believe it, the worst first. results: all rows. settings: what fixes the run.
+    cost: PFLOP at most, told beforehand. seconds: that it took, this time.
+    """
+
+    system: str
+    clean: float
+    robust: RobustAccuracy
+    flags: list[Flag]
+    results: Results
+    settings: dict[str, Any]
+    cost: Cost
+    seconds: float
+    _temporary: Any = None  # the folder of rows and samples, which goes with this object
+
+    @property
+    def card(self) -> Card:
+        """All of it on one page."""
+        from unperturb.results.card import Card
+
+        threat = self.robust.threat_model
+        given = {"system": self.system, "threat_model": threat, "flags": self.flags, "settings": self.settings}
+        return Card(self.results, **given)
+
+    def write_card(self, out: str | Path) -> dict[str, Path]:
+        """The card as one self-contained page, as Markdown and as JSON (`card.html`, `card.md`, `card.json`) in the
+        folder `out`; the paths by what they are."""
+        return self.card.write(out)
+
+    def __str__(self) -> str:
+        from unperturb.results.ladder_figure import ladder
+        from unperturb.results.names import attacker_name, budget_name, norm_name
+        from unperturb.results.render import flag_text, percent, percent_of
+        from unperturb.results.robust import Judged
+
+        threat = self.robust.threat_model
+        assert threat is not None
+        judged = Judged.of(self.results, self.robust.block, self.system)
+        budget = f"{norm_name(threat.norm)} {budget_name(float(threat.eps))}"
+        lines = [f"{self.system}: {self.robust.n:,} images of {self.robust.block.dataset}, {budget}"]
+        lines.append(f"  robust accuracy  {percent_of(self.robust)}")
+        if self.robust.draws > 1:
+            lines.append(f"  worst of {self.robust.draws} draws  {percent(self.robust.worst)}")
+        for step in ladder(judged, threat.norm, float(threat.eps)):
+            if step.tried:
+                name = attacker_name(step.knowledge)
+                lines.append(f"  {name:15}  {percent(step.accuracy, step.low, step.high)}")
+        lines += [f"  {flag_text(flag)}" for flag in self.flags] or ["  no flag was raised"]
+        return "\n".join(lines)
+
+
+class Options(TypedDict, total=False):
+    """What fixes a benchmark beside model and data; see `benchmark`."""
+
+    norm: Literal["linf", "l2"]
+    eps: float | str
+    budget: str
+    n: int | None
+    name: str
+    base: nn.Module | None
+    surrogate: nn.Module | None
+    surrogate_defense: Defense | None
+    draws: int
+    seed: int
+    batch: int
+    device: str
+
+
+def benchmark(
+    model: Callable[[Tensor], Any] | System,
+    data: Any,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+    quiet: bool = False,
+    **options: Unpack[Options],
+) -> Benchmark:
+    """Send the ladder of attackers against `model` and say what is left.
+
+    model: what is deployed: any callable from images `(N, C, H, W)` in [0, 1] to logits `(N, K)` (see `wrap` for other
+    answers), a `Protected`, or a `System`. data: test images with labels: an `ImageSet` such as
+    `load_dataset("mnist").test`, or what `as_image_set` takes. out: run folder, in which a stopped benchmark goes on
+    with `resume` (default: a temporary one). progress: gets (done, total, cell) in place of the bar shown unless
+    `quiet`.
+
+    options: norm (`"linf"`) and eps (`"8/255"`): every attacker's budget, the norm `"linf"` or `"l2"`. budget: what the
+    attackers may spend: `"quick"`, `"standard"` (AutoAttack's settings in the white box; the default) or `"thorough"`.
+    n: a fixed random subset of so many images (1,000, or all of fewer). name: what tables call the model. base: the
+    undefended classifier, where `model` is another net in its place. surrogate: another classifier, for transfer.
+    surrogate_defense: a purifier that the attacker has trained itself. draws: how often each image is shown to a random
+    model (10). seed, batch, device.
+
+    Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed.
+    """
+    from unperturb.evaluation.plan import estimate
+    from unperturb.evaluation.run import run_in_hand
+
+    start = time.perf_counter()
+    plan = benchmark_plan(model, data, **options)
+    cost = estimate(plan)
+    settings = _settings(plan, options)
+    folder = tempfile.TemporaryDirectory() if out is None else None
+    where = Path(out) if out is not None else Path(folder.name if folder else "") / "run"
+    rows = run_in_hand(plan, where, settings=settings, resume=resume, progress=progress, quiet=quiet)
+    return replace(_verdict(plan, rows, settings, cost, time.perf_counter() - start), _temporary=folder)
+
+
+def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options: Unpack[Options]) -> Plan:
+    """What `benchmark` would do, checked; `unperturb.evaluation.plan.estimate` tells its cost."""
+    from unperturb.data import as_image_set
+    from unperturb.devices import pick_device
+    from unperturb.evaluation.checks import check_number, subset
+    from unperturb.evaluation.ladder import ladder
+    from unperturb.evaluation.plan import Cascade, Plan
+    from unperturb.evaluation.run import surrogates_of
+    from unperturb.systems import System
+    from unperturb.threat_models import ThreatModel
+
+    threat = ThreatModel(options.get("norm", "linf"), options.get("eps", "8/255"))
+    numbers = {"draws": options.get("draws", 10), "seed": options.get("seed", 0), "batch": options.get("batch", 200)}
+    for what, number in numbers.items():
+        check_number(what, number, 0 if what == "seed" else 1)
+    images, n = as_image_set(data), options.get("n")
+    images = subset(images, min(IMAGES, len(images)) if n is None else n)
+    system = _system(model, options.get("name", "model"), options.get("base"))
+    device = pick_device(options.get("device", "auto"))
+    surrogates = surrogates_of(options.get("surrogate"), options.get("surrogate_defense"))
+    attackers = ladder(
+        threat,
+        options.get("budget", "standard"),
+        transfer="transfer" in surrogates,
+        gray_box="gray_box" in surrogates,
+        hidden=_hidden(system, images, device),
+    )
+    return Plan(
+        data=images,
+        systems=[system] if system.undefended else [System(UNDEFENDED, system.bare), system],
+        attackers=attackers,
+        surrogates=surrogates,
+        cascade=Cascade(threat),
+        device=device,
+        draws=numbers["draws"],
+        seed=numbers["seed"],
+        batch=numbers["batch"],
+    )
+
+
+def model_from(
+    entry: str,
+    data: ImageSet,
+    *,
+    defense: str | None = None,
+    weights: Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module | System:
+    """The model that a command names: a run folder, `zoo:NAME`, an ONNX file, or `module:object`, which may be a
+    `Protected` or a `System` too; behind the defense of that run folder or name, if any.
+
+    weights, mean, std: of a model of one's own (`unperturb.unsaved.import_classifier`). Raises `ValueError` or
+    `RunError`, which say what is wrong.
+    """
+    from unperturb.classifiers import load_classifier, wrap
+    from unperturb.defenses import Protected, load_defense
+    from unperturb.systems import System
+    from unperturb.unsaved import import_classifier, import_object, is_import_path
+
+    if is_import_path(entry):
+        model = import_object(entry)
+        if not isinstance(model, System | Protected):
+            model = import_classifier(entry, data, weights=weights, mean=mean, std=std)
+    elif entry.endswith(".onnx"):
+        model = wrap(entry, mean, std)
+    else:
+        model = load_classifier(entry)
+    return model if defense is None else Protected(model, load_defense(defense))
+
+
+def _system(model: Any, name: str, base: nn.Module | None) -> System:
+    """`model` as a system under `name`."""
+    from torch import nn
+
+    from unperturb.classifiers import wrap
+    from unperturb.systems import System
+
+    if isinstance(model, System):
+        return model
+    return System.of(name, model if isinstance(model, nn.Module) else wrap(model), base)
+
+
+def _hidden(system: System, images: ImageSet, device: torch.device) -> set[str]:
+    """The kinds of knowledge that meet no gradient at all."""
+    import torch
+
+    x, _ = images.batch(torch.arange(1), device)
+    found = set()
+    if not _gives_gradient(system.bare.to(device), x):
+        found |= {"oblivious", "bpda", "white_box"}
+    if not _gives_gradient(system.model.to(device), x):
+        found.add("white_box")
+    return found
+
+
+def _gives_gradient(model: nn.Module, images: Tensor) -> bool:
+    import torch
+
+    from unperturb.modules import ask, evaluating
+
+    with torch.enable_grad(), evaluating(model.modules()):
+        answer = ask(model, images.clone().requires_grad_())
+    return bool(answer.requires_grad)
+
+
+def _settings(plan: Plan, options: Options) -> dict[str, Any]:
+    """What fixes the run, for its recipe and its card."""
+    threat = plan.cascade.threat if plan.cascade else None
+    assert threat is not None
+    return {
+        "kind": "benchmark",
+        "budget": options.get("budget", "standard"),
+        "norm": threat.norm,
+        "eps": str(options.get("eps", "8/255")),
+        "data": plan.data.source,
+        "split": plan.data.name,
+        "n": len(plan.data),
+        "draws": plan.draws,
+        "seed": plan.seed,
+    }
+
+
+def _verdict(plan: Plan, rows: pd.DataFrame, settings: dict[str, Any], cost: Cost, seconds: float) -> Benchmark:
+    from unperturb.results.flags import flags_of
+    from unperturb.results.results import Results
+    from unperturb.results.robust import robust_accuracy
+
+    results, system = Results(rows), plan.systems[-1].name
+    assert plan.cascade is not None
+    robust = robust_accuracy(results, plan.cascade.threat, system=system)
+    flags = [flag for flag in flags_of(results) if flag.system == system]
+    return Benchmark(system, robust.clean, robust, flags, results, settings, cost, seconds)

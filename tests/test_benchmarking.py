@@ -1,0 +1,134 @@
+"""One call, one verdict: what `benchmark` takes, what it says, and the card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import unperturb as up
+from unperturb.benchmarking import benchmark_plan
+
+EPS = 0.1
+
+
+class Flat(nn.Module):
+    """A linear net that tells two halves of an image apart by their brightness."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.ones(64)
+        weight[32:] = -1
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        score = images.flatten(1) @ self.weight
+        return torch.stack([score, -score], 1)
+
+
+class Gray(up.Defense):
+    """Less contrast: no other decision."""
+
+    def purify(self, images: Tensor) -> Tensor:
+        return 0.5 + (images - 0.5) / 2
+
+
+@pytest.fixture(scope="module")
+def images() -> tuple[Tensor, Tensor]:
+    """Forty images; the brighter half is brighter by 0.1 in some, which twice the budget turns, and by 0.6 in others."""
+    apart = torch.tensor([0.1, 0.6]).repeat(20)
+    up_or_down = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(10)
+    half = (0.5 * apart * up_or_down)[:, None, None, None].expand(-1, 1, 4, 8)
+    x = ((0.5 + torch.cat([half, -half], 2)) * 255).round() / 255
+    return x, (up_or_down < 0).long()
+
+
+@pytest.fixture(scope="module")
+def found(images: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> up.Benchmark:
+    out = tmp_path_factory.mktemp("benchmark") / "run"
+    return up.benchmark(up.Protected(Flat(), Gray()), images, eps=EPS, budget="quick", name="gray", out=out, quiet=True)
+
+
+def test_the_verdict_is_what_no_perturbation_turns(found: up.Benchmark) -> None:
+    assert (found.system, found.clean, found.robust.n) == ("gray", 1.0, 40)
+    assert found.robust.accuracy == 0.5  # half of the images are safe by a wide margin, half fall to anyone
+    assert 0.35 < found.robust.low < 0.5 < found.robust.high < 0.65
+    assert found.robust.threat_model == up.ThreatModel("linf", EPS, "white_box")
+
+
+def test_the_undefended_net_stands_beside_it(found: up.Benchmark) -> None:
+    assert set(found.results.cells["system"]) == {"undefended", "gray"}
+    assert up.robust_accuracy(found.results, up.ThreatModel("linf", EPS), system="undefended").accuracy == 0.5
+
+
+def test_it_says_what_it_found(found: up.Benchmark) -> None:
+    said = str(found)
+    assert "robust accuracy  50.0 %" in said and "white box" in said and "gray: 40 images of given" in said
+    assert not [flag for flag in found.flags if flag.severity == "broken"], found.flags
+
+
+def test_the_card_is_three_files(found: up.Benchmark, tmp_path: Path) -> None:
+    written = found.write_card(tmp_path)
+    data = json.loads(written["json"].read_text())
+    assert data["result"]["accuracy"] == 0.5 and data["settings"]["budget"] == "quick"
+    assert "50.0 %" in written["html"].read_text() and "50.0 %" in written["md"].read_text()
+    assert "http" not in written["html"].read_text().replace("http://www.w3.org", "")
+
+
+def test_a_benchmark_without_a_folder_still_has_its_card(images: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    found = up.benchmark(Flat(), images, eps=EPS, budget="quick", quiet=True)
+    assert found.robust.accuracy == 0.5
+    assert found.write_card(tmp_path)["html"].exists()
+
+
+def test_a_stopped_benchmark_goes_on(images: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    def cards(out: Path, resume: bool) -> dict[str, object]:
+        found = up.benchmark(Flat(), images, eps=EPS, budget="quick", out=out, resume=resume, quiet=True)
+        return {key: value for key, value in found.card.data.items() if key != "times"}
+
+    whole = cards(tmp_path / "run", False)
+    for path in sorted((tmp_path / "run" / "rows").glob("*/*.parquet"))[::2]:
+        path.unlink()
+    assert cards(tmp_path / "run", True) == whole
+
+
+def test_any_callable_is_taken(images: tuple[Tensor, Tensor]) -> None:
+    net = Flat()
+    found = up.benchmark(lambda x: net(x), images, eps=EPS, budget="quick", n=12, quiet=True)
+    assert found.robust.n == 12
+
+
+def test_a_net_in_anothers_place_is_judged_beside_it(images: tuple[Tensor, Tensor]) -> None:
+    plan = benchmark_plan(Flat(), images, eps=EPS, budget="quick", base=Flat(), name="hardened")
+    assert [(s.name, s.undefended) for s in plan.systems] == [("undefended", True), ("hardened", False)]
+
+
+def test_what_gives_no_gradient_is_asked_by_queries(images: tuple[Tensor, Tensor]) -> None:
+    class Hidden(Flat):
+        def forward(self, images: Tensor) -> Tensor:
+            with torch.no_grad():
+                return super().forward(images)
+
+    plan = benchmark_plan(Hidden(), images, eps=EPS, budget="standard")
+    sent = [a for attackers in plan.attackers.values() for a in attackers]
+    assert {a.knowledge for a in sent} == {"none", "black_box"}
+    assert not [a for a in sent if a.attack.needs_gradient and a.knowledge != "none"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"budget": "fast"}, "quick, standard, thorough"),
+        ({"norm": "l1"}, "norm must be one of"),
+        ({"eps": "8"}, "at most 1"),
+        ({"n": 41}, "holds 40 images"),
+        ({"draws": 0}, "draws must be a whole number"),
+        ({"surrogate_defense": Flat()}, "must be a purifier"),
+    ],
+)
+def test_a_mistake_is_named(images: tuple[Tensor, Tensor], options: dict[str, object], said: str) -> None:
+    with pytest.raises((TypeError, ValueError, KeyError), match=said):
+        up.benchmark(Flat(), images, quiet=True, **options)  # type: ignore[arg-type]
