@@ -13,16 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unperturb import metrics
 from unperturb.attackers import Attacker
 from unperturb.attacks import Attack, create_attack
-from unperturb.data import load_dataset
+from unperturb.data import ImageSet, load_dataset
 from unperturb.defenses import Defense, create_defense
-from unperturb.evaluation.probe import probe
-from unperturb.modules import classes_of, evaluating, logits_of
+from unperturb.evaluation.run import evaluate
 from unperturb.results import Results
-from unperturb.results.schema import cell_folder, write_rows
-from unperturb.runs import write_json
 from unperturb.systems import System
 
 EPS = 0.1  # in Linf; it breaks every image of the plain net
@@ -33,10 +29,14 @@ BATCH = 48  # test images, all probed, all attacked
 
 
 @functools.cache
+def _test() -> ImageSet:
+    return load_dataset("digits", size=8).test.subset(BATCH)
+
+
+@functools.cache
 def digits() -> tuple[Tensor, Tensor]:
     """`BATCH` test images `(N, 1, 8, 8)` and their labels."""
-    test = load_dataset("digits", size=8).test.subset(BATCH)
-    return test.batch(torch.arange(BATCH), torch.device("cpu"))
+    return _test().batch(torch.arange(BATCH), torch.device("cpu"))
 
 
 def _trained(attack: Attack, steps: int) -> nn.Module:
@@ -287,98 +287,30 @@ HONEST: dict[str, Callable[[], System]] = {
 
 # A small evaluation ---------------------------------------------------------------------------------------------------
 
-Cell = tuple[str, Attack, str]  # name, attack, knowledge
-CELLS: Sequence[Cell] = (
-    ("noise", create_attack("noise", eps=EPS), "none"),
-    ("pgd-20", create_attack("pgd", eps=EPS, steps=20), "oblivious"),
-    ("fgsm", create_attack("fgsm", eps=EPS), "white_box"),
-    ("pgd-20", create_attack("pgd", eps=EPS, steps=20), "white_box"),
-    ("apgd-t", create_attack("apgd-t", eps=EPS, steps=8, target_classes=2), "white_box"),
-    ("deepfool", create_attack("deepfool", steps=10), "white_box"),
-    ("square", create_attack("square", eps=EPS, queries=60), "black_box"),
-)
+
+def attackers(eps: float = EPS) -> list[Attacker]:
+    """An attacker of every kind of knowledge that needs no surrogate, each small."""
+    pgd = create_attack("pgd", eps=eps, steps=20)
+    targeted = create_attack("apgd-t", eps=eps, steps=8, target_classes=2)
+    return [
+        Attacker(create_attack("noise", eps=eps), "none"),
+        Attacker(pgd, "oblivious"),
+        Attacker(create_attack("fgsm", eps=eps), "white_box", eot_samples=4),
+        Attacker(pgd, "white_box", eot_samples=4),
+        Attacker(targeted, "white_box", randomness=False),
+        Attacker(create_attack("deepfool", steps=10), "white_box", randomness=False),
+        Attacker(create_attack("square", eps=eps, queries=60), "black_box"),
+    ]
 
 
-def evaluate(
-    systems: Sequence[System],
-    out: Path,
-    cells: Sequence[Cell] = CELLS,
-    *,
-    data: tuple[Tensor, Tensor] | None = None,
-    eps: float = EPS,
-    draws: int = 10,
+def evaluated(
+    system: System, out: Path, sent: Sequence[Attacker] | None = None, data: ImageSet | None = None
 ) -> Results:
-    """The results of `cells` on the digits, or on `data`: rows in `out`, with what is known of the systems beside them,
-    the probe at `eps` too. An attack that ends in an error has no rows."""
-    images, labels = data or digits()
-    about: dict[str, Any] = {}
-    for system in systems:
-        for name, attack, knowledge in cells:
-            attacker = Attacker(attack, knowledge, eot_samples=4)
-            knowledge = attacker.knowledge_of(system)
-            path = out / "rows" / cell_folder("net", system.name, name, knowledge) / "0000.parquet"
-            try:
-                attack = attacker.attack_for(system)
-                x_adv, counter = attack.solve(attacker.model_for(system), images, labels)
-            except (ValueError, RuntimeError):  # a minimal-norm attack on a random system, no gradient, a refused image
-                continue
-            whole = system.model
-            repeated = draws if system.random else 1
-            order = torch.arange(len(images)).repeat(repeated)
-            seen = {
-                "pred_clean": _predictions(system.bare, images, 1),
-                "pred_adv": _predictions(system.bare, x_adv, 1),
-                "pred_pure_clean": _predictions(whole, images, repeated),
-                "pred_pure_adv": _predictions(whole, x_adv, repeated),
-                "pred_pure_adv_8bit": _predictions(whole, (x_adv * 255).round() / 255, repeated),
-            }
-            spent = {k: getattr(counter, k) for k in ("gradients", "zero_gradients", "nonfinite")}
-            columns = {k: v.repeat(len(order) // len(v)) for k, v in seen.items()}
-            columns |= {k: v[order] for k, v in (metrics.distances(x_adv, images) | spent).items()}
-            unused = dict.fromkeys(
-                (f"{k}_{x}" for k in ("psnr", "ssim") for x in ("adv", "pure_adv", "pure_clean")), 0.0
-            )
-            unused |= dict.fromkeys(("conf_clean", "conf_adv", "conf_pure_clean", "conf_pure_adv"), 0.0)
-            write_rows(
-                path,
-                {
-                    "dataset": "digits", "split": "test", "classifier": "net", "system": system.name,
-                    "defended": not system.undefended, "attack": name, "attack_repr": repr(attack),
-                    "norm": getattr(attack, "norm", "") if hasattr(attack, "eps") else "",
-                    "eps": getattr(attack, "eps", float("nan")), "knowledge": knowledge, "surrogate": "", "seed": 0,
-                    "draw": torch.arange(repeated).repeat_interleave(len(images)).numpy(),
-                    "index": order.numpy(), "label": labels[order].numpy(), "made_by": "",
-                    "rejected_clean": False, "rejected_adv": False, "scores_clean": [[]] * len(order),
-                    "scores_adv": [[]] * len(order), "seconds_attack": 0.0, "seconds_purify": 0.0,
-                    **unused, **{k: v.numpy() for k, v in columns.items()},
-                },
-            )  # fmt: skip
-        about[system.name] = {
-            "dataset": "digits", "folder": "", "spec": None, "differentiable": system.differentiable,
-            "random": system.random, "defended": not system.undefended, "pflop": None, "seconds": None,
-        }  # fmt: skip
-    write_json(out / "systems.json", about)
-    few = slice(BATCH)
-    write_json(out / "probe.json", {s.name: probe(s, images[few], labels[few], eps=eps) for s in systems})
+    """The results of `sent` (default: `attackers()`) on the digits, or on `data`; `out` is the run folder."""
+    evaluate(data or _test(), [system], sent or attackers(), out=out, quiet=True)
     return Results.read(out)
 
 
 def accuracy(model: nn.Module, images: Tensor) -> float:
-    return float((_predictions(model, images, 1) == digits()[1]).float().mean())
-
-
-@torch.no_grad()
-def _predictions(model: nn.Module, images: Tensor, draws: int) -> Tensor:
-    """`(draws * N,)` classes, one whole draw after the other; -1 where there is no answer."""
-    with evaluating(model.modules()), torch.random.fork_rng():
-        torch.manual_seed(0)
-        return torch.cat([_one_draw(model, images) for _ in range(draws)])
-
-
-def _one_draw(model: nn.Module, images: Tensor) -> Tensor:
-    try:
-        return classes_of(logits_of(model, images))
-    except RuntimeError:
-        if len(images) == 1:
-            return torch.full((1,), -1)
-        return torch.cat([_one_draw(model, x) for x in images.split(1)])
+    with torch.no_grad():
+        return float((model(images).argmax(1) == digits()[1]).float().mean())

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
-from sabotaged import CELLS, HONEST, SABOTAGED, Sabotage, digits, evaluate
+from sabotaged import BATCH, HONEST, SABOTAGED, attackers, digits, evaluated
+from sabotaged import EPS as SMALL
+from unperturb.attackers import Attacker
 from unperturb.attacks import create_attack
 from unperturb.classifiers import load_classifier
 from unperturb.data import load_dataset
 from unperturb.defenses import load_defense
+from unperturb.evaluation.probe import probe
 from unperturb.results import Results
 from unperturb.results.flags import FLAGS, Flag, flags_of
 from unperturb.results.schema import ROW_COLUMNS
@@ -431,29 +433,45 @@ def test_the_table_of_sabotaged_systems_is_that_of_the_tests() -> None:
 # Whole runs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sabotage", SABOTAGED.values(), ids=SABOTAGED)
+@pytest.mark.parametrize("name", [name for name in SABOTAGED if name != "refuses"])
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_broken_is_flagged_for_its_own_reason(sabotage: Sabotage, tmp_path: Path) -> None:
-    found = evaluate([sabotage.system()], tmp_path)
-    assert flags_of(found)[0].name == sabotage.flag
+def test_what_is_broken_is_flagged_for_its_own_reason(name: str, tmp_path: Path) -> None:
+    sabotage = SABOTAGED[name]
     attack, percent = sabotage.naive
-    rows = found.rows
-    if attack == "clean":
-        seen = (rows["pred_pure_clean"] == rows["label"])[rows["knowledge"] == "none"]
-    else:
-        rows = rows[(rows["attack"] == attack) & (rows["knowledge"] == "white_box")]
-        seen = rows["pred_pure_adv"] == rows["label"]
-    # The net is trained here and now: on another processor it is a little another.
-    assert (len(seen) == 0) if percent is None else abs(100 * seen.mean() - percent) <= 15
+    sent = attackers(SMALL)
+    if percent is None:
+        with pytest.raises(ValueError, match="gives no gradient"):
+            evaluated(sabotage.system(), tmp_path / "all", sent)
+        sent = [a for a in sent if not (a.attack.needs_gradient and a.knowledge == "white_box")]
+    found = evaluated(sabotage.system(), tmp_path / "run", sent)
+    assert flags_of(found)[0].name == sabotage.flag
+    if percent is not None:
+        rows = found.rows
+        if attack == "clean":
+            seen = (rows["pred_pure_clean"] == rows["label"])[rows["knowledge"] == "none"]
+        else:
+            rows = rows[(rows["attack"] == attack) & (rows["knowledge"] == "white_box")]
+            seen = rows["pred_pure_adv"] == rows["label"]
+        # The net is trained here and now: on another processor it is a little another.
+        assert abs(100 * seen.mean() - percent) <= 15
+
+
+def test_what_raises_an_error_is_flagged_before_it_ends_an_evaluation(tmp_path: Path) -> None:
+    sabotage = SABOTAGED["refuses"]
+    with pytest.raises((RuntimeError, ValueError), match="too dark"):
+        evaluated(sabotage.system(), tmp_path)
+    numbers = probe(sabotage.system(), *digits(), eps=SMALL)
+    (flag,) = flags(SOUND, probe=numbers)
+    assert (flag.name, flag.evidence["probed"]) == (sabotage.flag, numbers["no_answer"])
 
 
 @pytest.mark.parametrize("name", HONEST)
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_honest_is_not(name: str, tmp_path: Path) -> None:
-    found = evaluate([HONEST[name]()], tmp_path)
+    found = evaluated(HONEST[name](), tmp_path)
     assert flags_of(found) == []
-    assert len(found.cells) >= len(CELLS) - 1  # none of its attacks has failed to run
-    assert len(found.rows["index"].unique()) == len(digits()[1])
+    assert len(found.cells) >= 5
+    assert found.rows["index"].nunique() == BATCH
 
 
 ZOO: dict[str, Callable[[], System]] = {
@@ -463,27 +481,18 @@ ZOO: dict[str, Callable[[], System]] = {
     ),
 }
 REAL = os.environ.get("UNPERTURB_DATA", "")
-MNIST = pytest.param("mnist", marks=[
-    pytest.mark.data, pytest.mark.skipif(not (Path(REAL) / "mnist").is_dir(), reason="no mnist under $UNPERTURB_DATA")
-])  # fmt: skip
+NO_MNIST = pytest.mark.skipif(not (Path(REAL) / "mnist").is_dir(), reason="no mnist under $UNPERTURB_DATA")
+MNIST = pytest.param("mnist", marks=[pytest.mark.slow, pytest.mark.data, NO_MNIST])
 
 
 @pytest.mark.parametrize("source", ["digits", MNIST])  # both are 28x28 and gray
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.filterwarnings("ignore")
 def test_the_nets_of_the_zoo_are_honest(name: str, source: str, tmp_path: Path) -> None:
-    test = load_dataset(source).test.subset(16)
     pgd = create_attack("pgd", eps=EPS, steps=40)
-    cells = [
-        ("noise", create_attack("noise", eps=EPS), "none"),
-        ("pgd-40", pgd, "oblivious"),
-        ("fgsm", create_attack("fgsm", eps=EPS), "white_box"),
-        ("pgd-40", pgd, "white_box"),
-    ]
-    data = test.batch(torch.arange(len(test)), torch.device("cpu"))
-    found = evaluate([ZOO[name]()], tmp_path, cells, data=data, eps=EPS)
+    sent = [Attacker(create_attack("noise", eps=EPS), "none"), Attacker(pgd, "oblivious"), Attacker(pgd, "white_box")]
+    found = evaluated(ZOO[name](), tmp_path, sent, load_dataset(source).test.subset(16))
     assert flags_of(found) == []
-    if name == "finetune-mnist":  # it falls to who attacks the whole, which is a result and no flag
+    if name == "finetune-mnist":  # who attacks the whole breaks it: a result, and no flag
         rows = found.rows[found.rows["knowledge"] == "white_box"]
-        right = (rows["pred_pure_adv"] == rows["label"]).groupby(rows["index"]).min()
-        assert right.mean() <= 0.15
+        assert (rows["pred_pure_adv"] == rows["label"]).mean() <= 0.15
