@@ -462,11 +462,11 @@ def test_rows_round_trip(tmp_path: Path) -> None:
     columns = rows(5, psnr_adv=[np.inf, 1, 2, 3, 4], eps=float("nan"), scores_adv=[[]] * 5, seconds_attack=0.5)
     schema.write_rows(tmp_path / "run" / "rows" / "cell-a" / "0000.parquet", columns)
     schema.write_rows(tmp_path / "run" / "rows" / "cell-a" / "0001.parquet", rows(2, index=[8, 9]))
-    schema.write_rows(tmp_path / "other" / "rows" / "cell-b" / "0000.parquet", rows(1, defense="ours"))
+    schema.write_rows(tmp_path / "other" / "rows" / "cell-b" / "0000.parquet", rows(1, system="ours"))
     found = schema.read_rows(tmp_path / "run", str(tmp_path / "other"))
     assert list(found.columns) == list(schema.ROW_COLUMNS)
     assert found["index"].tolist() == [0, 1, 2, 3, 4, 8, 9, 0]
-    assert found["defense"].tolist() == ["a defense"] * 7 + ["ours"]
+    assert found["system"].tolist() == ["a system"] * 7 + ["ours"]
     assert found["schema"].tolist() == [schema.SCHEMA_VERSION] * 8
     assert np.isinf(found["psnr_adv"][0])
     assert found["eps"][:5].isna().all()
