@@ -1,7 +1,10 @@
-"""Our AutoAttack beside torchattacks' port of it, image by image, on an adversarially trained MNIST net.
+"""Our AutoAttack beside torchattacks' port of it, image by image: on an adversarially trained MNIST net, or through a
+purifier.
 
     python benchmarks/autoattack_agreement.py                       # trains the net (minutes), then 1,000 images
     python benchmarks/autoattack_agreement.py --net runs/my-net     # a classifier of your own
+    python benchmarks/autoattack_agreement.py --net zoo:mnist-resnet8 --defense zoo:finetune-mnist --eps 0.1 \
+        --out results/autoattack_agreement/protected.json           # through a purifier, where something stands
     python benchmarks/autoattack_agreement.py --n 50 --minutes 0.2 --steps 5 --queries 50   # does it run?
 
 The peer gets as many steps as we (as shipped its AutoAttack takes 10 instead of 100; `--as-shipped` leaves it so). It
@@ -25,6 +28,7 @@ from unperturb.attacks.autoattack import AutoAttack
 from unperturb.attacks.base import create_attack
 from unperturb.classifiers import create_classifier, load_classifier, save_classifier
 from unperturb.data import ImageSet, load_dataset
+from unperturb.defenses import Protected, load_defense
 from unperturb.devices import pick_device
 from unperturb.intervals import wilson
 from unperturb.per_image_rng import permutation
@@ -98,7 +102,8 @@ def describe(active: Tensor, seconds: float, cpu_seconds: float) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="mnist", help="as in load_dataset")
-    parser.add_argument("--net", type=Path, help="folder of a saved classifier; without it one is trained")
+    parser.add_argument("--net", help="run folder of a classifier, or zoo:NAME; without it one is trained")
+    parser.add_argument("--defense", help="a purifier before it: a run folder, zoo:NAME or a name")
     parser.add_argument("--save", type=Path, help="folder for the trained classifier")
     parser.add_argument("--minutes", type=float, default=6.0, help="of training")
     parser.add_argument("--n", type=int, default=1000, help="test images, a fixed random subset")
@@ -126,6 +131,8 @@ def main() -> None:
         if options.save is not None:
             trained = f"PGD-7, linf {attack.eps}, {options.minutes} minutes"
             save_classifier(options.save, net, {"dataset": options.dataset, "trained": trained})
+    if options.defense is not None:
+        net = Protected(net, load_defense(options.defense)).to(device).eval()
     for parameter in net.parameters():
         parameter.requires_grad_(False)  # the peer would pay for their gradients
 
@@ -140,6 +147,7 @@ def main() -> None:
         "dataset": f"{options.dataset} {test.name}",
         "n": len(images),
         "net": str(options.net or f"convnet, PGD-7 trained for {options.minutes} minutes"),
+        "defense": options.defense,
         "clean_accuracy": float(clean.float().mean()),
         "attack": repr(attack),
         "peer": "torchattacks 3.5.1" + (", its own steps" if options.as_shipped else ", our steps and queries"),

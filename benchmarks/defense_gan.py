@@ -78,7 +78,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     """Accuracy against operations an image, a line for each number of starts, a panel for each attacker."""
     from matplotlib.figure import Figure
 
-    from unperturb.report.figures import DPI
+    from unperturb.results.figures import DPI
 
     colors = {1: "#E69F00", 2: "#56B4E9", 5: "#009E73", 10: "#0072B2", 20: "#CC79A7"}
     figure = Figure(figsize=(4.1 * len(figures["curves"]), 4.2), dpi=DPI)

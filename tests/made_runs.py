@@ -92,7 +92,7 @@ def make_run(
                     write_rows(folder / "rows" / key / "00000.parquet", filled)
                     write_samples(
                         folder / "samples" / f"{key}.safetensors",
-                        _sample(shown, label, seen, far[:samples], rng),
+                        _sample(shown, label, seen, far[:samples], rng, defended),
                         cell | {"class_names": list(class_names or map(str, range(10)))},
                     )
     about = {
@@ -138,11 +138,14 @@ def _seen(label: Any, right_clean: Any, stands: Any, defended: bool, rng: np.ran
     return seen | {k: rng.normal(v, 0.01, n) for k, v in near.items()}
 
 
-def _sample(clean: Any, label: Any, seen: Mapping[str, Any], far: Any, rng: np.random.Generator) -> dict[str, Any]:
+def _sample(
+    clean: Any, label: Any, seen: Mapping[str, Any], far: Any, rng: np.random.Generator, defended: bool
+) -> dict[str, Any]:
     """What a run keeps of the first images, for figures."""
     m = len(clean)
     noisy = np.clip(clean + far[:, None, None, None] * np.sign(rng.normal(size=clean.shape)), 0, 1)
-    views = {"clean": clean, "adversarial": noisy, "restored": clean + 0.2 * (noisy - clean), "restored_clean": clean}
+    restored = clean + 0.2 * (noisy - clean) if defended else noisy
+    views = {"clean": clean, "adversarial": noisy, "restored": restored, "restored_clean": clean}
     tensors = {k: torch.from_numpy((255 * v).round().astype(np.uint8)) for k, v in views.items()}
     tensors["index"] = torch.arange(m)
     tensors["label"] = torch.from_numpy(label[:m].astype(np.int64))

@@ -7,9 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
+import unperturb
 from made_rows import columns, frame
 from test_results_tables import OURS
+from unperturb.attacks import create_attack
+from unperturb.data import ImageSet
+from unperturb.defenses import Defense, Protected
 from unperturb.intervals import wilson
 from unperturb.results import Results, detector_table, rejection_table, render, schema
 
@@ -117,3 +123,39 @@ def test_a_detector_that_gives_no_score_finds_nothing() -> None:
     scores = {"scores_clean": [[0.0]] * 4, "scores_adv": [[np.nan], [np.nan], [1.0], [1.0]]}
     (line,) = detector_table(Results(frame(OURS | scores))).to_dict("records")
     assert (line["auroc"], line["tpr_1"]) == (0.5, 0.5)
+
+
+class Bright(Defense):
+    """Rejects bright images."""
+
+    def purify(self, images: Tensor) -> Tensor:
+        return images
+
+    def scores(self, images: Tensor, logits_fn: Any) -> Tensor:
+        return images.flatten(1).mean(1, keepdim=True)
+
+    @property
+    def thresholds(self) -> Tensor:
+        return torch.tensor([0.6])
+
+
+def test_from_an_evaluation_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNPERTURB_CACHE", str(tmp_path / "cache"))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (12, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    data = ImageSet(
+        images=pixels,
+        labels=torch.arange(12) % 3,
+        index=torch.arange(12),
+        class_names=list("abc"),
+        source="toy",
+        split="test",
+    )
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    systems = {"net": net, "bright": Protected(net, Bright())}
+    rows = unperturb.evaluate(data, systems, [create_attack("fgsm", eps=0.2)], ["oblivious"], quiet=True)
+    mine = rows[rows["system"] == "bright"].sort_values("index")
+    means = pixels.float().div(255).flatten(1).mean(1)
+    np.testing.assert_allclose(np.stack(mine["scores_clean"])[:, 0], means, atol=1e-6)
+    assert (mine["rejected_clean"].to_numpy() == (means > 0.6).numpy()).all()
+    assert list(rejection_table(Results(rows))["system"]) == ["bright"]

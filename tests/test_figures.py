@@ -263,6 +263,7 @@ def test_nine_systems_on_a_ladder_are_told_apart() -> None:
         assert len(found) == 9
         assert apart(found)
         assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 + 1 for box in found)
+        assert max(box.y1 for box in found) <= figure.axes[0].bbox.y1 + 4  # below the title
 
 
 def test_there_is_a_ladder_for_each_block() -> None:

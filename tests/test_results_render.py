@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,17 @@ from test_results_tables import BARE, OURS, PGD, TINY
 from unperturb.intervals import wilson
 from unperturb.registry import UnknownNameError
 from unperturb.results import Results, accuracy_table, compare, compare_pair, comparison_table, names, render, table
+from unperturb.results.flags import Flag, flags_of
 from unperturb.results.sheet import Sheet, as_csv, as_html, as_latex, as_markdown, as_text, in_latex, in_markdown
 
-
-@dataclass(frozen=True)
-class Doubt:
-    number: int = 3
-    name: str = "gradient masked"
-    severity: str = "doubt"
-    system: str = "ours"
-    says: str = "up to 75 % of an image's gradients were exactly zero, so that this attack says little of it"
+DOUBT = Flag(
+    number=3,
+    name="gradient_masked",
+    severity="doubt",
+    system="ours",
+    says="up to 75 % of an image's gradients were exactly zero, so that this attack says little of it",
+    dataset="digits",
+)
 
 
 def sheet_of(*cells: dict[str, Any]) -> dict[str, dict[tuple[str, str], str]]:
@@ -202,15 +202,26 @@ def test_two_systems_and_their_test() -> None:
 
 
 def test_flags_are_said_below_a_table() -> None:
-    text = table(frame(*TINY), 80, flags=[Doubt()])
-    said = "DOUBT 3 gradient masked, ours: up to 75 % of an image's gradients"
+    text = table(frame(*TINY), 80, flags=[DOUBT])
+    said = "DOUBT 3 gradient masked, ours on digits: up to 75 % of an image's gradients"
     assert said in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
     assert text.index("DOUBT") < text.index("the attacker sees the undefended classifier only")
-    assert "DOUBT" not in table(frame(*TINY))
-    assert "| 3 | gradient masked | doubt | ours | up to 75 %" in compare(
-        frame(*TINY), style="markdown", flags=[Doubt()]
-    )
+    assert "DOUBT" not in table(frame(*TINY), flags=[])
+    shown = compare(frame(*TINY), style="markdown", flags=[DOUBT])
+    assert "| doubt | 3 gradient masked, ours on digits | up to 75 %" in shown
+
+
+@pytest.mark.parametrize("show", [table, compare])
+def test_no_table_stands_without_the_flags_that_its_rows_raise(show: Any) -> None:
+    # The undefended classifier's attacker breaks what the one who knows all does not.
+    n = 40
+    weak = OURS | {"right_clean": [1] * n, "right_adv": [0] * n}
+    rows = frame(weak, weak | {"knowledge": "white_box", "right_adv": [1] * n})
+    raised = flags_of(Results(rows))
+    assert raised
+    text = " ".join(show(rows).split())
+    assert all(" ".join(render.flag_text(flag).split()) in text for flag in raised)
 
 
 def test_conditions_hold_the_record_the_seed_and_the_commit() -> None:
@@ -239,6 +250,17 @@ def test_a_sheet_in_a_terminal() -> None:
     assert pages.count("name") == 2  # the names are said again
     assert max(map(len, pages.splitlines())) <= 12
     assert as_text(SHEET, 1).count("name") == 3  # a column each, where no two fit
+
+
+def test_what_names_several_lines_is_said_once_in_a_terminal() -> None:
+    lines = [["ours", "oblivious", "1"], ["ours", "white box", "2"], ["theirs", "white box", "3"]]
+    sheet = Sheet("A", "", [""] * 3, ["system", "attacker", "n"], lines, names=2)
+    assert as_text(sheet, 80).splitlines()[3:] == [
+        "ours    oblivious  1",
+        "        white box  2",
+        "theirs  white box  3",
+    ]
+    assert as_markdown(sheet).count("ours") == 2
 
 
 def test_a_sheet_in_markdown() -> None:

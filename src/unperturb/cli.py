@@ -550,16 +550,14 @@ def report(
     note: Annotated[str | None, typer.Option(help="What the page says below its heading.")] = None,
 ) -> None:
     """Remake every table, figure and the page from rows and samples alone."""
-    from unperturb.results import compare, table
-    from unperturb.results.flags import flags_of
+    from unperturb.results import Results, compare, table
     from unperturb.results.page import write_report
-    from unperturb.results.results import Results
 
     with _bar("writing tables, figures and the page"):
-        written = write_report(list(runs), out, title=title, note=note)
         results = Results.read(*runs)
-    say(table(results, flags=flags_of(results)))
-    if results.cells["system"].nunique() > 2:
+        written = write_report(results, out, title=title, note=note)
+    say(table(results))
+    if any(len(systems) > 2 for systems in results.systems.values()):
         say(compare(results))
     parts = [name.partition("/")[0] for name in written]
     say(

@@ -84,24 +84,24 @@ class Case:
         """The images of these attacks."""
         return self.images[self.images["cell"].isin(attacks.index)]
 
-    def felled(self, attacks: pd.DataFrame, norm: str = "", eps: float = float("inf")) -> pd.Series[float]:
-        """By image, how often it falls to the worst of these attacks within `eps`: the fraction of draws; 0 where none
+    def broken(self, attacks: pd.DataFrame, norm: str = "", eps: float = float("inf")) -> pd.Series[float]:
+        """By image, how often the worst of these attacks breaks it within `eps`: the fraction of draws; 0 where none
         came so near. Without a norm, at any distance."""
         images = self.of(attacks)
         wrong = images["wrong"].where(images[norm] <= eps + slack(norm, eps), 0.0) if norm else images["wrong"]
         return wrong.groupby(images["index"]).max()
 
-    def left(self, attacks: pd.DataFrame, norm: str = "", eps: float = float("inf")) -> tuple[int, int]:
-        """(images that are right and stand under all of these attacks within `eps`, images)."""
+    def robust(self, attacks: pd.DataFrame, norm: str = "", eps: float = float("inf")) -> tuple[int, int]:
+        """(images that are right when clean and withstand all of these attacks within `eps`, images)."""
         right = self.of(attacks).groupby("index")["clean"].min() > 0.5
-        felled = self.felled(attacks, norm, eps) > 0.5
-        return int((right & ~felled).sum()), len(felled)
+        broken = self.broken(attacks, norm, eps) > 0.5
+        return int((right & ~broken).sum()), len(broken)
 
     def ahead(self, weak: pd.DataFrame, strong: pd.DataFrame, least: float) -> Ahead | None:
         """Where the attacks `weak` are ahead of `strong`, image by image, at the budget where most images say so.
 
         An image counts where it is right when clean, `strong` had that budget and was really tried (not in a cascade
-        that had felled it before), and it falls to `weak` in more draws, by half of all, than to `strong`. None for
+        that had broken it before), and `weak` breaks it in more draws, by half of all, than `strong`. None for
         fewer than `LEAST` images, or for no more than `least` of them, a fraction.
         """
         found = list[Ahead]()
@@ -111,20 +111,20 @@ class Case:
         for norm, eps in zip(budgets["norm"], budgets["eps"]):
             as_large = strong[(strong["norm"] == norm) & (strong["eps"] >= eps - 1e-6)]
             tried = mine[mine["index"].isin(own.loc[own["cell"].isin(as_large.index), "index"])]
-            felled = self.of(as_large).groupby("cell")["wrong"].mean()
-            stood = tried["index"].map(self.felled(strong, norm, eps)).fillna(0)
-            hits = tried[(tried[norm] <= eps + slack(norm, eps)) & (tried["wrong"] - stood > 0.5)]
+            shares = self.of(as_large).groupby("cell")["wrong"].mean()
+            broken = tried["index"].map(self.broken(strong, norm, eps)).fillna(0)
+            hits = tried[(tried[norm] <= eps + slack(norm, eps)) & (tried["wrong"] - broken > 0.5)]
             index, n = sorted(map(int, hits["index"].unique())), tried["index"].nunique()
             if len(index) >= LEAST and len(index) > least * n:
-                most, best = (self._called(part.idxmax()) for part in (hits["cell"].value_counts(), felled))
+                most, best = (self._called(part.idxmax()) for part in (hits["cell"].value_counts(), shares))
                 found.append(Ahead(norm, float(eps), index, n, most, best))
         return max(found, key=lambda a: a.fraction, default=None)
 
 
 @dataclass(frozen=True)
 class Ahead:
-    """Images of `n` that fall to some attacks and stand under others of the same budget. weak, strong: what is called
-    who fells most of them, and who of the others fells most."""
+    """Images of `n` that some attacks break and others of the same budget do not. weak, strong: what the attack is
+    called that breaks most of them, and that of the others which breaks most."""
 
     norm: str
     eps: float

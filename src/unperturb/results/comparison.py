@@ -50,7 +50,8 @@ def comparison_table(results: Results, eps: float | None = None) -> pd.DataFrame
         by_block.setdefault(judged.block, []).append(judged)
     for block, systems in by_block.items():
         found = [b for b in results.budgets(block) if eps is None or abs(b[1] - eps) < 1e-6]
-        for norm, budget in sorted(found, key=reading_order) or ([("", float("nan"))] if eps is None else []):
+        no_budget: list[Any] = [("", float("nan"))] if eps is None else []
+        for norm, budget in sorted(found, key=reading_order) or no_budget:
             attacks = _attacks(systems, norm, budget)
             for judged in systems:
                 cells = _of_budget(judged.cells, norm, budget)
@@ -94,12 +95,12 @@ def _accuracies(
     return line
 
 
-def _robust(judged: Judged, norm: str, eps: float) -> dict[Column, Any]:
+def _robust(judged: Judged, norm: Any, eps: float) -> dict[Column, Any]:
     """Robust accuracies, and the paper's."""
     line: dict[Column, Any] = {}
     kinds = {"oblivious": "oblivious" in set(judged.cells["knowledge"]), "white_box": judged.adaptive}
     for knowledge in (k for k, tried in kinds.items() if tried and eps == eps):
-        found = judged.under(ThreatModel(norm, eps, knowledge))  # type: ignore[arg-type]
+        found = judged.under(ThreatModel(norm, eps, knowledge))
         line |= _numbers(ROBUST, knowledge, found)
     return line | _numbers(PAPER, "oblivious", judged.by_the_paper(eps if eps == eps else None))
 
@@ -206,7 +207,7 @@ def _both(a: Results, one: Judged, b: Results, other: Judged) -> Iterable[tuple[
             yield nothing | what, _per_image(a, [number], "right"), _per_image(b, [same], "right")
     for norm, eps in sorted(set(a.budgets(one.block)) & set(b.budgets(other.block)), key=reading_order):
         for knowledge in ["oblivious", *(["white_box"] if one.adaptive and other.adaptive else [])]:
-            threat_model = ThreatModel(norm, eps, knowledge)  # type: ignore[arg-type]
+            threat_model = ThreatModel(norm, eps, knowledge)
             if (mine := one.under(threat_model)) and (its := other.under(threat_model)):
                 what = {"kind": ROBUST, "knowledge": knowledge, "norm": norm, "eps": eps}
                 yield nothing | what, _of_images(mine), _of_images(its)

@@ -255,6 +255,11 @@ def spread_out(wanted: Sequence[float], heights: Sequence[float], low: float, hi
     return places
 
 
+def attacker_title(knowledge: str, *, defended: bool) -> str:
+    """What the attacker knows; of what is undefended there is nothing to know: it is attacked directly."""
+    return "direct" if knowledge == "oblivious" and not defended else attacker_name(knowledge)
+
+
 def block_name(block: Block) -> str:
     """A block as titles say it: `conv on digits (100 of test)`."""
     return one_line(f"{block.classifier} on {block.dataset} ({split_name(block.split)})")

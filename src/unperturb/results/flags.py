@@ -28,6 +28,8 @@ MASKED = 0.1  # of the gradients: a ReLU net has none that are exactly zero, rou
 DRAWS = 10  # with fewer, the worst of N says little
 LISTED = 5  # images that a sentence names
 
+# What explains other flags stands before them.
+_CAUSES = ("batch-dependent", "random-answers", "exact-pixels", "wrong-gradient", "gradient-masked")
 _MINIMAL = ("CW", "DDN", "DeepFool", "FAB")  # attacks by gradients without any budget
 _NEAREST = (*_MINIMAL, "RayS", "JSMA")  # stop at the boundary, and give the image back where they fail
 
@@ -93,7 +95,7 @@ def flags_of(results: Results) -> list[Flag]:
                 severity = finding.severity or kind.severity
                 flag = Flag(kind.number, kind.name, severity, case.system, finding.says, finding.evidence)
                 found.append((finding.weight, replace(flag, dataset=block.dataset, classifiers=(block.classifier,))))
-    found.sort(key=lambda entry: (SEVERITIES.index(entry[1].severity), -entry[0], entry[1].number))
+    found.sort(key=lambda entry: _gravity(*entry))
     merged: dict[tuple[str, str, str], Flag] = {}
     for _, flag in found:
         key = (flag.dataset, flag.system, flag.name)
@@ -101,6 +103,11 @@ def flags_of(results: Results) -> list[Flag]:
         if worst is not flag:
             merged[key] = replace(worst, classifiers=(*worst.classifiers, *flag.classifiers))
     return list(merged.values())
+
+
+def _gravity(weight: float, flag: Flag) -> tuple[int, int, float, int]:
+    cause = _CAUSES.index(flag.name) if flag.name in _CAUSES else len(_CAUSES)
+    return SEVERITIES.index(flag.severity), cause, -weight, flag.number
 
 
 def _flag(number: int, name: str, severity: Severity, meaning: str) -> Callable[[Check], Check]:
@@ -126,11 +133,11 @@ def _listed(index: Iterable[Any]) -> str:
 
 
 def _surpassed(ahead: Ahead | None, says: str) -> Finding | None:
-    """A finding from who is ahead of whom; `says` names `{weak}` and `{strong}`."""
+    """A finding from who is ahead of whom; `says` has places for `{weak}`, `{images}` and `{strong}`."""
     if ahead is None:
         return None
-    who = says.format(weak=ahead.weak, strong=ahead.strong)
-    text = f"{len(ahead.images)} of {ahead.n} images {who} at {_budget(ahead.norm, ahead.eps)}: {_listed(ahead.images)}"
+    who = says.format(weak=ahead.weak, strong=ahead.strong, images=f"{len(ahead.images)} of {ahead.n} images")
+    text = f"{who} at {_budget(ahead.norm, ahead.eps)}: {_listed(ahead.images)}"
     evidence = {"images": ahead.images[:LISTED], "count": len(ahead.images), "n": ahead.n, "fraction": ahead.fraction}
     evidence |= {"norm": ahead.norm, "eps": ahead.eps, "weak": ahead.weak, "strong": ahead.strong}
     return Finding(text, evidence, ahead.fraction, None if ahead.fraction >= LARGE else "doubt")
@@ -168,27 +175,20 @@ def probabilities(case: Case) -> Finding | None:
 def gradient_masked(case: Case) -> Finding | None:
     if case.probe.get("no_gradient"):
         return Finding("the system gives no gradient: attacks by gradients cannot move", {"no_gradient": 1}, 1.0)
-    found = [*_zero_in_rows(case), *_zero_in_probe(case)]
-    one_hot = case.probe.get("saturated", 0.0)
-    if not found and one_hot > MASKED and one_hot * case.probed >= LEAST:
-        says = f"the softmax of {_percent(one_hot)} of the images is exactly one-hot in float32: attacks of other "
-        says += "libraries on the cross-entropy find no gradient"
-        return Finding(says, {"saturated": one_hot}, one_hot, "doubt")
-    return _worst(found)
+    return _worst([*_zero_in_rows(case), *_zero_in_probe(case)])
 
 
 def _zero_in_rows(case: Case) -> Iterable[Finding]:
-    """Of attacks on images that still stand: one that has fallen needs no gradient, nor one that reached its target."""
+    """Of images that an attack did not break: another needs no gradient, nor does one that has reached its target."""
     attacks = case.attacks[~case.attacks["attack_repr"].str.contains("targets='")]
     images = case.of(attacks).dropna(subset="zero")
     images = images[(images["wrong"] < 0.5) & (images["clean"] > 0.5) & ~images["inherited"]]
     for cell, part in images.groupby("cell"):
         zero = float(part["zero"].mean())
         if zero > MASKED and len(part) >= LEAST:
-            says = (
-                f"{_percent(zero)} of the gradients of {attacks['called'][cell]} were exactly zero on the {len(part)} "
-            )
-            yield Finding(says + "images that stand under it", {"zero_gradients": zero, "standing": len(part)}, zero)
+            says = f"{_percent(zero)} of the gradients of {attacks['called'][cell]} were exactly zero on the "
+            says += f"{len(part)} images that it did not break"
+            yield Finding(says, {"zero_gradients": zero, "robust": len(part)}, zero)
 
 
 def _zero_in_probe(case: Case) -> Iterable[Finding]:
@@ -201,13 +201,15 @@ def _zero_in_probe(case: Case) -> Iterable[Finding]:
         fraction = case.probe.get(key, 0.0)
         if fraction > MASKED and fraction * case.probed >= LEAST:
             says = f"the gradient of {_percent(fraction)} of the {case.probed} images probed is {kind}"
-            yield Finding(says, {key: fraction}, fraction)
+            one_hot = case.probe.get("saturated", 0.0)
+            says += ": the softmax is saturated" if one_hot > MASKED else ""
+            yield Finding(says, {key: fraction, "saturated": one_hot}, fraction)
 
 
-@_flag(4, "black-box-wins", "broken", "Images fall to queries that stand under the white-box attacks.")
+@_flag(4, "black-box-wins", "broken", "Queries break images that the white-box attacks do not.")
 def black_box_wins(case: Case) -> Finding | None:
     ahead = case.ahead(case.seeing("black_box"), case.sees_most(), BEATEN)
-    return _surpassed(ahead, "fall to {weak} by answers alone and stand under {strong}")
+    return _surpassed(ahead, "by answers alone {weak} breaks {images} that {strong} does not break")
 
 
 @_flag(5, "autograd-inside", "doubt", "The forward pass runs backward passes of its own.")
@@ -219,15 +221,17 @@ def autograd_inside(case: Case) -> Finding | None:
     return Finding(says, {"autograd_calls": calls}, 0.0)
 
 
-@_flag(6, "knows-more-does-worse", "broken", "Images fall to who knows less and stand under who knows more.")
+@_flag(
+    6, "knows-more-does-worse", "broken", "An attacker who knows less breaks images that one who knows more does not."
+)
 def knows_more_does_worse(case: Case) -> Finding | None:
     # Flags of their own: queries, which see outputs of the whole (4), and surrogate gradients (13).
     less = [kind for kind in KNOWLEDGE if kind not in (*WHOLE, "black_box")]
     ahead = case.ahead(case.seeing(*less), case.sees_most(), BEATEN)
-    return _surpassed(ahead, "fall to {weak} and stand under {strong}, which knows more,")
+    return _surpassed(ahead, "{weak} breaks {images} that {strong}, which knows more, does not break")
 
 
-@_flag(7, "single-step-wins", "broken", "One step fells images that many steps do not.")
+@_flag(7, "single-step-wins", "broken", "One step breaks images that many steps do not.")
 def single_step_wins(case: Case) -> Finding | None:
     # Only where the whole is attacked: on another net's images one step often transfers better.
     for kind in WHOLE:
@@ -235,7 +239,7 @@ def single_step_wins(case: Case) -> Finding | None:
         attacks = attacks[attacks["gradients"] & (attacks["norm"] != "")]
         ahead = case.ahead(attacks[attacks["steps"] == 1], attacks[attacks["steps"] > 1], POINT)
         if ahead:
-            return _surpassed(ahead, "fall to {weak} and stand under {strong}, which takes more steps,")
+            return _surpassed(ahead, "{weak} breaks {images} that {strong}, which takes more steps, does not break")
     return None
 
 
@@ -266,26 +270,26 @@ def _curves(case: Case) -> Iterable[tuple[str, int, list[tuple[float, float]]]]:
     yield "PGD of the probe", case.probed, swept
     attacks = case.seeing(*WHOLE)
     for _, part in attacks[(attacks["steps"] > 1) & (attacks["norm"] == "linf")].groupby(["sees", "settings", "steps"]):
-        counts = [(float(part["eps"][i]), case.left(part.loc[[i]])) for i in part["eps"].sort_values().index]
+        counts = [(float(part["eps"][i]), case.robust(part.loc[[i]])) for i in part["eps"].sort_values().index]
         n = min(seen for _, (_, seen) in counts)
-        yield str(part["short"].iloc[0]), n, [(eps, left / n) for eps, (left, seen) in counts if seen == n]
+        yield str(part["short"].iloc[0]), n, [(eps, robust / n) for eps, (robust, seen) in counts if seen == n]
 
 
-@_flag(9, "unbounded-fails", "broken", "An attack without any budget leaves images standing.")
+@_flag(9, "unbounded-fails", "broken", "Attacks without any budget do not break all images.")
 def unbounded_fails(case: Case) -> Finding | None:
     attacks = case.seeing(*WHOLE)
     attacks = attacks[attacks["kind"].isin(_MINIMAL) & (attacks["norm"] == "")]
     if not len(attacks):
         return None
-    stands, n = case.left(attacks)
-    if stands < LEAST or stands <= LARGE * n:  # with few steps a minimal-norm attack misses some of an honest net's
+    robust, n = case.robust(attacks)
+    if robust < LEAST or robust <= LARGE * n:  # with few steps a minimal-norm attack misses some of an honest net's
         return None
     names = ", ".join(dict.fromkeys(attacks["short"]))
-    says = f"{stands} of {n} images stand under {names} at any distance, though every image can be made another"
-    return Finding(says, {"standing": stands, "n": n}, stands / n)
+    says = f"{robust} of {n} images withstand {names} at any distance, though every image can be made another"
+    return Finding(says, {"robust": robust, "n": n}, robust / n)
 
 
-@_flag(10, "not-converged", "doubt", "More steps or restarts fell images that the evaluation leaves.")
+@_flag(10, "not-converged", "doubt", "More steps or restarts break images that the evaluation does not.")
 def not_converged(case: Case) -> Finding | None:
     attacks = case.seeing(*WHOLE)
     for _, part in attacks[attacks["steps"] > 1].groupby(["sees", "settings", "eps"], dropna=False):
@@ -294,34 +298,31 @@ def not_converged(case: Case) -> Finding | None:
             most = part[part["steps"] == longest]
             ahead = case.ahead(most, case.attacks.drop(most.index), POINT)
             if ahead:
-                says = "fall to {weak} alone: fewer steps left them, and more may fell others,"
-                return _surpassed(ahead, says)
+                return _surpassed(ahead, "{weak} breaks {images} that no other attack breaks, nor it in fewer steps")
     return _probe_goes_further(case, attacks)
 
 
 def _probe_goes_further(case: Case, attacks: pd.DataFrame) -> Finding | None:
-    """Whether the probe's plain PGD fells more than the evaluation's attacks of that budget, or was not at its end."""
+    """Whether the probe's plain PGD breaks more than the evaluation's attacks of that budget, or was not at its end."""
     norm, eps, accuracy = (case.probe.get(key) for key in ("norm", "eps", "steps_accuracy"))
     if not accuracy or norm is None or eps is None:
         return None
     attacks = attacks[(attacks["norm"] == norm) & ((attacks["eps"] - eps).abs() <= 1e-6)]
     if not len(attacks):
         return None
-    (few, many), n, (stands, seen) = accuracy, case.probed, case.left(attacks, norm, eps)
-    left, budget = stands / seen, _budget(norm, eps)
+    (few, many), n, (robust, seen) = accuracy, case.probed, case.robust(attacks, norm, eps)
+    left, budget = robust / seen, _budget(norm, eps)
     evidence = {"left": left, "n": seen, "steps_accuracy": list(accuracy), "probed": n}
-    if wilson(stands, seen)[0] > wilson(round(many * n), n)[1]:  # other images: intervals are compared
+    if wilson(robust, seen)[0] > wilson(round(many * n), n)[1]:  # other images: intervals are compared
         says = f"a plain PGD of {case.probe['steps'][-1]} steps leaves {_percent(many)} of {n} images at {budget}, "
         return Finding(f"{says}the evaluation's white-box attacks {_percent(left)} of {seen}", evidence, left - many)
     if few - many > LARGE and (few - many) * n > LEAST and left >= many:
-        says = (
-            f"doubling the steps of PGD takes accuracy from {_percent(few)} to {_percent(many)} at {budget}, and the "
-        )
-        return Finding(f"{says}evaluation, which leaves {_percent(left)}, goes no further", evidence, few - many)
+        says = f"doubling the steps of PGD takes accuracy from {_percent(few)} to {_percent(many)} at {budget}, and "
+        return Finding(f"{says}the evaluation, at {_percent(left)}, goes no further", evidence, few - many)
     return None
 
 
-@_flag(11, "noise-does-as-well", "broken", "Random noise fells as many images as the attack.")
+@_flag(11, "noise-does-as-well", "broken", "Random noise breaks as many images as the attack.")
 def noise_does_as_well(case: Case) -> Finding | None:
     noises = case.attacks[(case.attacks["kind"] == "Noise") & (case.attacks["norm"] != "")]
     searches = case.seeing(*WHOLE)
@@ -332,27 +333,27 @@ def noise_does_as_well(case: Case) -> Finding | None:
         both = sorted(set(images.loc[images["clean"] > 0.5, "index"]) & set(case.of(search)["index"]))
         if not both:
             continue
-        by_noise, by_search = (float(case.felled(a, norm, eps)[both].mean()) for a in (noise, search))
+        by_noise, by_search = (float(case.broken(a, norm, eps)[both].mean()) for a in (noise, search))
         least = max(POINT, LEAST / len(both))
-        # Where noise fells nothing, or the attack all but what guessing leaves, being even says nothing.
+        # Where noise breaks nothing, or the attack all but what guessing leaves, being even says nothing.
         if by_noise >= least and by_search - by_noise < least and 1 - by_search > case.guessing(len(both)):
-            says = f"noise fells {_percent(by_noise)} of {len(both)} images at {_budget(norm, eps)}, white-box attacks "
+            says = (
+                f"noise breaks {_percent(by_noise)} of {len(both)} images at {_budget(norm, eps)}, white-box attacks "
+            )
             evidence = {"noise": by_noise, "attacks": by_search, "n": len(both)}
             return Finding(says + _percent(by_search), evidence, 1 - by_search)
     return None
 
 
-@_flag(
-    12, "frozen-still-stands", "broken", "With its random draws held, a large budget still does not fell the system."
-)
-def frozen_still_stands(case: Case) -> Finding | None:
+@_flag(12, "frozen-withstands", "broken", "With its draws held fixed, a random system withstands a huge budget.")
+def frozen_withstands(case: Case) -> Finding | None:
     accuracy, limit = case.probe.get("frozen_accuracy"), case.guessing(case.probed)
     if accuracy is None or accuracy <= limit:
         return None
-    says = (
-        f"with its draws held, PGD leaves {_percent(accuracy)} at Linf 0.5 (guessing: at most {_percent(limit)}): what "
+    says = f"with its draws held fixed, PGD leaves {_percent(accuracy)} at Linf 0.5 (guessing: at most "
+    return Finding(
+        f"{says}{_percent(limit)}): what stops the attack is not randomness", {"frozen_accuracy": accuracy}, accuracy
     )
-    return Finding(says + "stops the attack is not randomness", {"frozen_accuracy": accuracy}, accuracy)
 
 
 @_flag(13, "wrong-gradient", "broken", "The gradient is not the slope of what the system computes.")
@@ -360,12 +361,10 @@ def wrong_gradient(case: Case) -> Finding | None:
     error, images = case.probe.get("difference_error", 0.0), case.probe.get("difference_images", 0)
     # Honest systems are at 0.03 at most, kinks and float32 included; a gradient that lost half of itself is at 0.5.
     if error > 0.25 and images >= 4:
-        says = (
-            f"finite differences are off by {_percent(error)} from the gradient (median of {images} images): attacks "
-        )
-        return Finding(says + "follow another function's slope", {"difference_error": error}, min(error, 1.0))
+        says = f"finite differences are off by {_percent(error)} from the gradient (median of {images} images): "
+        return Finding(says + "attacks follow another function's slope", {"difference_error": error}, min(error, 1.0))
     ahead = case.ahead(case.seeing("bpda"), case.seeing("white_box"), BEATEN)
-    return _surpassed(ahead, "fall to {weak}, by a surrogate's gradient, and stand under {strong}")
+    return _surpassed(ahead, "by a surrogate's gradient {weak} breaks {images} that {strong} does not break")
 
 
 @_flag(14, "gradients-not-aligned", "doubt", "Gradients at neighboring points have nothing in common.")
@@ -391,18 +390,27 @@ def few_draws(case: Case) -> Finding | None:
 
 @_flag(16, "eight-bit-differs", "doubt", "Rounding adversarial images to 8 bits changes the result.")
 def eight_bit_differs(case: Case) -> Finding | None:
-    found = list[Finding]()
-    attacks = case.attacks[(case.attacks["norm"] != "") & ~case.attacks["kind"].isin((*_NEAREST, "Noise"))]
+    attacks = case.attacks[(case.attacks["norm"] != "") & (case.attacks["kind"] != "Noise")]
     images = case.of(attacks).dropna(subset="wrong_8bit")
-    images = images[(images["clean"] > 0.5) & ~images["inherited"]]
-    for cell, part in images.groupby("cell"):
+    images = images[images["clean"] > 0.5]
+    # One attack may stop at the boundary, and rounding bring some images back; but then others break them.
+    both = images.groupby("index")[["wrong", "wrong_8bit"]].max()
+    pairs = [("the attacks with a budget break", both)]
+    # Rounding helps no attack on an honest system.
+    pairs += [
+        (f"{attacks['called'][cell]} breaks", part)
+        for cell, part in images[~images["inherited"]].groupby("cell")
+        if part["wrong_8bit"].mean() > part["wrong"].mean()
+    ]
+    found = list[Finding]()
+    for who, part in pairs:
         as_made, rounded = float(part["wrong"].mean()), float(part["wrong_8bit"].mean())
-        # Who spends a budget is past the boundary by more than half a gray level, but for a few images.
-        if abs(rounded - as_made) > 2 * POINT and abs(rounded - as_made) * len(part) > LEAST:
-            says = f"{attacks['called'][cell]} fells {_percent(as_made)} of {len(part)} images, and "
-            says += f"{_percent(rounded)} once they are rounded to 8 bits, as files are"
+        if abs(rounded - as_made) > 2 * POINT + 1e-9 and abs(rounded - as_made) * len(part) > LEAST:
+            says = (
+                f"{who} {_percent(as_made)} of {len(part)} images, and {_percent(rounded)} once these are rounded to 8 "
+            )
             evidence = {"wrong": as_made, "wrong_8bit": rounded, "n": len(part)}
-            found.append(Finding(says, evidence, abs(rounded - as_made)))
+            found.append(Finding(says + "bits, as files are", evidence, abs(rounded - as_made)))
     return _worst(found)
 
 
@@ -442,27 +450,25 @@ def attack_too_weak(case: Case) -> Finding | None:
     images = images[images["base_clean"] > 0.5]
     if not case.defended or not len(images):
         return None
-    felled = images.groupby("index")["base_wrong"].max() > 0.5
-    stands, n = int((~felled).sum()), len(felled)
-    if stands < LEAST or stands <= n / 2:  # an attack worth its name fells most images of a net without a defense
+    broken = images.groupby("index")["base_wrong"].max() > 0.5
+    robust, n = int((~broken).sum()), len(broken)
+    if robust < LEAST or robust <= n / 2:  # an attack worth its name breaks most images of a net without a defense
         return None
-    says = (
-        f"the oblivious attacks leave the undefended classifier {stands} of {n} images: what a defense adds is not seen"
-    )
-    return Finding(says, {"standing": stands, "n": n}, stands / n)
+    says = f"the oblivious attacks leave even the undefended classifier {robust} of {n} images: what a defense adds is "
+    return Finding(says + "not seen", {"robust": robust, "n": n}, robust / n)
 
 
-@_flag(20, "no-adversarial-training", "note", "What claims robustness is not compared with adversarial training.")
+@_flag(20, "no-adversarial-training", "note", "A claim of robustness is not compared with adversarial training.")
 def no_adversarial_training(case: Case) -> Finding | None:
     attacks = case.seeing("white_box")
     attacks = attacks[attacks["norm"] != ""]
     if not case.defended or case.trained or case.compared or not len(attacks):
         return None
-    stands, n = case.left(attacks)
-    if wilson(stands, n)[0] <= 0.1:  # what falls claims nothing
+    robust, n = case.robust(attacks)
+    if wilson(robust, n)[0] <= 0.1:  # what is broken claims nothing
         return None
-    says = f"{stands} of {n} images stand under the white-box attacks, and no adversarially trained net stands beside"
-    return Finding(says, {"standing": stands, "n": n}, stands / n)
+    says = f"{robust} of {n} images withstand the white-box attacks, and no adversarially trained net is beside it"
+    return Finding(says, {"robust": robust, "n": n}, robust / n)
 
 
 @_flag(21, "exact-pixels", "broken", "The system recognizes exact images, or an attack's exact pattern.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unperturb.results.figures import (
     BARE,
     DPI,
+    attacker_title,
     block_name,
     clean_of,
     fitting,
@@ -60,9 +61,13 @@ def ladder(judged: Judged, norm: Any, eps: float) -> list[Step]:
 def eps_curve(judged: Judged, norm: Any, knowledge: str, budgets: Sequence[float]) -> list[float]:
     """Robust accuracy under attackers of at most this knowledge at each of `budgets`; clean accuracy where nothing came
     so near."""
-    start = clean_of(judged)
-    found = (interval(judged.under(ThreatModel(norm, eps, knowledge))) or start for eps in budgets)
-    return [left[0] for left in found if left is not None]
+    import numpy as np
+
+    admitted = judged.cells["knowledge"].isin(KNOWLEDGE[knowledge].includes).to_numpy()
+    # How near the nearest image lies that turns it: what `Judged.under` asks at one budget, for all at once.
+    turned = np.where(judged.right[admitted], np.inf, np.nan_to_num(judged.distances[norm][admitted], nan=0.0))
+    nearest = np.where(judged.clean, turned.min(axis=0, initial=np.inf), -np.inf)
+    return [float((nearest > eps + TOLERANCE[norm]).mean(axis=0).mean()) for eps in budgets]
 
 
 def _only(judged: Judged, cells: Any) -> Judged:
@@ -93,7 +98,7 @@ def ladder_figure(results: Results, eps: float | str | None = None, *, norm: Any
         steps = {one.system: ladder(one, *budget) for one in systems}
         bare = [one.system for one in systems if not one.defended]
         panels.append((block, budget, {name: of for name, of in steps.items() if of}, bare))
-    tall = 5.2 if width >= NARROW else 4.6
+    tall = 4.6 if width < NARROW or len(panels) > 1 else 5.2
     figure, sheets = _panels(len(panels), width, tall)
     for axes, (block, (kind, most), steps, bare) in zip(sheets, panels):
         title = f"{block_name(block)}, {norm_name(kind)} {budget_name(most)}"
@@ -120,10 +125,10 @@ def _ladder(axes: Any, systems: dict[str, list[Step]], bare: Sequence[str]) -> N
             if step.tried:
                 axes.plot([x, x], [100 * step.low, 100 * step.high], color=style["color"], lw=1, alpha=0.55, zorder=2)
                 _mark(axes, x, y, style)
-        only = f" ({'clean' if not last else attacker_name(steps[last].knowledge)} only)" if known < len(steps) else ""
+        only = f" ({attacker_name(steps[last].knowledge)} only)" if known < len(steps) else ""
         ends.append((name, f"{value[-1]:.1f}{only}", value[-1], style["color"]))
     _label_ends(axes, ends, -0.15 - aside, len(shown) - 1 + aside)
-    heads = [attacker_name(k) if k != CLEAN else CLEAN for k in shown]
+    heads = [attacker_title(k, defended=set(systems) != set(bare)) for k in shown]
     if any(text_width(head, 10.5) > _inches(axes) - 0.08 for head in heads):
         axes.set_xticks(range(len(shown)), heads, fontsize=9.5, rotation=40, ha="right", rotation_mode="anchor")
     else:
@@ -143,9 +148,9 @@ def eps_figure(results: Results, *, norm: Any = None, width: float = 9.6, most: 
     """Robust accuracy against eps: a panel per system (what is undefended, dashed, in each of its block), a line per
     kind of knowledge, at each eps by the distances of the images' own rows.
 
-    An attack of fixed budget shows at that budget alone, where a mark stands: to its left the line is what attacks
-    without a budget found, if any were tried. norm: by default that of most cells. width: inches; below 6 for a narrow
-    screen. most: where the axis ends; by default a little above the largest budget.
+    An attack of fixed budget shows at that budget alone, where a mark stands; between marks the line is what attacks
+    without a budget found, dotted, an upper bound, where none was tried. norm: by default that of most cells. width:
+    inches; below 6 for a narrow screen. most: where the axis ends; by default a little above the largest budget.
     """
     results = results.readable(28)
     panels: list[tuple[str, Callable[[Any], None]]] = []
@@ -168,12 +173,14 @@ def eps_figure(results: Results, *, norm: Any = None, width: float = 9.6, most: 
 
 
 class Curve(NamedTuple):
-    """One line of accuracy, in [0, 1], against eps. marks: where an attack had just that budget."""
+    """One line of accuracy, in [0, 1], against eps. marks: where an attack had just that budget. searched: whether an
+    attacker of this very kind had an attack without a budget, which says something between the marks."""
 
     name: str
     eps: list[float]
     accuracy: list[float]
     marks: list[float]
+    searched: bool
     style: dict[str, Any]
 
 
@@ -188,10 +195,12 @@ def _lines(one: Judged, bare: Sequence[Judged], norm: str, places: list[float]) 
     look = looks(tuple(KNOWLEDGE))  # a kind has its color in every panel
     for accuracy, kinds in of_kind.items():
         style = look[kinds[-1]]
-        found.append(Curve(", ".join(map(attacker_name, kinds)), places, list(accuracy), _at(one, norm, kinds), style))
+        name = ", ".join(attacker_title(kind, defended=one.defended) for kind in kinds)
+        found.append(Curve(name, places, list(accuracy), _at(one, norm, kinds), _searches(one, kinds), style))
     for other in bare:
         style = looks([other.system], [other.system])[other.system]
-        found.append(Curve(other.system, places, eps_curve(other, norm, "white_box", places), _at(other, norm), style))
+        left = eps_curve(other, norm, "white_box", places)
+        found.append(Curve(other.system, places, left, _at(other, norm), _searches(other), style))
     return found
 
 
@@ -201,10 +210,15 @@ def _at(judged: Judged, norm: str, kinds: Sequence[str] = tuple(KNOWLEDGE)) -> l
     return sorted({float(f"{eps:.7g}") for eps in cells["eps"].dropna()})
 
 
+def _searches(judged: Judged, kinds: Sequence[str] = tuple(KNOWLEDGE)) -> bool:
+    """Whether an attacker of one of these kinds of knowledge had an attack that minimizes the distance."""
+    return bool((judged.cells["eps"].isna() & judged.cells["knowledge"].isin(kinds)).any())
+
+
 def _curves(axes: Any, lines: Sequence[Curve], end: float) -> None:
     ends = []
     for curve in lines:
-        color, dashes = curve.style["color"], curve.style["linestyle"]
+        color, dashes = curve.style["color"], curve.style["linestyle"] if curve.searched else (0, (1, 1.6))
         value = [100 * v for v in curve.accuracy]
         axes.plot(curve.eps, value, color=color, linestyle=dashes, lw=1.7, zorder=3)
         for eps in curve.marks:
@@ -291,7 +305,9 @@ def _label_ends(axes: Any, ends: Sequence[tuple[str, str, float, str]], begin: f
     axes.set_xlim(begin, begin + (end - begin) * inches / (inches - room))
     unit = 1 / _inches(axes)
     line = 1.25 * size / 72 * 104 / (axes.get_position().height * figure.get_figheight())
-    heights = [line * (1 + text.count("\n")) + 0.15 * line for text in texts]
+    heights = [line * (1.15 + text.count("\n")) for text in texts]
+    tight = min(1.0, 104 / max(sum(heights), 1e-9))  # where they do not fit one above the other, they are smaller
+    size, heights = tight * size, [tight * height for height in heights]
     for text, (_, _, y, color), at in zip(texts, ends, spread_out([y for _, _, y, _ in ends], heights, 0, 104)):
         left = end + 0.28 * unit
         axes.plot(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from unperturb import screen
 from unperturb.registry import unknown
 from unperturb.results import tables
 from unperturb.results.comparison import COST, COSTS, NUMBERS, PAPER, ROBUST, comparison_table, paired_table
+from unperturb.results.flags import Flag, flags_of
 from unperturb.results.names import CLEAN, attack_name, attacker_name, budget_name, norm_name, one_line, split_name
 from unperturb.results.results import BLOCK, Results, groups, key_of, reading_order, records
 from unperturb.results.robust import Judged, RobustAccuracy, every_system
@@ -34,43 +35,32 @@ READING = {
 }
 
 
-class Flag(Protocol):
-    """What may be wrong with an evaluation, as `unperturb.results.flags` finds it."""
-
-    @property
-    def number(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def severity(self) -> str: ...
-    @property
-    def system(self) -> str: ...
-    @property
-    def says(self) -> str: ...
-
-
 # Whole answers ------------------------------------------------------------------------------------------------------
 
 
-def table(source: Source, width: int | None = None, *, style: str = "text", flags: Sequence[Flag] = ()) -> str:
+def table(source: Source, width: int | None = None, *, style: str = "text", flags: Iterable[Flag] | None = None) -> str:
     """Accuracy under each attack, robust accuracy and image quality, side by side.
 
     source: results, rows or run folders. width: columns of the terminal (default: this one's); systems that do not fit
-    side by side continue below. style: "text", "markdown", "html" or "latex". flags: what to say below.
+    side by side continue below. style: "text", "markdown", "html" or "latex". flags: the doubts to say below, by
+    default all that `flags_of` raises.
 
     Raises `UnknownNameError` for another style.
     """
     results = Results.of(source).readable(NAME)
     sheets = [*accuracy_sheets(results), *quality_sheets(results)]
-    reading = READING if style == "text" else {}
-    return _written([sheet for block in _by_title(sheets) for sheet in block], style, width, flags, reading)
+    doubts = flags_of(results) if flags is None else flags
+    return _written(_by_title(sheets), style, width, doubts, READING if style == "text" else {})
 
 
-def compare(source: Source, width: int | None = None, *, style: str = "text", flags: Sequence[Flag] = ()) -> str:
+def compare(
+    source: Source, width: int | None = None, *, style: str = "text", flags: Iterable[Flag] | None = None
+) -> str:
     """Systems side by side, a line each, with robust accuracies and costs (`comparison_table`). Arguments as in
     `table`; columns that do not fit continue below."""
     results = Results.of(source).readable(NAME)
-    return _written(comparison_sheets(comparison_table(results)), style, width, flags)
+    doubts = flags_of(results) if flags is None else flags
+    return _written(comparison_sheets(comparison_table(results)), style, width, doubts)
 
 
 def compare_pair(a: Source, b: Source, width: int | None = None, *, style: str = "text") -> str:
@@ -84,15 +74,15 @@ def _written(
     sheets: Iterable[Sheet],
     style: str,
     width: int | None,
-    flags: Sequence[Flag] = (),
+    flags: Iterable[Flag] = (),
     reading: Mapping[str, str] | None = None,
 ) -> str:
     if style not in STYLES:
         raise unknown("style", style, STYLES)
     width = width or screen.width()
     parts = [STYLES[style](sheet, width) for sheet in sheets]
-    if flags:
-        parts.append(_flags(flags, style, width))
+    if doubts := list(flags):
+        parts.append(_flags(doubts, style, width))
     if reading:
         indent = " " * (max(map(len, reading)) + 2)
         said = (
@@ -104,25 +94,27 @@ def _written(
 
 
 def flag_text(flag: Flag) -> str:
-    """One flag as a sentence: `DOUBT 3 gradient masked, ours: ...`."""
-    return one_line(f"{flag.severity.upper()} {flag.number} {flag.name}, {flag.system}: {flag.says}")
+    """One flag as a sentence: `DOUBT 3 gradient masked, ours on digits: ...`."""
+    return one_line(f"{flag.severity.upper()} {_called(flag)}: {flag.says}")
+
+
+def _called(flag: Flag) -> str:
+    where = f" on {flag.dataset}" if flag.dataset else ""
+    return f"{flag.number} {flag.name.replace('_', ' ')}, {flag.system}{where}"
 
 
 def _flags(flags: Sequence[Flag], style: str, width: int) -> str:
     """The flags below a table: wrapped to the terminal, else as a table of their own."""
     if style == "text":
         return "".join(textwrap.fill(flag_text(flag), width, subsequent_indent="      ") + "\n" for flag in flags)
-    lines = [[str(flag.number), flag.name, flag.severity, flag.system, flag.says] for flag in flags]
-    heads = ["number", "flag", "severity", "system", "what it says"]
-    return STYLES[style](Sheet("Flags", "", [""] * 5, heads, lines, names=2), width)
+    lines = [[flag.severity, _called(flag), flag.says] for flag in flags]
+    return STYLES[style](Sheet("Flags", "", [""] * 3, ["severity", "flag", "what it says"], lines, names=2), width)
 
 
-def _by_title(sheets: Iterable[Sheet]) -> list[list[Sheet]]:
-    """Sheets of one title together."""
-    found: dict[str, list[Sheet]] = {}
-    for sheet in sheets:
-        found.setdefault(sheet.title, []).append(sheet)
-    return list(found.values())
+def _by_title(sheets: Sequence[Sheet]) -> list[Sheet]:
+    """Sheets of one title together, in the order of their first."""
+    titles = [sheet.title for sheet in sheets]
+    return sorted(sheets, key=lambda sheet: titles.index(sheet.title))
 
 
 # Numbers ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unperturb.results.names import LONGEST, NAMES, attack_name, attack_rank, readable
 from unperturb.results.schema import CELL_KEYS, ROW_COLUMNS, read_probes, read_rows, read_systems
-from unperturb.threat_models import KNOWLEDGE
+from unperturb.threat_models import KNOWLEDGE, Norm
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +129,7 @@ class Results:
         """The parts of `cells` that are equal in the columns `by`, in the order of reading; NaN is equal to itself."""
         yield from (part for _, part in groups(self.cells, by))
 
-    def budgets(self, block: Block) -> list[tuple[str, float]]:
+    def budgets(self, block: Block) -> list[tuple[Norm, float]]:
         """The (norm, eps) that attacks of a block were given, that of most cells first, then the largest."""
         mine = self.cells[(self.cells[BLOCK] == list(block)).all(axis=1) & self.cells["eps"].notna()]
         counted = Counter(zip(mine["norm"], map(_as_given, mine["eps"])))
@@ -193,7 +193,7 @@ class Results:
         return found
 
 
-def reading_order(budget: tuple[str, float]) -> tuple[bool, str, float]:
+def reading_order(budget: tuple[Norm, float]) -> tuple[bool, str, float]:
     """Where a (norm, eps) stands among others: Linf first, the largest of a norm first."""
     norm, eps = budget
     return norm != "linf", norm, -eps

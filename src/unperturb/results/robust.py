@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from unperturb import intervals
@@ -48,8 +48,8 @@ class RobustAccuracy:
     worst_low: float
     worst_high: float
     clean: float
-    attacks: pd.DataFrame
-    images: pd.Series[float]
+    attacks: pd.DataFrame = field(repr=False)
+    images: pd.Series[float] = field(repr=False)
 
 
 def robust_accuracy(results: Results, threat_model: ThreatModel, *, system: str | None = None) -> RobustAccuracy:

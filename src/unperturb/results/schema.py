@@ -112,7 +112,7 @@ def of_today(cell: Mapping[str, Any]) -> dict[str, Any]:
     changed = {k: v for k, v in cell.items() if k != "defense"}
     changed["defended"] = cell["defense"] != "none"
     changed["system"] = cell["defense"] if changed["defended"] else UNDEFENDED
-    given = re.search(r"(?<![a-z_])norm='(\w+)'", cell["attack_repr"])
+    given = re.search(r"\bnorm='(\w+)'", cell["attack_repr"])
     changed["norm"] = "" if cell["eps"] != cell["eps"] else given[1] if given else "linf"
     return changed
 

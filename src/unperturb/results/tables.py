@@ -58,14 +58,13 @@ def robust_table(results: Results) -> pd.DataFrame:
     tried = {block: set(part["knowledge"]) for block, part in zip(results.blocks, results.parts(BLOCK))}
     for judged in every_system(results):
         mine = set(judged.cells["knowledge"])
-        if (
-            not judged.defended and "oblivious" in mine
-        ):  # who attacks it knows all there is, whatever there is to know of others
+        if not judged.defended and "oblivious" in mine:
+            # Who attacks it knows all there is, whatever there is to know of the others.
             mine |= {k for k in tried[judged.block] if "oblivious" in KNOWLEDGE[k].includes}
         first = dict(zip(SYSTEM, (*judged.block, judged.system, judged.defended)))
         for norm, eps in sorted(results.budgets(judged.block), key=reading_order):
             for knowledge in (k for k in KNOWLEDGE if k in mine):
-                found = judged.under(ThreatModel(norm, eps, knowledge))  # type: ignore[arg-type]
+                found = judged.under(ThreatModel(norm, eps, knowledge))
                 if found is not None:
                     numbers = {k: getattr(found, k) for k in ("clean", *COUNTED)}
                     named = {"norm": norm, "eps": eps, "knowledge": knowledge}
