@@ -319,7 +319,10 @@ def test_a_base_that_cannot_be(base: str, said: str, based: Path) -> None:
         ("protect-imagenet", {"size": 128, "training.epochs": 1, "adversarial_batches.augment.pad": 8}),
         ("protect_wide-cifar10", {"training.lr": 3e-3, "defense.generator.scales": 3, "defense.weights.repair": 50}),
         ("table2-cifar10", {"systems.3": "runs/bit_depth-cifar10", "knowledge": ["oblivious"], "ladder.eps": "8/255"}),
-        ("table2-mnist-defense_gan", {"n": 100, "ladder.knowledge": "bpda", "ladder.eps": 0.3, "attacks.3.label": None}),
+        (
+            "table2-mnist-defense_gan",
+            {"n": 100, "ladder.knowledge": "bpda", "ladder.eps": 0.3, "attacks.3.label": None},
+        ),
         ("table2-fashion_mnist-small", {"ladder.eps": 0.1, "ladder.budget": "standard", "attacks.0.attack.eps": 0.1}),
         ("white_box-cifar10", {"attacks.1.attack.alpha": "1/255", "surrogate": "runs/cifar10-surrogate"}),
         ("oblivious-mnist", {"knowledge": ["oblivious"], "n": None, "systems.0": "undefended"}),

@@ -54,8 +54,7 @@ class Benchmark:
         from unperturb.results.card import Card
 
         threat = self.robust.threat_model
-        given = {"system": self.system, "threat_model": threat, "flags": self.flags, "settings": self.settings}
-        return Card(self.results, **given)
+        return Card(self.results, system=self.system, threat_model=threat, flags=self.flags, settings=self.settings)
 
     def write_card(self, out: str | Path) -> dict[str, Path]:
         """The card as one self-contained page, as Markdown and as JSON (`card.html`, `card.md`, `card.json`) in the

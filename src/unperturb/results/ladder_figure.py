@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,16 +44,19 @@ class Step(NamedTuple):
 
 def ladder(judged: Judged, norm: Any, eps: float) -> list[Step]:
     """Robust accuracy step by step: when clean, then under the attacks of each kind of knowledge and of all kinds
-    before it, in the order of `KNOWLEDGE`, so that the last step is under everything; empty where no image counts."""
+    before it, in the order of `KNOWLEDGE`, so that the last step is under everything; empty where no image counts.
+
+    An attack that a cascade made only on what stronger attackers had left counts from their step on.
+    """
     start = clean_of(judged)
     if start is None:
         return []
     steps = [Step(CLEAN, True, *start)]
     for i, knowledge in enumerate(KNOWLEDGE):
-        kinds = judged.cells["knowledge"]
-        so_far = kinds.isin(list(KNOWLEDGE)[: i + 1]).to_numpy()
-        left = so_far.any() and interval(_only(judged, so_far).under(ThreatModel(norm, eps)))
-        steps.append(Step(knowledge, bool((kinds == knowledge).any()), *(left or start)))
+        kinds, before = judged.cells["knowledge"], list(KNOWLEDGE)[: i + 1]
+        so_far = judged.among(before)
+        left = so_far.any() and interval(judged.only(so_far).under(ThreatModel(norm, eps)))
+        steps.append(Step(knowledge, bool((so_far & (kinds == knowledge)).any()), *(left or start)))
     return steps
 
 
@@ -63,17 +65,11 @@ def eps_curve(judged: Judged, norm: Any, knowledge: str, budgets: Sequence[float
     so near."""
     import numpy as np
 
-    admitted = judged.cells["knowledge"].isin(KNOWLEDGE[knowledge].includes).to_numpy()
+    admitted = judged.among(KNOWLEDGE[knowledge].includes)
     # How near the nearest image lies that turns it: what `Judged.under` asks at one budget, for all at once.
     turned = np.where(judged.right[admitted], np.inf, np.nan_to_num(judged.distances[norm][admitted], nan=0.0))
     nearest = np.where(judged.clean, turned.min(axis=0, initial=np.inf), -np.inf)
     return [float((nearest > eps + TOLERANCE[norm]).mean(axis=0).mean()) for eps in budgets]
-
-
-def _only(judged: Judged, cells: Any) -> Judged:
-    """The same images under some of the cells."""
-    distances = {norm: of[cells] for norm, of in judged.distances.items()}
-    return dataclasses.replace(judged, cells=judged.cells[cells], right=judged.right[cells], distances=distances)
 
 
 def every_block(results: Results) -> dict[Block, list[Judged]]:

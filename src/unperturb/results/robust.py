@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from unperturb import intervals
@@ -149,6 +150,19 @@ class Judged:
     def adaptive(self) -> bool:
         """Whether an attacker who knows of the defense was tried; of what is undefended, everybody knows all."""
         return not self.defended or bool(self.cells["knowledge"].isin(ADAPTIVE).any())
+
+    def only(self, cells: Any) -> Judged:
+        """The same images under some of the cells: bool `(C,)`."""
+        distances = {norm: of[cells] for norm, of in self.distances.items()}
+        parts = {"cells": self.cells[cells], "right": self.right[cells], "made_with": self.made_with[cells]}
+        return replace(self, distances=distances, **parts)
+
+    def among(self, kinds: Collection[str]) -> Any:
+        """Bool `(C,)`: the cells of attackers of these kinds of knowledge, but for those that a cascade made only on
+        what others had left."""
+        import numpy as np
+
+        return self.cells["knowledge"].isin(kinds).to_numpy() & np.isin(self.made_with, ["", *kinds]).all(axis=1)
 
     def under(self, threat_model: ThreatModel) -> RobustAccuracy | None:
         """Its robust accuracy; None where no attack that was tried is admitted, or no image is left to count."""
