@@ -1,5 +1,5 @@
-"""What is written is so: each line of the README and of the page on use runs, each recipe says what it is, each file of
-the tree is there, each table is that of what it speaks of."""
+"""What is written is so: each line of the README and of the pages on use and on benchmarks runs, each recipe says what
+it is, each file of the tree is there, each table is that of what it speaks of."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ from unperturb.training.profiling import flop_per_image
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 USAGE = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+BENCHMARK = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    """The code blocks in `language`, those of the README first."""
-    return re.findall(rf"```(?:{language})\n(.*?)```", README + USAGE, flags=re.S)
+def blocks(language: str, text: str) -> list[str]:
+    """The code blocks in `language`."""
+    return re.findall(rf"```(?:{language})\n(.*?)```", text, flags=re.S)
 
 
 def commands() -> list[str]:
     """Every `unperturb ...` line in the code blocks."""
-    lines = "\n".join(blocks("bash|sh|console")).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.strip().startswith("unperturb ")]
+    text = "\n".join(blocks("bash|sh|console", README + USAGE + BENCHMARK))
+    lines = text.replace("\\\n", " ").splitlines()
+    found = [line.split("  #")[0].strip() for line in lines if line.strip().startswith("unperturb ")]
+    return list(dict.fromkeys(found))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder; how quick this machine is, and what a step costs, is looked at briefly."""
     speed = Speed({("float32", "contiguous"): 10.0})
-    for module in ("training.jobs", "training.loop", "evaluation.plan"):
+    for module in ("training.jobs", "training.loop", "evaluation.plan", "attack_folder"):
         monkeypatch.setattr(f"unperturb.{module}.probe", functools.cache(lambda *_: speed))
     for module in ("training.jobs", "training.loop"):
         monkeypatch.setattr(f"unperturb.{module}.flop_per_image", functools.partial(flop_per_image, steps=1, batch=2))
@@ -73,7 +76,8 @@ ZOO = [
 
 
 def small(line: str) -> list[str]:
-    """The words of a line, and what makes it quick: digits for MNIST, two images, dry runs for trainings."""
+    """The words of a line, and what makes it quick: digits for MNIST, two images, dry runs for trainings and
+    benchmarks."""
     _, verb, *words = shlex.split(line)
     if verb == "prepare":
         words[0] = "digits"
@@ -86,20 +90,28 @@ def small(line: str) -> list[str]:
         words += [*DIGITS, "--n", "2", "--threads", "1"]
         words += [] if "--attack" in words else ["--attack", "fgsm", "--out", f"runs/{words[0]}"]
         words += [word for key in ZOO if not words[0].startswith("zoo-") for word in ("--set", key)]
+    if verb in ("attack", "benchmark"):
+        words += ["--data", "digits", "--n", "2", "--threads", "1", *(["--dry-run"] if verb == "benchmark" else [])]
+    if verb == "compare":
+        words = ["runs/zoo-mnist", "runs/zoo-mnist"]  # what it names is a run of another name here, or a dry one
     return [verb, *words]
 
 
 @pytest.mark.parametrize("line", commands())
 @pytest.mark.usefixtures("clone")
 def test_each_command_of_the_readme_runs(line: str) -> None:
-    done = CliRunner().invoke(cli.app, small(line))
+    words = small(line)
+    for run in words if words[0] in ("report", "compare") else ():
+        if run.startswith("runs/") and not Path(run).exists():
+            CliRunner().invoke(cli.app, small(f"unperturb evaluate {Path(run).name}"))
+    done = CliRunner().invoke(cli.app, words)
     assert done.exit_code == 0, (done.output, done.exception)
-    if " evaluate " in line or "--dry-run" in line:
-        assert "clean" in done.output or "cost: " in done.output
+    if " evaluate " in line or "--dry-run" in words:
+        assert "clean" in done.output or "PFLOP" in done.output
 
 
 def test_the_python_of_the_readme_runs(clone: Path) -> None:
-    code = "".join(blocks("python"))
+    code = "".join(blocks("python", README + USAGE))
     tiny = '["training.epochs=0.001", "training.memory_format=contiguous", "training.batch=2"]'
     changes = {
         'load_dataset("mnist")': 'load_dataset("digits", val=8)',
@@ -115,6 +127,21 @@ def test_the_python_of_the_readme_runs(clone: Path) -> None:
     images = known["images"]
     assert torch.equal(known["again"].purify(images), known["purifier"].purify(images))
     assert (clone / "report" / "first-look" / "report.html").exists()
+
+
+@pytest.mark.usefixtures("clone")
+def test_the_python_of_the_page_on_benchmarks_runs() -> None:
+    for library in ("foolbox", "torchattacks"):
+        pytest.importorskip(library)
+    code = "".join(blocks("python", BENCHMARK))
+    for whole, part in {'load_dataset("mnist")': 'load_dataset("digits")', "n=200": "n=2"}.items():
+        assert whole in code
+        code = code.replace(whole, part)
+    known: dict[str, Any] = {}
+    exec(code, known)
+    assert 0 <= known["found"].robust.accuracy <= known["found"].clean <= 1
+    assert set(known["rows"]["attack"]) == {"torchattacks", "foolbox"}
+    assert Path("report/finetune-quick/card.html").exists()
 
 
 def test_the_readme_shows_every_verb() -> None:
