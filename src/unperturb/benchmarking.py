@@ -230,7 +230,7 @@ def _hidden(system: System, images: ImageSet, device: torch.device) -> set[str]:
     x, _ = images.batch(torch.arange(1), device)
     found = set()
     if not _gives_gradient(system.bare.to(device), x):
-        found |= {"oblivious", "bpda", "white_box"}
+        found |= {"oblivious", "gray_box", "bpda", "white_box"}
     if not _gives_gradient(system.model.to(device), x):
         found.add("white_box")
     return found

@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-RESUMABLE = ("train", "train-classifier", "evaluate", "attack")
+RESUMABLE = ("train", "train-classifier", "evaluate", "attack", "benchmark")
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
