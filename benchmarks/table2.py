@@ -49,14 +49,15 @@ SUMMARY = {"clean": "clean", "robust: oblivious": "robust, oblivious", "robust: 
 
 
 def read(name: str, eps: float) -> Table:
-    """`{system: line}` of one data set at one budget; what other budgets have as columns of their own is added."""
+    """`{system: line}` of one data set at one budget; what other budgets have as columns of their own is added. Nothing
+    of results that were made with an earlier definition of robust accuracy: those tables had no norm."""
     found: Table = {}
     for folder in (f"table2-{name}", f"table2-{name}/defense_gan"):
         path = ROOT / "results" / folder / "tables" / "comparison.csv"
         if not path.exists():
             continue
         with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
+            lines = [line for line in csv.DictReader(file) if "norm" in line]
         for line in lines:
             if line["norm"] == "linf" and abs(float(line["eps"]) - eps) < 1e-4:
                 found.setdefault(line["system"], line)
@@ -88,7 +89,9 @@ def markdown(headings: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 
 def whole(table: Table) -> str:
-    """Every column of one data set at one budget."""
+    """Every column of one data set at one budget; empty where there are no results."""
+    if not table:
+        return ""
     columns = {c: heading for c, heading in COLUMNS.items() if any(percent(line, c) for line in table.values())}
     most = max(int(line["clean n"]) for line in table.values())
 
@@ -110,6 +113,8 @@ def summary() -> str:
     """Clean and robust accuracies of the three data sets."""
     parts = {"MNIST, 0.3": read("mnist", 0.3), "Fashion-MNIST, 0.1": read("fashion_mnist", 0.1)}
     parts["CIFAR-10, 8/255"] = read("cifar10", 8 / 255)
+    if not all(parts.values()):
+        return ""
     headings = [
         f"{part}: {heading}" if column == "clean" else heading for part in parts for column, heading in SUMMARY.items()
     ]
@@ -132,13 +137,13 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(page: str) -> str:
-    """`page` with each table between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
-    return re.sub(
-        r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}",
-        page,
-        flags=re.S,
-    )
+    """`page` with each table between `<!-- table: NAME -->` and `<!-- end -->` made anew, where there are results."""
+
+    def made(found: re.Match[str]) -> str:
+        table = TABLES[found[2]]()
+        return f"{found[1]}\n{table}\n\n{found[3]}" if table else found[0]
+
+    return re.sub(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", made, page, flags=re.S)
 
 
 def main() -> None:
