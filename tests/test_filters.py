@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from unperturb.systems import System
 FILTERS: list[tuple[str, dict[str, Any]]] = [
     ("median", {"kernel": 3}),
     ("median", {"kernel": 5}),
+    ("gaussian_blur", {"kernel": 3, "sigma": 1.0}),
+    ("gaussian_blur", {"kernel": 7, "sigma": 2.0}),
     ("jpeg", {"quality": 75}),
     ("jpeg", {"quality": 20}),
     ("bit_depth", {"bits": 1}),
     ("bit_depth", {"bits": 4}),
     ("total_variation", {"weight": 0.1, "steps": 12}),
 ]
+NAMES = list(dict(FILTERS))
 
 
 def seen_by(knowledge: str, classifier: nn.Module, defense: Defense, eot_samples: int = 20) -> nn.Module:
@@ -63,6 +67,22 @@ def test_the_medians_gradient_goes_to_the_median_pixel() -> None:
     (gradient,) = torch.autograd.grad(out[0, 0, 1, 1], x)
     assert float(out[0, 0, 1, 1].detach()) == pytest.approx(0.4)
     assert gradient.flatten().tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("kernel", "sigma"), [(1, 1.0), (3, 0.5), (5, 2.0), (7, 1.5)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gaussian_blur_is_scipys(channels: int, kernel: int, sigma: float) -> None:
+    x = images(channels=channels)
+    found = create_defense("gaussian_blur", kernel=kernel, sigma=sigma).purify(x)
+    blur = partial(ndimage.gaussian_filter, sigma=sigma, radius=kernel // 2, mode="mirror")
+    expected = [[blur(channel) for channel in image] for image in x.numpy()]
+    np.testing.assert_allclose(found, np.array(expected), atol=1e-6)
+
+
+def test_the_gradient_of_gaussian_blur_is_exact() -> None:
+    defense = create_defense("gaussian_blur", kernel=5, sigma=1.5)
+    x = torch.rand(1, 3, 6, 6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(defense.purify, (x,))
 
 
 @pytest.mark.parametrize("quality", [10, 75, 95])
@@ -162,6 +182,8 @@ def test_a_white_box_attacker_always_has_a_gradient(name: str, options: dict[str
 def test_options_that_make_no_filter() -> None:
     for name, options, said in (
         ("median", {"kernel": 4}, "kernel must be odd"),
+        ("gaussian_blur", {"kernel": 4}, "kernel must be odd"),
+        ("gaussian_blur", {"sigma": 0.0}, "sigma must be above 0"),
         ("jpeg", {"quality": 0}, "quality must be 1 to 95"),
         ("bit_depth", {"bits": 9}, "bits must be 1 to 8"),
         ("total_variation", {"weight": 0.0}, "weight must be above 0"),
@@ -174,7 +196,7 @@ def test_options_that_make_no_filter() -> None:
 
 
 def test_each_filter_by_its_name_alone() -> None:
-    for name in ("median", "jpeg", "bit_depth", "total_variation"):
+    for name in NAMES:
         assert load_defense(name).spec == {"name": name, "options": {}}
     with pytest.raises(runs.RunError, match=r"no defense is called 'jpg'; did you mean 'jpeg'\?"):
         load_defense("jpg")
@@ -184,7 +206,7 @@ def test_each_filter_by_its_name_alone() -> None:
         load_defense("hgd")
 
 
-@pytest.mark.parametrize("name", ["median", "jpeg", "bit_depth", "total_variation", "hgd", "denoised_smoothing"])
+@pytest.mark.parametrize("name", [*NAMES, "hgd", "denoised_smoothing"])
 def test_each_has_a_card_and_its_recipes(name: str) -> None:
     from unperturb.config import read_recipe
 
