@@ -109,6 +109,8 @@ def test_the_first_screen_does_not_make_the_naive_claim(tmp_path: Path) -> None:
     text = front(page_of(*TINY[:4], out=tmp_path))
     assert "Nobody who knows of it was tried" in text
     assert "not tried" in text
+    knowing = front(page_of(*TINY[:2], TINY[4], out=tmp_path))
+    assert '<b class="value adaptive">25.0 %</b> stand under every attack by attackers who know of it' in knowing
     text = front(page_of(*TINY, out=tmp_path))
     assert "Nobody who knows" not in text
     # Oblivious attacks leave image 0, the white box image 3: together they leave none, which neither does alone.

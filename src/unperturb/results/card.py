@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unperturb.results.cost_figure import FREE_MS
 from unperturb.results.embedded import CRISP, figure_data, image_data, templates
 from unperturb.results.figures import ADVERSARIAL, RESTORED, attacker_title, class_name, clean_of, restored_figure, save
 from unperturb.results.flags import FLAGS, Flag, flags_of
@@ -423,8 +424,11 @@ def _records(attacks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
 
 def _costs(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     cost, times = data["cost"], data["times"]
-    said = [("purifying an image", _amount(times["purify_ms"], "ms"))]
-    said.append(("training", f"{_amount(cost['training_pflop'], 'PFLOP')}, {_amount(times['training_seconds'], 's')}"))
+    said = [
+        ("purifying an image", _amount(times["purify_ms"], "ms") if times["purify_ms"] > FREE_MS else "no purifier")
+    ]
+    training = [_amount(cost["training_pflop"], "PFLOP"), _amount(times["training_seconds"], "s")]
+    said.append(("training", ", ".join(dict.fromkeys(training))))
     said.append(("attacking it", f"{_amount(times['attack_seconds'], 's')}, {cost['gradients']:,} gradients of images"))
     if cost["differentiable"] is not None:
         gradient = "exact" if cost["differentiable"] else "none: a surrogate for the backward pass (BPDA)"

@@ -101,7 +101,7 @@ def _frame(axes: Any, title: str, shown: Sequence[Cost]) -> None:
 
 
 def _draw(axes: Any, shown: Sequence[Cost]) -> None:
-    at = [max(one.ms, FREE_MS / 2) for one in shown]
+    at = [one.ms if one.ms > FREE_MS else FREE_MS / 2 for one in shown]
     known = [(i, one.left) for i, one in enumerate(shown) if one.left is not None]
     best = pareto([shown[i].ms if shown[i].ms > FREE_MS else 0.0 for i, _ in known], [left[0] for _, left in known])
     front = {known[k][0] for k in best}

@@ -149,7 +149,7 @@ def eps_figure(results: Results, *, norm: Any = None, width: float = 9.6, most: 
     inches; below 6 for a narrow screen. most: where the axis ends; by default a little above the largest budget.
     """
     results = results.readable(28)
-    panels: list[tuple[str, Callable[[Any], None]]] = []
+    panels: list[tuple[tuple[str, str], Callable[[Any], None]]] = []
     for block, systems in every_block(results).items():
         given = results.budgets(block)
         kind = norm or (given[0][0] if given else "linf")
@@ -158,12 +158,12 @@ def eps_figure(results: Results, *, norm: Any = None, width: float = 9.6, most: 
         places = eps_places(tried, end, kind)
         bare = [one for one in systems if not one.defended and len(one.index)]
         for one in [one for one in systems if one.defended and len(one.index)] or bare:
-            title = f"{one.system}: {block_name(block)}, {norm_name(kind)}"
+            title = f"{one.system}, {norm_name(kind)}", f"robust accuracy, %, {block_name(block)}"
             lines = _lines(one, bare if one.defended else [], kind, places)
             panels.append((title, lambda axes, lines=lines, end=end: _curves(axes, lines, end)))  # type: ignore[misc]
     figure, sheets = _panels(len(panels), width, 4.2 if width >= NARROW else 4.0)
     for axes, (title, draw) in zip(sheets, panels):
-        _titled(axes, title, "robust accuracy, %")
+        _titled(axes, *title)
         draw(axes)
     return figure
 
