@@ -424,9 +424,8 @@ def _records(attacks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
 
 def _costs(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     cost, times = data["cost"], data["times"]
-    said = [
-        ("purifying an image", _amount(times["purify_ms"], "ms") if times["purify_ms"] > FREE_MS else "no purifier")
-    ]
+    free = times["purify_ms"] is not None and times["purify_ms"] < FREE_MS
+    said = [("purifying an image", "no purifier" if free else _amount(times["purify_ms"], "ms"))]
     training = [_amount(cost["training_pflop"], "PFLOP"), _amount(times["training_seconds"], "s")]
     said.append(("training", ", ".join(dict.fromkeys(training))))
     said.append(("attacking it", f"{_amount(times['attack_seconds'], 's')}, {cost['gradients']:,} gradients of images"))
