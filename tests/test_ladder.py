@@ -148,7 +148,7 @@ def test_what_is_broken_keeps_the_image_that_broke_it(data: ImageSet, tmp_path: 
     broken = rows[(rows["knowledge"] == "oblivious") & (rows["pred_pure_adv"] != rows["label"])]["index"]
     later = rows[(rows["attack"] == "apgd-ce") & rows["index"].isin(broken) & ~rows["index"].isin(first)]
     assert len(later)
-    assert (later["made_by"] == "pgd-20").all()
+    assert (later["made_by"] == "pgd-50").all()
     assert (later["made_with"] == "oblivious").all()
 
 
