@@ -292,7 +292,7 @@ def test_logits_are_found_in_the_answer_and_attacked_as_if_they_were_alone(
     torch.testing.assert_close(PGD(wrapped, IMAGES, LABELS), EXPECTED, rtol=0, atol=1e-5)
     torch.testing.assert_close(PGD(fused_copy(wrapped, IMAGES), IMAGES, LABELS), EXPECTED, rtol=0, atol=1e-5)
     torch.testing.assert_close(
-        PGD(Protected(wrapped, create_defense("none")), IMAGES, LABELS), EXPECTED, atol=1e-5, rtol=0
+        PGD(Protected(wrapped, create_defense("identity")), IMAGES, LABELS), EXPECTED, atol=1e-5, rtol=0
     )
 
 
@@ -419,7 +419,7 @@ class InPlace(Defense):
 
 def test_protected_writes_over_nothing() -> None:
     images = IMAGES.clone()
-    for defense in (InPlace(), create_defense("none")):
+    for defense in (InPlace(), create_defense("identity")):
         with torch.no_grad():
             Protected(Around(linear(), in_place), defense)(images)
         wrap(Around(linear(), in_place))(images)
@@ -548,13 +548,13 @@ def test_protected_refuses_pixels_of_another_scale(
     change: Callable[[Tensor], Tensor], error: type[Exception], message: str, gradient: bool
 ) -> None:
     with torch.set_grad_enabled(gradient), pytest.raises(error, match=message):
-        Protected(linear(), create_defense("none"))(change(IMAGES))
+        Protected(linear(), create_defense("identity"))(change(IMAGES))
     with pytest.raises(error, match=message):
-        Protected(linear(), create_defense("none")).rejects(change(IMAGES))
+        Protected(linear(), create_defense("identity")).rejects(change(IMAGES))
 
 
 def test_after_the_first_call_only_what_costs_nothing_is_looked_at_where_a_gradient_is_wanted() -> None:
-    protected = Protected(linear(), create_defense("none"))
+    protected = Protected(linear(), create_defense("identity"))
     protected(IMAGES)
     protected(IMAGES + 2)
     with pytest.raises(TypeError, match="divide 8-bit"):
@@ -702,7 +702,7 @@ def test_every_kind_of_module_is_attacked_as_it_is(make: Callable[[], nn.Module]
         net,
         lambda x: net(x),
         fused_copy(net, IMAGES, channels_last=True),
-        Protected(net, create_defense("none")),
+        Protected(net, create_defense("identity")),
     ):
         torch.testing.assert_close(PGD(model, IMAGES, LABELS), EXPECTED, rtol=0, atol=1e-5)
     if make is holds_a_lock:

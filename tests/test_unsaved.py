@@ -47,13 +47,15 @@ def test_an_object_or_a_callable_from_the_current_folder(here: Path, tiny_digits
     path = list(sys.path)
     made = import_classifier("own_nets:made", tiny_digits.train, mean=[0.5], std=[0.25])
     assert sys.path[: len(path)] == path
-    assert torch.allclose(made(images), made.net.layer(((images - 0.5) / 0.25).flatten(1)))
+    assert torch.allclose(made(images), made.net.net.layer(((images - 0.5) / 0.25).flatten(1)))
     assert import_classifier("own_nets:Linear", tiny_digits.train)(images).shape == (3, 10)
     assert import_classifier("own_nets.py:Linear", tiny_digits.train)(images).shape == (3, 10)
     (here / "other").mkdir()
     (here / "other" / "own_nets.py").write_text(NET.replace("seed(5)", "seed(6)"))
     other = import_classifier("other/own_nets.py:made", tiny_digits.train, mean=[0.5], std=[0.25])
-    assert not torch.equal(other.net.layer.weight, made.net.layer.weight)  # not the file of that name met before
+    assert not torch.equal(
+        other.net.net.layer.weight, made.net.net.layer.weight
+    )  # another file of that name
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "checkpoint.pt"])
@@ -64,7 +66,7 @@ def test_weights_from_a_file(name: str, here: Path, tiny_digits: Splits) -> None
     else:
         torch.save({"state_dict": weights} if name == "checkpoint.pt" else weights, here / name)
     loaded = import_classifier("own_nets:Linear", tiny_digits.train, weights=here / name)
-    assert torch.equal(loaded.net.layer.weight, weights["layer.weight"])
+    assert torch.equal(loaded.net.net.layer.weight, weights["layer.weight"])
 
 
 def test_weights_that_are_not_numbers_are_refused(here: Path, tiny_digits: Splits) -> None:
@@ -89,7 +91,7 @@ def test_a_file_with_a_dataclass_and_a_late_import(here: Path, tiny_digits: Spli
     )
     images, _ = tiny_digits.test.batch(torch.arange(3))
     made = import_classifier("modern.py:made", tiny_digits.train)
-    assert torch.allclose(made(images), 2 * made.net.layer(images.flatten(1)))
+    assert torch.allclose(made(images), 2 * made.net.net.layer(images.flatten(1)))
     (here / "script.py").write_text("import sys; sys.exit('usage: script')")
     with pytest.raises(ValueError, match=r"script\.py:net could not be imported: .*SystemExit: usage: script"):
         import_classifier("script.py:net", tiny_digits.train)

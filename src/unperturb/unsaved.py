@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -59,14 +58,6 @@ def import_object(path: str) -> Any:
     return _import(path)
 
 
-def _makes_one(thing: Any) -> bool:
-    """Whether `thing` is to be called for a model, and is not one itself: a class, or what takes no argument."""
-    if isinstance(thing, nn.Module) or not callable(thing):
-        return False
-    options = inspect.signature(thing).parameters.values()
-    return not any(o.default is o.empty and o.kind in (o.POSITIONAL_ONLY, o.POSITIONAL_OR_KEYWORD) for o in options)
-
-
 def _import(path: str) -> Any:
     place, _, name = path.partition(":")
     file = Path(place)
@@ -76,7 +67,7 @@ def _import(path: str) -> Any:
         thing: Any = _run(file) if file.suffix == ".py" else importlib.import_module(place)
         for part in name.split("."):
             thing = getattr(thing, part)
-        model = thing() if _makes_one(thing) else thing
+        model = thing if isinstance(thing, nn.Module) or not callable(thing) else thing()
     except (Exception, SystemExit) as error:  # the user's own code may raise anything, and a script may end itself
         raise ValueError(f"{path} could not be imported: {_where(error)}{type(error).__name__}: {error}") from error
     finally:
