@@ -42,7 +42,7 @@ class TwoOutputs(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.net(x)
-        return x.flatten(1), logits, logits.max()
+        return x.flatten(1), logits, logits.amax(0)
 
 
 def net(classes: int = 3) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import (
@@ -116,6 +117,7 @@ DATA: dict[str, Callable[[], Any]] = {
     "arrays with channels last": lambda: (PICTURES, LABELS.numpy().astype(np.uint8)),
     "arrays of floats": lambda: (PICTURES.astype(np.float32) / 255, LABELS.numpy()),
     "arrays of another byte order": lambda: ((PICTURES / 255).astype(">f8"), LABELS.numpy()),
+    "arrays that cannot be written": lambda: (read_only(PICTURES), read_only(LABELS.numpy())),
     "an array and a tensor": lambda: (PICTURES, LABELS),
     "a TensorDataset": lambda: TensorDataset(FLOATS, LABELS),
     "a Dataset": lambda: Mine(as_floats),
@@ -143,6 +145,12 @@ DATA: dict[str, Callable[[], Any]] = {
     "a DataLoader of a stream": lambda: DataLoader(StreamOfKnownLength(ending), batch_size=9),
     "an ImageSet": lambda: SET,
 }
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    array = array.copy()
+    array.setflags(write=False)
+    return array
 
 
 class SimpleItems:
