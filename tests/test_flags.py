@@ -72,7 +72,7 @@ def results(
     *cells: pd.DataFrame, probe: Mapping[str, Any] | None = None, about: Mapping[str, Any] | None = None
 ) -> Results:
     rows = pd.concat(cells, ignore_index=True)
-    return Results(rows, about={("digits", "robust"): about or {}}, probes={("digits", "robust"): probe or {}})
+    return Results(rows, about={("digits", "robust"): about or {}}, probes={("digits", "", "robust"): probe or {}})
 
 
 def flags(*cells: pd.DataFrame, **known: Any) -> list[Flag]:
@@ -288,7 +288,7 @@ def test_a_claim_stands_beside_adversarial_training() -> None:
     assert (flag.name, flag.severity) == ("no-adversarial-training", "note")
     assert names(claims, STRONG(range(40))) == set()
     assert names(claims.assign(system="adversarial")) == set(), "it is one"
-    in_place = Results(claims, about={}, probes={("digits", "ours"): {"purifier": 0}})
+    in_place = Results(claims, about={}, probes={("digits", "", "ours"): {"purifier": 0}})
     assert flags_of(in_place) == [], "it is one, as far as can be told"
     assert names(claims.assign(defended=False)) == set()
     assert names(STRONG(range(85), system="ours")) == set(), "what is broken claims nothing"

@@ -125,7 +125,7 @@ def test_what_is_known_of_a_system_besides_follows_its_name() -> None:
     long = "ours" * 30
     about = {("folder:/home/me/photos", long): {"pflop": 1.0}}
     rows = frame(OURS | {"dataset": "folder:/home/me/photos", "system": long})
-    results = Results(rows, about=about, probes={("", long): {"seconds": 1}})
+    results = Results(rows, about=about, probes={("", "", long): {"seconds": 1}})
     short = results.readable(12)
     (name,) = short.systems[short.blocks[0]]
     assert short.blocks[0].dataset == "photos"

@@ -223,12 +223,12 @@ def test_of_one_name_that_means_two_things_the_cost_is_not_known(tmp_path: Path)
 
 def test_what_a_probe_measured_is_found_by_the_system(shard: Path, tmp_path: Path) -> None:
     assert Results.read(tmp_path).probe("undefended") == {}
-    runs.write_json(tmp_path / "probe.json", {"undefended": {"repeat_difference": 0.25}})
+    runs.write_json(tmp_path / "probe.json", {"net": {"undefended": {"repeat_difference": 0.25}}})
     assert Results.read(tmp_path).probe("undefended") == {"repeat_difference": 0.25}
     runs.write_json(tmp_path / "systems.json", {"undefended": {**ENTRY, "defended": False, "pflop": 0.0}})
-    assert schema.read_probes(tmp_path) == {("toy", "undefended"): {"repeat_difference": 0.25}}
-    runs.write_json(tmp_path / "probe.json", {"undefended": 3})
-    with pytest.raises(RunError, match=r"probe\.json is not what was written there: undefended"):
+    assert schema.read_probes(tmp_path) == {("toy", "net", "undefended"): {"repeat_difference": 0.25}}
+    runs.write_json(tmp_path / "probe.json", {"net": {"undefended": 3}})
+    with pytest.raises(RunError, match=r"probe\.json is not what was written there: net.undefended"):
         Results.read(tmp_path)
 
 

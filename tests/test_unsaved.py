@@ -53,9 +53,7 @@ def test_an_object_or_a_callable_from_the_current_folder(here: Path, tiny_digits
     (here / "other").mkdir()
     (here / "other" / "own_nets.py").write_text(NET.replace("seed(5)", "seed(6)"))
     other = import_classifier("other/own_nets.py:made", tiny_digits.train, mean=[0.5], std=[0.25])
-    assert not torch.equal(
-        other.net.net.layer.weight, made.net.net.layer.weight
-    )  # another file of that name
+    assert not torch.equal(other.net.net.layer.weight, made.net.net.layer.weight)  # another file of that name
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "checkpoint.pt"])

@@ -165,7 +165,7 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
         options.get("budget", "standard"),
         transfer="transfer" in surrogates,
         gray_box="gray_box" in surrogates,
-        hidden=_hidden(system, images, device),
+        hidden=_hidden(system, images, device, options.get("surrogate")),
     )
     return Plan(
         data=images,
@@ -219,20 +219,26 @@ def _system(model: Any, name: str, base: nn.Module | None) -> System:
     from unperturb.systems import System
 
     if isinstance(model, System):
+        if base is not None:
+            raise ValueError("a System says itself what its base is: pass System(name, net, base=...), not base=")
         return model
     return System.of(name, model if isinstance(model, nn.Module) else wrap(model), base)
 
 
-def _hidden(system: System, images: ImageSet, device: torch.device) -> set[str]:
+def _hidden(system: System, images: ImageSet, device: torch.device, surrogate: nn.Module | None) -> set[str]:
     """The kinds of knowledge that meet no gradient at all."""
     import torch
 
     x, _ = images.batch(torch.arange(1), device)
     found = set()
     if not _gives_gradient(system.bare.to(device), x):
-        found |= {"oblivious", "gray_box", "bpda", "white_box"}
+        found |= {"oblivious", "gray_box"}
+    if not _gives_gradient(system.classifier.to(device), x):
+        found |= {"bpda", "white_box"}
     if not _gives_gradient(system.model.to(device), x):
         found.add("white_box")
+    if surrogate is not None and not _gives_gradient(surrogate.to(device), x):
+        raise ValueError("a transfer attack is made on the surrogate by its gradients, and this one gives none")
     return found
 
 

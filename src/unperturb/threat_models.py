@@ -107,8 +107,7 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, not {self.norm!r}")
-        # Pixels are counted, not measured: an l0 budget is a whole number and may be large.
-        eps = float(self.eps) if self.norm == "l0" else budget(self.eps, self.norm)
+        eps = budget(self.eps, self.norm)
         object.__setattr__(self, "eps", eps)
         check_knowledge(self.knowledge)
 

@@ -15,6 +15,8 @@ from unperturb.attacks.losses import margin
 from unperturb.attacks.projections import Norm
 from unperturb.threat_models import budget
 
+LEVELS = 65_535  # of a pixel, in 16 bits
+
 
 def onto_plane(x: Tensor, w: Tensor, b: Tensor, norm: Norm) -> Tensor:
     """The point of [0, 1]^D with <w, z> = b that is nearest to `x` in `norm`; where there is none, a corner of the box
@@ -219,7 +221,8 @@ class FAB(MinimalAttack):
             # Short of the crossing by a tenth, or rounding would leave every other point on the wrong side.
             share = 0.9 * high_value / (high_value - low_value).clamp(min=1e-30)
             t = high - share.clamp(0, 1) * (high - low)
-            x = (images + t[:, None, None, None] * way).clamp_(0, 1)
+            # On the levels that images are kept in, or what is found so near the boundary would not survive it.
+            x = ((images + t[:, None, None, None] * way).clamp_(0, 1) * LEVELS).round_().div_(LEVELS)
             logits = context.logits(x)
             fooled = now.keep(x, logits, self.norm)
             value = context.value(logits, margin)

@@ -176,7 +176,7 @@ class Plan:
             "defended": not cell.system.undefended,
             "attack": cell.label,
             "attack_repr": repr(attack),
-            "norm": "" if eps is None else str(getattr(attack, "norm", "")),
+            "norm": "" if eps is None else str(getattr(attack, "norm", "linf")),  # RayS knows no other
             "eps": float("nan") if eps is None else eps,
             "knowledge": cell.attacker.knowledge,
             "surrogate": "" if cell.surrogate is None else cell.surrogate.name,

@@ -255,6 +255,12 @@ def opened(
     the folder holds anything else, another process has it, or `resume` is off and it holds this run.
     """
     with runs.lock(out):
+        own = sorted(label for label, sent in plan.attackers.items() if any(map(_is_own, sent)))
+        if resume and own and (out / "rows").is_dir():
+            raise runs.RunError(
+                f"{out} cannot be gone on with: {', '.join(own)} holds code of your own, and whether it is that "
+                "which the run was begun with cannot be told; choose another folder"
+            )
         note = {f"data {plan.data.source}": plan.note} if plan.note else None
         runs.open_run(out, {**recipe, "fingerprints": _fingerprints(plan)}, resume=resume, about=note)
         recognize(plan, out)
@@ -263,18 +269,24 @@ def opened(
         yield
 
 
+def _is_own(attacker: Attacker) -> bool:
+    """Whether an attacker holds code that no later process can tell from other code."""
+    return attacker.surrogate_backward is not None or not identify(attacker.attack).lasting
+
+
 def _probe(plan: Plan, out: Path) -> None:
     """Keep in the run folder what a short look at each system shows, once; the flags are raised from it."""
     if not plan.probed or (out / "probe.json").exists():
         return
     data = plan.data.subset(min(plan.probed, len(plan.data)))
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {name: {} for name in plan.classifiers}
+    threat = plan.threat
+    ball: Any = {"eps": threat.eps, "norm": threat.norm}
     with plan.at_work():
         images, labels = data.batch(torch.arange(len(data)), plan.device)
-        for system in plan.systems if len(data) > 1 else ():  # before the first of its classifiers
-            if system.name not in found:
-                threat = plan.threat
-                found[system.name] = probe(system, images, labels, eps=threat.eps, norm=threat.norm)  # type: ignore[arg-type]
+        for classifier in plan.classifiers if len(data) > 1 else ():
+            for system in plan.block(classifier):
+                found[classifier][system.name] = probe(system, images, labels, **ball)
     runs.write_json(out / "probe.json", found)
 
 

@@ -234,11 +234,18 @@ def _ends(found: RobustAccuracy | None) -> dict[str, float] | None:
 def _curves(
     systems: Mapping[str, Judged], threat_model: ThreatModel, tried: Sequence[float], most: float
 ) -> dict[str, Any]:
-    """Robust accuracy at each of `eps`, by system and kind of knowledge that was tried on it."""
+    """Robust accuracy at each of `eps`, by system and kind of knowledge that was tried on it; None where no attack had
+    that budget and none was without one."""
     norm = threat_model.norm
     places = eps_places(sorted({*tried, float(threat_model.eps)}), most, norm)
+
+    def curve(one: Judged, knowledge: str) -> list[float | None]:
+        budgets = one.cells[one.among(KNOWLEDGE[knowledge].includes)]["eps"].to_numpy(float)
+        tried_there = [bool(((budgets != budgets) | (abs(budgets - eps) < 1e-6)).any()) for eps in places]
+        return [at if known else None for at, known in zip(eps_curve(one, norm, knowledge, places), tried_there)]
+
     curves = {
-        name: {k: eps_curve(one, norm, k, places) for k in KNOWLEDGE if (one.cells["knowledge"] == k).any()}
+        name: {k: curve(one, k) for k in KNOWLEDGE if (one.cells["knowledge"] == k).any()}
         for name, one in systems.items()
     }
     return {"eps": places, "accuracy": curves}

@@ -143,7 +143,7 @@ def cases_of(results: Results) -> Iterator[tuple[Block, Case]]:
     images = images_of(results)
     for block, systems in results.systems.items():
         here = results.cells[(results.cells[list(block._fields)] == list(block)).all(axis=1)]
-        probes = {name: results.probe(name, block.dataset) for name in systems}
+        probes = {name: results.probe(name, block.dataset, block.classifier) for name in systems}
         defended = {name: bool(here.loc[here["system"] == name, "defended"].any()) for name in systems}
         trained = {name: defended[name] and _is_trained(name, probes[name]) for name in systems}
         for name in systems:

@@ -197,6 +197,12 @@ def _pairs(a: Results, b: Results) -> list[tuple[Judged, Judged]]:
 def _both(a: Results, one: Judged, b: Results, other: Judged) -> Iterable[tuple[dict[str, Any], Any, Any]]:
     """What two systems are compared under, and per image the `mean` and `min` over the draws of each being right."""
     nothing = {"kind": CLEAN, "knowledge": "", "attack": "", "norm": "", "eps": float("nan")}
+    labels = [_labels(of, judged) for of, judged in ((a, one), (b, other))]
+    common = labels[0].index.intersection(labels[1].index)
+    if (labels[0][common] != labels[1][common]).any():
+        raise ValueError(
+            f"the images of {one.system} are not those of {other.system}: the same numbers have other labels there"
+        )
     clean = [_per_image(of, judged.cells.index, "clean_right") for of, judged in ((a, one), (b, other))]
     yield nothing, clean[0], clean[1]
     keys = ["knowledge", "short", "norm", "eps"]
@@ -213,6 +219,11 @@ def _both(a: Results, one: Judged, b: Results, other: Judged) -> Iterable[tuple[
                 yield nothing | what, _of_images(mine), _of_images(its)
     if (mine := one.by_the_paper()) and (its := other.by_the_paper()):
         yield nothing | {"kind": PAPER, "knowledge": "oblivious"}, _of_images(mine), _of_images(its)
+
+
+def _labels(results: Results, judged: Judged) -> pd.Series[Any]:
+    mine = results.rows[results.rows["cell"].isin(judged.cells.index)]
+    return mine.groupby("index")["label"].first()
 
 
 def _per_image(results: Results, cells: Any, column: str) -> pd.DataFrame:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unperturb.results.names import LONGEST, NAMES, attack_name, attack_rank, readable
-from unperturb.results.schema import CELL_KEYS, ROW_COLUMNS, read_probes, read_rows, read_systems
+from unperturb.results.schema import CELL_KEYS, ROW_COLUMNS, read_rows
 from unperturb.threat_models import KNOWLEDGE, Norm
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Beside = Mapping[tuple[str, str], Mapping[str, Any]]  # by (data set, system)
+Probes = Mapping[tuple[str, str, str], Mapping[str, Any]]  # by (data set, classifier, system)
 BLOCK = ["dataset", "split", "classifier"]
 
 
@@ -32,8 +33,8 @@ class Results:
     """Rows, and what follows from them alone.
 
     rows: as `unperturb.results.schema.read_rows` gives them; of an image that one draw of a cell has twice, as where
-    two runs share a system, the first counts. about, probes: what is known of systems besides, by (data set, system);
-    by default what lies in the folders that `rows.attrs["runs"]` names.
+    two runs share a system, the first counts. about, probes: what is known of systems besides, by (data set, system),
+    probes by (data set, classifier, system); by default what `read_rows` has put beside the rows, in their `attrs`.
 
     Attributes: `rows`, with the number of each row's cell as `cell`; `runs`, the folders they came from; `names`, per
     column what a name was before `readable` changed it, by its name now.
@@ -41,15 +42,16 @@ class Results:
     Raises `ValueError` where there are no rows, or a column is missing.
     """
 
-    def __init__(self, rows: pd.DataFrame, *, about: Beside | None = None, probes: Beside | None = None) -> None:
+    def __init__(self, rows: pd.DataFrame, *, about: Beside | None = None, probes: Probes | None = None) -> None:
         lacking = [column for column in ROW_COLUMNS if column not in rows]
         if lacking:
             raise ValueError(f"these are no rows: they have no column {lacking[0]!r}; `read_rows` gives some")
         if not len(rows):
             raise ValueError("there are no rows to make tables of; make some with `unperturb evaluate`")
         self.runs = tuple(Path(run) for run in rows.attrs.get("runs", ()))
-        self._about = dict(read_systems(*self.runs) if about is None else about)
-        self._probes = dict(read_probes(*self.runs) if probes is None else probes)
+        beside = {what: {tuple(key): of for *key, of in rows.attrs.get(what, ())} for what in ("systems", "probes")}
+        self._about: dict[Any, Any] = dict(beside["systems"] if about is None else about)
+        self._probes: dict[Any, Any] = dict(beside["probes"] if probes is None else probes)
         self.names: dict[str, dict[str, str]] = {}
         rows = rows.assign(cell=rows.groupby(CELL_KEYS, sort=False, dropna=False).ngroup())
         cells = rows.drop_duplicates("cell").set_index("cell")[CELL_KEYS]
@@ -171,9 +173,14 @@ class Results:
         nothing. dataset: needed where there are several. Raises `ValueError` without it there."""
         return self._about.get((self._dataset(dataset), system), {})
 
-    def probe(self, system: str, dataset: str | None = None) -> Mapping[str, Any]:
-        """What a short probe measured of a system; empty where it was not probed. dataset: as in `about`."""
-        return self._probes.get((self._dataset(dataset), system)) or self._probes.get(("", system), {})
+    def probe(self, system: str, dataset: str | None = None, classifier: str | None = None) -> Mapping[str, Any]:
+        """What a short probe measured of a system; empty where it was not probed. dataset: as in `about`. classifier:
+        before which it was (default: the first)."""
+        wanted = self._dataset(dataset), classifier, system
+        for key, numbers in self._probes.items():
+            if all(known in ("", name) or name is None for known, name in zip(key, wanted)):
+                return numbers
+        return {}
 
     def _dataset(self, name: str | None) -> str:
         known = list(self.cells["dataset"].unique())
@@ -183,12 +190,12 @@ class Results:
 
     def _with(self, rows: pd.DataFrame, names: Mapping[str, Mapping[str, str]] | None = None) -> Results:
         """Other rows with what is known of the same systems, under the names that `names` gives them."""
-        datasets, systems = ((names or {}).get(column, {}) for column in ("dataset", "system"))
-
-        def renamed(beside: Beside) -> Beside:
-            return {(datasets.get(d, d), systems.get(s, s)): of for (d, s), of in beside.items()}
-
-        found = Results(rows, about=renamed(self._about), probes=renamed(self._probes))
+        datasets, classifiers, systems = ((names or {}).get(k, {}) for k in ("dataset", "classifier", "system"))
+        about = {(datasets.get(d, d), systems.get(s, s)): of for (d, s), of in self._about.items()}
+        probes = {
+            (datasets.get(d, d), classifiers.get(c, c), systems.get(s, s)): of for (d, c, s), of in self._probes.items()
+        }
+        found = Results(rows, about=about, probes=probes)
         found.runs, found.names = self.runs, dict(self.names)
         return found
 

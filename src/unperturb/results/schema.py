@@ -145,6 +145,7 @@ def read_rows(*runs: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
+    _check_same_systems(runs)
     found = []
     for run in runs:
         files = sorted(Path(run).glob("rows/*/*.parquet"))
@@ -154,8 +155,27 @@ def read_rows(*runs: str | Path) -> pd.DataFrame:
         _check_places(rows, files)
         found.append(rows.drop(columns="file"))
     rows = pd.concat(found, ignore_index=True)
+    # Beside the rows, since a folder may be gone when they are looked at; lists, since Parquet keeps them as JSON.
+    rows.attrs["systems"] = [[*key, about] for key, about in read_systems(*runs).items()]
+    rows.attrs["probes"] = [[*key, numbers] for key, numbers in read_probes(*runs).items()]
     rows.attrs["runs"] = [str(r) for r in runs]  # where the samples and the environment lie
     return rows
+
+
+def _check_same_systems(runs: Sequence[str | Path]) -> None:
+    """Raise `RunError` where one name means two models in two of the run folders, as far as these say."""
+    known: dict[tuple[str, str], tuple[str, str | Path]] = {}
+    for run in runs if len(runs) > 1 else ():
+        path = Path(run) / "recipe.json"
+        recipe = read_json(path, dict[str, Any]) if path.exists() else {}
+        prints = recipe.get("fingerprints") or {}
+        for name, mark in (prints.get("systems") or {}).items():
+            key = str(recipe.get("dataset", recipe.get("data", ""))), str(name)
+            first, where = known.setdefault(key, (str(mark), run))
+            if first != str(mark):
+                raise RunError(
+                    f"{name} is one model in {where} and another in {run}: read them apart, or give one another name"
+                )
 
 
 def _check_places(rows: pd.DataFrame, files: list[Path]) -> None:
@@ -284,15 +304,16 @@ def read_systems(*runs: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
     return found
 
 
-def read_probes(*runs: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What a short probe measured of each system, by (data set, name), from the `probe.json` of one or more run
-    folders; nothing of folders without one. The first folder that has a system's numbers gives them. Raises `RunError`
-    for a damaged file."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+def read_probes(*runs: str | Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """What a short probe measured of each system, by (data set, classifier, name), from the `probe.json` of one or more
+    run folders; nothing of folders without one. The first folder that has a system's numbers gives them. Raises
+    `RunError` for a damaged file."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for run in runs:
         path = Path(run) / "probe.json"
-        probes = read_json(path, dict[str, dict[str, Any]]) if path.exists() else {}
+        probes = read_json(path, dict[str, dict[str, dict[str, Any]]]) if path.exists() else {}
         datasets = {name: dataset for dataset, name in read_systems(run)} if probes else {}
-        for name, numbers in probes.items():
-            found.setdefault((datasets.get(name, ""), name), numbers)
+        for classifier, of in probes.items():
+            for name, numbers in of.items():
+                found.setdefault((datasets.get(name, ""), classifier, name), numbers)
     return found
