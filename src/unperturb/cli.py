@@ -520,7 +520,8 @@ def benchmark(
         "surrogate": None if surrogate is None else model_from(surrogate, images),
         "surrogate_defense": None if surrogate_defense is None else load_defense(surrogate_defense),
     }
-    out = out or Path("runs") / f"benchmark-{Path(model).name.replace(':', '-')}"
+    called = name if name != "model" else Path(model).name.replace(":", "-")
+    out = out or Path("runs") / f"benchmark-{called}"
     cost = estimate(benchmark_plan(judged, images, **options))
     say(f"{cost.images:,} images, {cost.cells} cells, at most {cost.pflop:g} PFLOP, about {cost.minutes:g} minutes")
     if dry_run:
@@ -654,7 +655,8 @@ def _sentence(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)):
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, ValueError | TypeError | OSError | RuntimeError) and _is_ours(error) and error.args != ():
+    kinds = ValueError | TypeError | OSError | RuntimeError | ImportError  # the last: an extra that is not installed
+    if isinstance(error, kinds) and _is_ours(error) and error.args != ():
         ours = not isinstance(error, OSError) or error.errno is None
         if ours and not _out_of_memory(error):
             return str(error)

@@ -240,7 +240,7 @@ def robust_sheets(results: Results) -> list[Sheet]:
             lines.append([system, f"{n:,}", percent(clean), *(percent_of(of.get(k)) for k in kinds)])
         heads = ["system", "images", CLEAN, *map(attacker_name, kinds)]
         title = f"{block_title(block)}, {budget_title(norm, eps)}"
-        over = ["", "", "", *["every attacker up to"] * len(kinds)]
+        over = ["", "", "", *["who knows no more than"] * len(kinds)]
         sheets.append(Sheet(title, "robust accuracy [95 % Wilson interval]", over, heads, lines))
     return sheets
 
