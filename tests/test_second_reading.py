@@ -76,9 +76,9 @@ def test_another_attack_of_ones_own_is_not_taken_for_the_first(tmp_path: Path) -
         return pgd(loss=lambda logits, labels: sign * F.cross_entropy(logits, labels, reduction="none"))
 
     up.evaluate(images_of(), {"net": Net()}, {"own": own(-1)}, ["oblivious"], out=tmp_path / "run", quiet=True)
+    again, options = {"own": own(1)}, {"out": tmp_path / "run", "resume": True, "quiet": True}
     with pytest.raises(RunError, match="own holds code of your own"):
-        again = {"own": own(1)}
-        up.evaluate(images_of(), {"net": Net()}, again, ["oblivious"], out=tmp_path / "run", resume=True, quiet=True)
+        up.evaluate(images_of(), {"net": Net()}, again, ["oblivious"], **options)  # type: ignore[arg-type]
 
 
 def test_one_name_is_one_model(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_one_name_is_one_model(tmp_path: Path) -> None:
         data = as_image_set((torch.zeros(4, 1, 28, 28), torch.arange(4)))
         noise = [up.create_attack("noise", eps=0.1)]
         up.evaluate(data, {"m": up.System("m", net, base=Net())}, noise, ["none"], out=tmp_path / name, quiet=True)
-    with pytest.raises(RunError, match="m is one model in .*convnet and another in .*lenet5"):
+    with pytest.raises(RunError, match=r"m is one model in .*convnet and another in .*lenet5"):
         up.Results.read(tmp_path / "convnet", tmp_path / "lenet5")
 
 
