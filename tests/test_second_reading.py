@@ -82,11 +82,12 @@ def test_another_attack_of_ones_own_is_not_taken_for_the_first(tmp_path: Path) -
 
 
 def test_one_name_is_one_model(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     for name in ("convnet", "lenet5"):
         net = up.create_classifier(name, channels=1, size=28, classes=10, mean=[0.5], std=[0.5])
         data = as_image_set((torch.zeros(4, 1, 28, 28), torch.arange(4)))
         noise = [up.create_attack("noise", eps=0.1)]
-        up.evaluate(data, {"m": up.System("m", net, base=Net())}, noise, ["none"], out=tmp_path / name, quiet=True)
+        up.evaluate(data, {"m": up.System("m", net, base=base)}, noise, ["none"], out=tmp_path / name, quiet=True)
     with pytest.raises(RunError, match=r"m is one model in .*convnet and another in .*lenet5"):
         up.Results.read(tmp_path / "convnet", tmp_path / "lenet5")
 
