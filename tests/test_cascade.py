@@ -154,7 +154,7 @@ def cascade(out: Path) -> None:
         for shard in parts:
             run_cell(work, first, shard)
             rows = rows_of(work, first, shard)
-            right = torch.from_numpy((rows["pred_pure_adv"] == rows["label"]).to_numpy())
+            right = torch.tensor((rows["pred_pure_adv"] == rows["label"]).to_numpy())
             before = adversarials_of(work, first, shard).images
             run_cell(work, second, shard, attacked=right, before=before, made_by=[("pgd", "oblivious")] * len(right))
 

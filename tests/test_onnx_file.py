@@ -92,7 +92,7 @@ def test_a_file_gives_no_gradient_and_is_attacked_by_queries(tmp_path: Path) -> 
     wrapped = wrap(exported(model, tmp_path / "net.onnx", 4))
     labels = model(IMAGES).argmax(1)
     assert not wrapped.differentiable
-    protected = Protected(wrapped, create_defense("none"))
+    protected = Protected(wrapped, create_defense("identity"))
     for seen in (wrapped, fused_copy(wrapped, IMAGES), protected, copy.deepcopy(wrapped)):
         with pytest.raises(NoGradientError, match=r"gives no gradient.*by queries \(square, rays\)"):
             create_attack("pgd", eps=0.3)(seen, IMAGES, labels)
