@@ -260,3 +260,34 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list((out / "images").glob("*.png"))) == 12
     again = runner.invoke(cli.app, [*call, "--set", "loss=margin", "--resume"], catch_exceptions=False)
     assert again.output == done.output
+
+
+def test_a_model_of_ones_own_is_known_by_its_weights(digits: tuple[nn.Module, ImageSet], tmp_path: Path) -> None:
+    _, data = digits
+    channels, height, width = data.shape
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(channels * height * width, data.classes)
+
+        def forward(self, images: Tensor) -> Tensor:
+            out: Tensor = self.linear(images.flatten(1))
+            return out
+
+    model, attack = Own(), create_attack("fgsm", eps=EPS)
+    attack_images(model, data, attack, tmp_path / "adv", n=4, quiet=True)
+    attack_images(Own(), data, attack, tmp_path / "adv", n=4, resume=True, quiet=True)  # as in another process
+    with torch.no_grad():
+        model.linear.weight.neg_()
+    with pytest.raises(RunError, match="differs in model"):
+        attack_images(model, data, attack, tmp_path / "adv", n=4, resume=True, quiet=True)
+
+
+def test_an_attack_of_ones_own_is_not_gone_on_with(digits: tuple[nn.Module, ImageSet], tmp_path: Path) -> None:
+    model, data = digits
+    own = create_attack("fgsm", eps=EPS, loss=lambda logits, labels: -logits.gather(1, labels[:, None]).squeeze(1))
+    attack_images(model, data, own, tmp_path / "adv", n=4, quiet=True)
+    with pytest.raises(RunError, match="holds code of your own"):
+        attack_images(model, data, own, tmp_path / "adv", n=4, resume=True, quiet=True)

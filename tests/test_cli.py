@@ -25,6 +25,7 @@ import unperturb
 from unperturb import cli
 from unperturb.data import load_dataset
 from unperturb.devices import Speed
+from unperturb.mistakes import is_ours
 from unperturb.registry import UnknownNameError
 from unperturb.results.schema import read_rows
 from unperturb.runs import RunError
@@ -192,10 +193,10 @@ def test_our_errors_are_told_from_bugs() -> None:
 
     with pytest.raises(UnknownNameError) as raised:
         ours()
-    assert cli._is_ours(raised.value)
+    assert is_ours(raised.value)
     with pytest.raises(ZeroDivisionError) as bug:
         _ = 1 / 0
-    assert not cli._is_ours(bug.value)
+    assert not is_ours(bug.value)
     assert issubclass(RunError, RuntimeError)
 
 

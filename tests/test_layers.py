@@ -21,6 +21,7 @@ LAYERS = {
     "threat_models": 2,
     "modules": 2,
     "screen": 1,
+    "mistakes": 1,
     "devices": 2,
     "data": 2,
     "runs": 2,

@@ -32,6 +32,7 @@ from unperturb.unsaved import import_classifier, is_import_path
 
 MANIFEST, SUMMARY, IMAGES = "manifest.csv", "summary.json", "images"
 _ATTACKABLE = ("white_box", "bpda", "black_box", "oblivious")
+_LOOKED_AT = 64  # images by which a model is known that nothing else tells from others
 _LEEWAY = 1e-6  # of a distance between two 8-bit images: what float32 makes of eps
 
 
@@ -91,9 +92,8 @@ class AttackImagesPlan:
             "fingerprint": self.data.fingerprint,
             "n": len(self.data),
             "system": self.system.name,
-            "model": identify(self.system.model).key,
+            "model": _mark(self.system.model, self.data),
             "attack": repr(self.attack),
-            "own": f"{id(self.attack)}" if self.attack.holds_own else "",
             "knowledge": self.knowledge,
             "seed": self.seed,
             "batch": self.batch,
@@ -208,6 +208,11 @@ def run_plan(
     attack, target = plan.attacker(where)
     model = plan.system.model.to(where)
     with runs.lock(out), screen.shown("attacking", progress, quiet) as update:
+        if resume and plan.attack.holds_own and (out / MANIFEST).exists():
+            raise runs.RunError(
+                f"{out} cannot be gone on with: the attack holds code of your own, and whether it is that which the "
+                "folder was begun with cannot be told; choose another folder"
+            )
         runs.open_run(out, plan.settings(), resume=resume)
         kept = {line.index: line for line in _read_manifest(out) if _as_written(out, line, data.shape)}
         for rows in torch.arange(len(data)).split(plan.batch):
@@ -246,6 +251,20 @@ def attack_from(name: str, eps: str | None, settings: Iterable[str]) -> Attack:
     if budget is not None and budget.default is inspect.Parameter.empty and "eps" not in options:
         raise ValueError(f"{name} needs a budget, such as --eps 8/255")
     return attacks.create(name, **options)
+
+
+def _mark(model: nn.Module, data: ImageSet) -> str:
+    """What tells a model from another in any process: what it computes, as far as that can be read, else its class, its
+    weights, and what it takes a few images for."""
+    identity = identify(model)
+    if identity.lasting:
+        return identity.key
+    weights = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor) and not t.is_quantized}
+    place = next(iter(weights.values()), torch.empty(0)).device
+    images, _ = data.batch(torch.arange(min(_LOOKED_AT, len(data))), place)
+    with frozen(model), torch.no_grad():
+        weights["answers"] = classes_of(model(images))
+    return f"{type(model).__qualname__} {runs.digest_of(weights)[:16]}"
 
 
 # Pictures and the manifest ------------------------------------------------------------------------------------------
