@@ -1,16 +1,25 @@
-"""Fills the tables of `docs/table2.md` and of the comparison in `docs/results.md` from `results/table2-*`."""
+"""Fills the tables of every defense side by side, in README, docs and the cards of the defenses, from `results/`.
+
+    python benchmarks/table2.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. It holds what `results/*/tables/comparison.csv` say of
+the recipes' classifier and budget; of a system that several folders have, the line of the most images counts.
+"""
 
 from __future__ import annotations
 
 import csv
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from unperturb.runs import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("docs/results.md", "docs/table2.md")
+CARDS = sorted((ROOT / "docs" / "defenses").glob("*.md"))
+PAGES = ["README.md", "docs/results.md", "docs/table2.md", *(f"docs/defenses/{card.name}" for card in CARDS)]
 
 Line = dict[str, str]
 Table = dict[str, Line]
@@ -41,40 +50,59 @@ COLUMNS = {
     "clean": "clean",
     **{f"oblivious: {attack}": heading for attack, heading in OBLIVIOUS.items()},
     "paper: oblivious": "paper protocol (oblivious, any distance)",
-    "robust: oblivious": "robust, oblivious",
-    "white_box: pgd-40": "PGD-40, white box",
-    "robust: white_box": "robust, all knowledge",
+    "robust: oblivious": "oblivious",
+    "robust: white_box": "adaptive",
 }
-SUMMARY = {"clean": "clean", "robust: oblivious": "robust, oblivious", "robust: white_box": "robust, all knowledge"}
+SUMMARY = ("clean", "robust: oblivious", "robust: white_box")
+OURS = ("undefended", "paper", "protect", "finetune", "adversarial")
 
 
-def read(name: str, eps: float) -> Table:
-    """`{system: line}` of one data set at one budget; what other budgets have as columns of their own is added. Nothing
-    of results that were made with an earlier definition of robust accuracy: those tables had no norm."""
-    found: Table = {}
-    for folder in (f"table2-{name}", f"table2-{name}/defense_gan"):
-        path = ROOT / "results" / folder / "tables" / "comparison.csv"
-        if not path.exists():
-            continue
+class Block(NamedTuple):
+    """The systems of one table: before one classifier of one data set, at one budget in Linf."""
+
+    title: str
+    dataset: str
+    classifier: str
+    eps: float
+
+
+BLOCKS = {
+    "mnist": Block("MNIST, 0.3", "mnist", "resnet8", 0.3),
+    "fashion_mnist-0.1": Block("Fashion-MNIST, 0.1", "fashion_mnist", "resnet8", 0.1),
+    "fashion_mnist-0.3": Block("Fashion-MNIST, 0.3", "fashion_mnist", "resnet8", 0.3),
+    "cifar10": Block("CIFAR-10, 8/255", "cifar10", "airbench", 8 / 255),
+}
+SUMMARIZED = ("mnist", "fashion_mnist-0.1", "cifar10")
+
+
+def read(block: Block) -> Table:
+    """`{system: line}`. What other budgets have as columns of their own is added. Nothing of results that were made
+    with an earlier definition of robust accuracy: those tables had no norm."""
+    lines: list[Line] = []
+    for path in sorted((ROOT / "results").glob("**/tables/comparison.csv")):
         with path.open(newline="", encoding="utf-8") as file:
-            lines = [line for line in csv.DictReader(file) if "norm" in line]
-        for line in lines:
-            if line["norm"] == "linf" and abs(float(line["eps"]) - eps) < 1e-4:
-                found.setdefault(line["system"], line)
-        for line in lines:
-            column = f"oblivious: fgsm-{line['eps']}"
-            mine = found.get(line["system"], {})
-            if line.get(column) and not mine.get(column):
-                mine[column] = line[column]
+            lines += [line for line in csv.DictReader(file) if "norm" in line]
+    lines = [x for x in lines if (x["dataset"], x["classifier"]) == (block.dataset, block.classifier)]
+    lines.sort(key=lambda line: -int(line["clean n"]))
+    found: Table = {}
+    for line in lines:
+        if line["norm"] == "linf" and abs(float(line["eps"]) - block.eps) < 1e-4:
+            found.setdefault(line["system"], line)
+    for line in lines:
+        mine = found.get(line["system"], {})
+        for column in (f"oblivious: {attack}" for attack in OBLIVIOUS):
+            if line.get(column) and not mine.get(column) and line["clean n"] == mine.get("clean n"):
+                mine |= {key: value for key, value in line.items() if key.startswith(column)}
     return found
 
 
-def percent(line: Line | None, column: str) -> str:
-    """An entry; with its n where that is small."""
-    value, n = (line or {}).get(column, ""), (line or {}).get(f"{column} n", "")
-    if value in ("", "nan"):
+def percent(line: Line | None, column: str, *, interval: bool = False) -> str:
+    """An entry, with its 95 % Wilson interval if asked for."""
+    value = (line or {}).get(column, "")
+    if line is None or value in ("", "nan"):
         return ""
-    return f"{100 * float(value):.1f}" + (f" (n = {n})" if n and int(float(n)) < 100 else "")
+    low, high = (100 * float(line[f"{column} {end}"]) for end in ("low", "high"))
+    return f"{100 * float(value):.1f}" + (f" [{low:.1f}, {high:.1f}]" if interval else "")
 
 
 def two_digits(value: str) -> str:
@@ -88,51 +116,64 @@ def markdown(headings: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def whole(table: Table) -> str:
-    """Every column of one data set at one budget; empty where there are no results."""
+def name_of(system: str) -> str:
+    return system if system == "undefended" else f"`{system}`"
+
+
+def whole(block: Block) -> str:
+    """Every column of one block; empty where there are no results."""
+    table = read(block)
     if not table:
         return ""
     columns = {c: heading for c, heading in COLUMNS.items() if any(percent(line, c) for line in table.values())}
-    most = max(int(line["clean n"]) for line in table.values())
 
     def cells(system: str) -> list[str]:
         line = table[system]
-        fewer = "" if int(line["clean n"]) == most else f" (n = {line['clean n']})"
-        name = system if system == "undefended" else f"`{system}`"
         restored = ["", ""]
         if system not in CLASSIFIERS:
             restored = [f"{float(line['psnr']):.1f}, {float(line['ssim']):.2f}", two_digits(line["ms"])]
-        return [name + fewer, *(percent(line, c) for c in columns), *restored, two_digits(line["pflop"])]
+        values = [percent(line, c, interval=c.startswith("robust")) for c in columns]
+        return [name_of(system), line["clean n"], *values, *restored, two_digits(line["pflop"])]
 
-    return markdown(
-        ["", *columns.values(), "PSNR, SSIM after", "ms", "PFLOP"], (cells(s) for s in SYSTEMS if s in table)
-    )
+    headings = ["", "n", *columns.values(), "PSNR, SSIM after", "ms", "PFLOP"]
+    return markdown(headings, (cells(s) for s in SYSTEMS if s in table))
 
 
-def summary() -> str:
-    """Clean and robust accuracies of the three data sets."""
-    parts = {"MNIST, 0.3": read("mnist", 0.3), "Fashion-MNIST, 0.1": read("fashion_mnist", 0.1)}
-    parts["CIFAR-10, 8/255"] = read("cifar10", 8 / 255)
-    if not all(parts.values()):
+def summary(systems: Iterable[str]) -> str:
+    """Clean, oblivious and adaptive accuracy of the three data sets; empty where there are no results."""
+    tables = {BLOCKS[name].title: read(BLOCKS[name]) for name in SUMMARIZED}
+    if not any(tables.values()):
         return ""
-    headings = [
-        f"{part}: {heading}" if column == "clean" else heading for part in parts for column, heading in SUMMARY.items()
-    ]
-    return markdown(
-        ["", *headings],
-        (
-            [s if s == "undefended" else f"`{s}`", *(percent(t.get(s), c) for t in parts.values() for c in SUMMARY)]
-            for s in SYSTEMS
-        ),
+
+    def cell(line: Line | None) -> str:
+        values = [percent(line, column) for column in SUMMARY]
+        fewer = "" if line is None or int(line["clean n"]) >= 1000 else f" (n = {line['clean n']})"
+        return " / ".join(values) + fewer if any(values) else ""
+
+    shown = [s for s in systems if any(s in table for table in tables.values())]
+    lines = ([name_of(s), *(cell(table.get(s)) for table in tables.values())] for s in shown)
+    return markdown(["clean / oblivious / adaptive", *tables], lines)
+
+
+def measured(system: str) -> str:
+    """One system on every data set, robust accuracies with their intervals; empty where there are no results."""
+    found = {block.title: read(block).get(system) for block in BLOCKS.values()}
+    lines = {title: line for title, line in found.items() if line is not None}
+    if not lines:
+        return ""
+    columns = {c: heading for c, heading in COLUMNS.items() if any(percent(line, c) for line in lines.values())}
+    rows = (
+        [title, line["clean n"], *(percent(line, c, interval=c.startswith(("robust", "clean"))) for c in columns)]
+        for title, line in lines.items()
     )
+    return markdown(["", "n", *columns.values()], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "summary": summary,
-    "mnist": lambda: whole(read("mnist", 0.3)),
-    "fashion_mnist-0.3": lambda: whole(read("fashion_mnist", 0.3)),
-    "fashion_mnist-0.1": lambda: whole(read("fashion_mnist", 0.1)),
-    "cifar10": lambda: whole(read("cifar10", 8 / 255)),
+    "summary": lambda: summary(SYSTEMS),
+    "readme": lambda: summary(OURS),
+    **{name: partial(whole, block) for name, block in BLOCKS.items()},
+    **{f"measured-{system}": partial(measured, system) for system in SYSTEMS},
 }
 
 
