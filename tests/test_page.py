@@ -19,7 +19,7 @@ from PIL import Image
 from made_rows import frame
 from made_runs import MARGINS, make_run
 from unperturb.results import Results, robust_accuracy
-from unperturb.results.embedded import LARGEST, image_data
+from unperturb.results.embedded import LARGEST, flag_page, image_data
 from unperturb.results.flags import Flag
 from unperturb.results.page import write_report
 from unperturb.results.samples import read_samples
@@ -157,7 +157,8 @@ def test_flags_stand_beside_the_numbers_that_they_are_against(tmp_path: Path) ->
 def test_without_flags_of_ones_own_all_are_raised(tmp_path: Path) -> None:
     better = TINY[4] | {"right_adv": [1, 1, 0, 1]}  # the white box leaves what who knows less turned
     page = write_report(frame(*TINY[:4], better), tmp_path)["page"].read_text(encoding="utf-8")
-    assert "knows-more-does-worse.md" in front(page)
+    assert "which knows more, does not break" in front(page)
+    assert f"<b>What to do.</b> {dict(flag_page('knows-more-does-worse'))['What to do']}" in front(page)
 
 
 def test_a_report_of_the_undefended_alone_and_of_odd_names(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_systems_side_by_side() -> None:
         ("paper protocol", "oblivious, any distance"),
         ("white box", "fgsm"),
         ("white box", "margin-40"),
-        ("robust accuracy", "all knowledge"),
+        ("robust accuracy", "every attacker tried"),
         ("purified", "PSNR, dB"),
         ("purified", "SSIM"),
         ("cost", "ms an image"),

@@ -31,7 +31,7 @@ def comparison_table(results: Results, eps: float | None = None) -> pd.DataFrame
     The index: dataset, split, classifier, norm, eps, system. The columns have three levels, group, name and number:
     ("clean", "", ...); (KNOWLEDGE, ATTACK, ...) for each attack of this budget or without one that was tried on a
     defended system; ("robust", "oblivious", ...) and ("robust", "white_box", ...), the robust accuracy at this budget
-    by who knows only the undefended classifier, and by all knowledge, empty where nobody was tried who knows of the
+    by who knows only the undefended classifier, and by every attacker tried, empty where none of them knows of the
     defense; ("paper", "oblivious", ...), what the paper counts. The numbers of each: accuracy, n, low, high (95 %
     Wilson). Then ("cost", ..., ""): psnr (dB) and ssim of the purified image, a mean over the oblivious attacks; ms
     that purifying takes an image; pflop of training; whether the purifier is differentiable, and random. What is not
@@ -97,11 +97,8 @@ def _accuracies(
 
 def _robust(judged: Judged, norm: Any, eps: float) -> dict[Column, Any]:
     """Robust accuracies, and the paper's."""
-    line: dict[Column, Any] = {}
-    kinds = {"oblivious": "oblivious" in set(judged.cells["knowledge"]), "white_box": judged.adaptive}
-    for knowledge in (k for k, tried in kinds.items() if tried and eps == eps):
-        found = judged.under(ThreatModel(norm, eps, knowledge))
-        line |= _numbers(ROBUST, knowledge, found)
+    left = judged.left(norm, eps) if eps == eps else dict.fromkeys(("oblivious", "adaptive"))
+    line = _numbers(ROBUST, "oblivious", left["oblivious"]) | _numbers(ROBUST, "white_box", left["adaptive"])
     return line | _numbers(PAPER, "oblivious", judged.by_the_paper(eps if eps == eps else None))
 
 

@@ -37,13 +37,13 @@ def costs(results: Results, block: Block, norm: Any, eps: float) -> list[Cost]:
     found = []
     for name in results.systems[block]:
         judged = Judged.of(results, block, name)
-        left, oblivious = (interval(judged.under(ThreatModel(norm, eps, k))) for k in ("white_box", "oblivious"))
-        if left is None:
+        if judged.under(ThreatModel(norm, eps)) is None:
             continue
+        left = {key: interval(of) for key, of in judged.left(norm, eps).items()}
         seconds = results.rows["seconds_purify"][results.rows["cell"].isin(judged.cells.index)].median()
         pflop = results.about(name, block.dataset).get("pflop")
         known = float("nan") if pflop is None else float(pflop)
-        found.append(Cost(name, 1000 * float(seconds), known, left if judged.adaptive else None, oblivious))
+        found.append(Cost(name, 1000 * float(seconds), known, left["adaptive"], left["oblivious"]))
     return found
 
 

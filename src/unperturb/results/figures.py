@@ -22,7 +22,6 @@ from unperturb.results.names import (
 from unperturb.results.results import Block, Results
 from unperturb.results.robust import ADAPTIVE, Judged, RobustAccuracy, proportion
 from unperturb.runs import write_atomically
-from unperturb.threat_models import ThreatModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # as many as have no factor in common with the colors
 RIGHT, WRONG, BARE = "#0072B2", "#C44E00", "#8A8A8A"
-BARS = {"clean": (BARE, "..."), "oblivious": (RIGHT, ""), "white_box": ("#E69F00", "///")}
+BARS = {"clean": (BARE, "..."), "oblivious": (RIGHT, ""), "adaptive": ("#E69F00", "///")}
 DPI = 120
 SLOT = 1.0  # inches that the bars of a system and its name take
 WIDEST = 15.0  # inches; a page shows a wider figure too small to read
@@ -150,7 +149,7 @@ def accuracy_figure(results: Results) -> Figure:
         axes.set_axis_off()
     from matplotlib.patches import Patch
 
-    said = {"clean": "clean", "oblivious": "oblivious attackers", "white_box": "every attacker tried (adaptive)"}
+    said = {"clean": "clean", "oblivious": "oblivious attackers", "adaptive": "every attacker tried"}
     handles = [
         Patch(facecolor=color, hatch=hatch, edgecolor="white", linewidth=0, label=said[key])
         for key, (color, hatch) in BARS.items()
@@ -164,10 +163,11 @@ def _bars(axes: Any, systems: Sequence[Judged], norm: Any, eps: float) -> None:
     """The bars of one panel."""
     wide = 0.84 / len(BARS)
     for place, judged in enumerate(systems):
+        bars = {"clean": clean_of(judged)} | {key: interval(of) for key, of in judged.left(norm, eps).items()}
         for i, (key, (color, hatch)) in enumerate(BARS.items()):
-            found = clean_of(judged) if key == "clean" else interval(judged.under(ThreatModel(norm, eps, key)))
             at = place + (i - (len(BARS) - 1) / 2) * wide
-            if found is None or (key == "white_box" and not judged.adaptive):
+            found = bars[key]
+            if found is None:
                 axes.text(at, 1.5, "not tried", fontsize=8.5, color="#444444", rotation=90, ha="center", va="bottom")
                 continue
             value, low, high = (100 * v for v in found)

@@ -114,7 +114,8 @@ def _ladder(axes: Any, systems: dict[str, list[Step]], bare: Sequence[str]) -> N
         at = [i - aside + dodge * number for i in range(len(steps))]
         value = [100 * step.accuracy for step in steps]
         last = max((i for i, step in enumerate(steps) if step.tried), default=0)
-        known = len(steps) if name in bare else last + 1
+        direct = name in bare and any(step.tried and step.knowledge == "oblivious" for step in steps)
+        known = len(steps) if direct else last + 1  # who attacks it directly knows all there is to know
         axes.plot(at[:known], value[:known], color=style["color"], linestyle=style["linestyle"], lw=1.6, zorder=3)
         axes.plot(at[known - 1 :], value[known - 1 :], color=style["color"], linestyle=":", lw=1, zorder=3)
         for x, y, step in zip(at, value, steps):

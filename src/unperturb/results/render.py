@@ -325,7 +325,7 @@ def measure_title(group: str, name: str) -> tuple[str, str]:
     if group == CLEAN:
         return "", CLEAN
     if group == ROBUST:
-        return "robust accuracy", "all knowledge" if name == "white_box" else attacker_name(name)
+        return "robust accuracy", "every attacker tried" if name == "white_box" else attacker_name(name)
     if group == PAPER:
         return "paper protocol", "oblivious, any distance"
     return attacker_name(group), name
