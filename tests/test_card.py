@@ -236,6 +236,14 @@ def test_of_noise_alone_nothing_is_said_that_an_attacker_left() -> None:
     assert "| every attacker tried | not tried | not tried |" in text
 
 
+def test_systems_of_other_numbers_of_images_say_their_own() -> None:
+    few = {"system": "ours", "right_clean": [1, 1], "right_adv": [1, 0], "knowledge": "white_box"}
+    card = Card(Results(frame(TINY[0], few)), flags=[])
+    assert '<th scope="col">undefended <small>n 4</small></th>' in card.html()
+    assert "| accuracy under | ours | undefended, n 4 |" in card.markdown()
+    assert "undefended <small>" not in Card(tiny(), flags=[]).html()
+
+
 def test_a_number_is_struck_out_where_it_can_be_too_high() -> None:
     none_left = tiny(TINY[2] | {"attack": "pgd-40", "right_adv": [0, 0, 0, 0]})
     for results, left in ((tiny(), 0.25), (none_left, 0.0)):

@@ -137,6 +137,7 @@ class Card:
             "direct": [name for name, of in bare.items() if "white_box" in of["tried"]],  # nobody can know more
             "verdict": _verdict(data),
             "lines": _headline(data),
+            "sizes": {data["system"]: data["result"]["n"]} | {of["system"]: of["n"] for of in data["undefended"]},
             "costs": _costs(data),
             "settings": list(_flat(data["settings"])),
             "conditions": [

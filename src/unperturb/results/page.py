@@ -356,7 +356,7 @@ def _worse(results: Results) -> Iterator[dict[str, Any]]:
                     left, other = judged.under(threat_model), bare.under(threat_model)
                     if left is None or other is None:
                         continue
-                    fair = left.n == other.n and _attacks(left) <= _attacks(other)
+                    fair = left.images.index.equals(other.images.index) and _attacks(left) <= _attacks(other)
                     if fair and left.accuracy < other.accuracy:
                         attacker = attacker_name(knowledge)
                         less.append({"system": judged.system, "attacker": attacker, "left": left, "bare": other})
