@@ -15,6 +15,7 @@ from made_runs import make_run
 from unperturb import runs
 from unperturb.results import Results, paper_accuracy, robust_accuracy
 from unperturb.results.card import Card
+from unperturb.results.embedded import flag_page
 from unperturb.results.flags import Flag, flags_of
 from unperturb.threat_models import KNOWLEDGE, ThreatModel
 
@@ -68,7 +69,9 @@ def test_a_threat_model_of_ones_own(run: Path) -> None:
     data = Card(results, flags=[], threat_model=ThreatModel("linf", 0.5, "oblivious")).data
     expected = robust_accuracy(results, ThreatModel("linf", 0.5, "oblivious"), system="ours")
     assert data["result"]["robust"]["accuracy"] == round(expected.accuracy, 6)
-    assert "up to oblivious" in Card(results, flags=[], threat_model=ThreatModel("linf", 0.5, "oblivious")).markdown()
+    text = Card(results, flags=[], threat_model=ThreatModel("linf", 0.5, "oblivious")).markdown()
+    assert "**Robust accuracy, Linf 0.5, oblivious: " in text
+    assert "attack was tried" not in text  # nobody asked for more
 
 
 @pytest.mark.parametrize("style", ["html", "markdown"])
@@ -88,7 +91,7 @@ def test_every_format_says_the_same(card: Card, style: str) -> None:
         assert (record if style == "markdown" else record.replace("'", "&#39;")) in text
     for flag in data["flags"]:
         assert flag["severity"] in text
-        assert flag["page"] in text
+        assert flag["meaning"] in text
     assert "name pgd, eps 0.3" in text
     assert "1, 2" in text
 
@@ -190,7 +193,88 @@ def test_what_nobody_tried_is_said() -> None:
     for text in (card.html(), card.markdown()):
         assert "Nobody who knows of the system attacked it" in text
         assert "not tried" in text
+        assert "Robust accuracy, Linf 0.3, oblivious" in text
     assert "not tried" not in Card(tiny(), flags=[]).html().partition("The ladder")[0]
+
+
+NOISE = {"attack": "noise", "attack_repr": "Noise()", "knowledge": "none"}
+QUERIES = {"attack": "square-300", "attack_repr": "Square()", "knowledge": "black_box"}
+
+
+def test_what_was_asked_by_queries_alone_is_no_white_box() -> None:
+    """What gives no gradient meets noise and queries only."""
+    cells = [TINY[0] | NOISE | {"right_adv": [1, 1, 0, 0]}, TINY[0] | QUERIES | {"right_adv": [0, 1, 0, 0]}]
+    card = Card(Results(frame(*cells)), flags=[])
+    assert card.data["result"]["tried"] == ["black_box"]
+    assert card.data["result"]["robust"]["accuracy"] == 0.25
+    for text in (card.html(), card.markdown()):
+        assert "Robust accuracy, Linf 0.3, black box" in text
+        assert "No white box attack was tried: it may leave less." in text
+        assert text.count("white box") == 1
+        assert "up to black box" in text
+    lines = card.markdown().partition("## The ladder")[2].partition("##")[0]
+    assert [line.split("|")[1].strip() for line in lines.splitlines() if line.startswith("|")][2:] == [
+        "clean",
+        "noise",
+        "black box",
+    ]
+    # The undefended net beside a defended one is no better off.
+    beside = Card(Results(frame(*cells, *(cell | {"system": "ours"} for cell in cells), TINY[2])), flags=[])
+    assert "Linf 0.3, white box" in beside.markdown()
+    (bare,) = beside.data["undefended"]
+    assert (bare["tried"], bare["oblivious"]) == (["black_box"], None)
+    assert "25.0 % [4.6, 69.9], up to black box |" in beside.markdown()
+
+
+def test_of_noise_alone_nothing_is_said_that_an_attacker_left() -> None:
+    card = Card(Results(frame(*(cell | NOISE for cell in TINY[:2]))), flags=[])
+    assert (card.data["adaptive"], card.data["result"]["oblivious"]) == (False, None)
+    assert not card.data["undefended"][0]["adaptive"]
+    text = card.markdown()
+    assert "Linf 0.3, noise" in text
+    assert "| oblivious attackers | not tried | not tried |" in text
+    assert "| every attacker tried | not tried | not tried |" in text
+
+
+def test_systems_of_other_numbers_of_images_say_their_own() -> None:
+    few = {"system": "ours", "right_clean": [1, 1], "right_adv": [1, 0], "knowledge": "white_box"}
+    card = Card(Results(frame(TINY[0], few)), flags=[])
+    assert '<th scope="col">undefended <small>n 4</small></th>' in card.html()
+    assert "| accuracy under | ours | undefended, n 4 |" in card.markdown()
+    assert "undefended <small>" not in Card(tiny(), flags=[]).html()
+
+
+def test_a_number_is_struck_out_where_it_can_be_too_high() -> None:
+    none_left = tiny(TINY[2] | {"attack": "pgd-40", "right_adv": [0, 0, 0, 0]})
+    for results, left in ((tiny(), 0.25), (none_left, 0.0)):
+        card = Card(results, flags=[BROKEN])
+        assert card.data["result"]["robust"]["accuracy"] == left
+        assert ('class="number broken"' in card.html()) == ("not what it seems" in card.html()) == (left > 0)
+
+
+def test_accuracy_against_eps_is_shown_where_there_are_several(card: Card, tmp_path: Path) -> None:
+    one = Card(tiny(), flags=[])
+    small = [cell | {"eps": 0.1, "linf": 0.1, "attack": "fgsm-small"} for cell in TINY]
+    two = Card(tiny(*small), flags=[])
+    free = Card(tiny(TINY[2] | {"eps": float("nan"), "attack": "cw", "attack_repr": "CW()"}), flags=[])
+    for of, name in ((one, "one"), (two, "two"), (free, "free")):
+        shown = name != "one"
+        written = of.write(tmp_path / name)
+        assert ("card-eps" in written, of.data["against_eps"] is not None) == (shown, shown)
+        assert ("Accuracy against eps" in of.html(), "Accuracy against eps" in of.markdown()) == (shown, shown)
+
+
+def test_what_a_flag_means_is_on_the_card(card: Card) -> None:
+    page = card.html()
+    assert page.count("<details><summary>What to do</summary>") == 2
+    assert "docs/" not in page.partition("The ladder")[0]
+    # From docs/flags/black-box-wins.md, with its code as code.
+    for name in ("black-box-wins", "autograd-inside"):
+        said = dict(flag_page(name))
+        assert list(said) == ["When raised", "What it means", "What to do", "Source"]
+        assert said["What to do"].replace("`", "") in re.sub("</?code>", "", page)
+        assert said["What to do"] in card.markdown()
+    assert flag_page("no-such-flag") == []
 
 
 def test_a_random_system_has_a_mean_and_a_worst() -> None:
@@ -225,6 +309,6 @@ def test_names_from_outside_do_no_harm(tmp_path: Path) -> None:
     assert not re.search("<script|<img src=x|<u>", page)
     assert not re.search(r"<script|<img|<u>|(?<!\\)\$x", text)
     assert len(card.data["flags"]) == 1
-    assert set(KNOWLEDGE) > set(card.data["against_eps"]["accuracy"][card.data["system"]])
+    assert set(KNOWLEDGE) >= {attack["knowledge"] for attack in card.data["attacks"]}
     assert net in text  # whole among the settings
     assert net not in page[: page.index("Settings")]

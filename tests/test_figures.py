@@ -170,6 +170,30 @@ def test_accuracy_figure_has_a_panel_for_each_block_and_budget_and_is_no_wider_t
     assert figure.get_figwidth() <= WIDEST + 1
 
 
+@pytest.mark.parametrize("count", [1, 2, 6, 9])
+def test_the_legend_of_bars_stays_on_the_figure_and_off_its_titles(count: int) -> None:
+    figure = accuracy_figure(Results(frame(*(TINY[1] | {"system": f"system-{i}"} for i in range(count)))))
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    box, title = (part.get_window_extent(renderer) for part in (figure.legends[0], figure.axes[0]._left_title))
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert title.y1 <= box.y0 < box.y1 <= figure.bbox.y1
+
+
+def test_systems_that_saw_other_images_say_how_many() -> None:
+    few = {"right_clean": [1, 1], "seconds_purify": 0.001, "system": "few"}
+    cells = [TINY[1] | few | {"right_adv": [1, 0]}, TINY[3] | few | {"right_adv": [1, 0]}]
+    results = tiny(*cells)
+    said = [re.sub(r"\s+", " ", t) for t in texts(ladder_figure(results))]
+    assert {"undefended 25.0, n 4", "ours 25.0, n 4", "few 50.0, n 2"} <= set(said)
+    labels = [t.get_text() for t in accuracy_figure(results).axes[0].get_xticklabels()]
+    assert labels == ["undefended\nn 4", "ours\nn 4", "few\nn 2"]
+    figure = cost_figure(tiny(*cells, *(cell | {"system": "third"} for cell in cells)))
+    assert figure is not None
+    assert {"undefended, n 4", "ours, n 4", "few, n 2", "third, n 2"} <= set(texts(figure))
+    for same in (ladder_figure(tiny()), accuracy_figure(tiny())):
+        assert not any("n 4" in t for t in [*texts(same), *(t.get_text() for t in same.axes[0].get_xticklabels())])
+
+
 def test_a_figure_that_cannot_be_written_leaves_the_last_one(tmp_path: Path) -> None:
     class Broken:
         def savefig(self, path: Path, **_: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,12 @@ def test_every_way_to_have_no_gradient(raised: dict[str, Any]) -> None:
     assert ("the softmax is saturated" in flag.says) == ("saturated" in raised)
 
 
+def test_where_no_attack_by_gradients_was_sent_to_what_gives_none_no_number_is_false() -> None:
+    queries = cell("square-300", "black_box", range(95))
+    (flag,) = flags(cell("noise", "none"), queries, probe=PROBE | {"no_gradient": 1})
+    assert (flag.name, flag.severity) == ("gradient-masked", "doubt")
+
+
 def test_what_else_says_that_pixels_are_recognized() -> None:
     assert names(SOUND, probe=PROBE | {"known_pattern": 1.0}) == {"exact-pixels"}
     assert names(SOUND, probe=PROBE | {"nudged_accuracy": 0.5}) == {"exact-pixels"}
@@ -399,7 +406,7 @@ def test_systems_are_doubted_one_by_one() -> None:
 def test_every_flag_has_a_number_and_a_page_that_says_it() -> None:
     assert [kind.number for kind in FLAGS.values()] == list(range(1, len(FLAGS) + 1))
     for name, kind in FLAGS.items():
-        page = (ROOT / kind.page).read_text(encoding="utf-8")
+        page = (ROOT / "docs" / "flags" / f"{name}.md").read_text(encoding="utf-8")
         lines = page.splitlines()
         assert lines[0] == f"# {kind.number}. `{name}`"
         assert f"Severity: **{kind.severity}**" in page
@@ -409,6 +416,9 @@ def test_every_flag_has_a_number_and_a_page_that_says_it() -> None:
         assert len(lines) <= 25
         assert max(map(len, lines)) <= 120
     assert {p.stem for p in (ROOT / "docs" / "flags").glob("*.md")} == set(FLAGS) | {"README"}
+    packed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    assert packed["wheel"]["force-include"]["docs/flags"] == "unperturb/results/flag_pages"
+    assert "docs/flags" in packed["sdist"]["include"]  # of which wheels are made
     index = (ROOT / "docs" / "flags" / "README.md").read_text(encoding="utf-8")
     for name, kind in FLAGS.items():
         assert f"| {kind.number} | [{name}]({name}.md) | {kind.severity} | {kind.meaning} |" in index

@@ -19,7 +19,7 @@ from PIL import Image
 from made_rows import frame
 from made_runs import MARGINS, make_run
 from unperturb.results import Results, robust_accuracy
-from unperturb.results.embedded import LARGEST, image_data
+from unperturb.results.embedded import LARGEST, flag_page, image_data
 from unperturb.results.flags import Flag
 from unperturb.results.page import write_report
 from unperturb.results.samples import read_samples
@@ -135,6 +135,30 @@ def test_a_system_that_keeps_less_than_none_is_said_first(tmp_path: Path) -> Non
     # An attack that the undefended was not given does not count against the system.
     assert "Worse" not in page_of(keeps, worse | {"attack": "strong"}, out=tmp_path)
     assert "(white box" in front(page_of(keeps, worse | {"knowledge": "white_box"}, out=tmp_path))
+    # Nor do as many, but other images.
+    assert "Worse" not in page_of(keeps, worse | {"index": np.arange(4) + 7}, out=tmp_path)
+
+
+def test_each_line_says_how_many_images_it_is_of(tmp_path: Path) -> None:
+    few = {"system": "few", "right_clean": [1, 1], "right_adv": [1, 0]}
+    cells = [*TINY, TINY[2] | few, TINY[4] | few]
+    found = write_report(frame(*cells), tmp_path, flags=[])
+    table = pd.read_csv(found["tables/robust.csv"])
+    assert set(zip(table["system"], table["n"])) == {("undefended", 4), ("ours", 4), ("few", 2)}
+    text = front(found["page"].read_text(encoding="utf-8"))
+    (line,) = (line for line in text.split("<tr>") if ">few<" in line)
+    assert re.findall(r"\], n (\d+)", line) == ["4", "2", "2"]  # the undefended one beside it saw four
+    assert "| few | 2 |" in found["tables/robust.md"].read_text(encoding="utf-8")
+    assert "50.0 [9.5, 90.5] n 2" in found["tables/comparison.md"].read_text(encoding="utf-8")
+
+
+def test_runs_of_other_numbers_of_images_are_read_together(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"run-{n}", n=n, samples=1) for n in (30, 10)]
+    found = write_report(runs, tmp_path / "out", flags=[])
+    table = pd.read_csv(found["tables/robust.csv"])
+    assert set(zip(table["split"], table["n"])) == {("test:30@0", 30), ("test:10@0", 10)}
+    side_by_side = pd.read_csv(found["tables/comparison.csv"])
+    assert set(side_by_side["clean n"]) == {30}  # one split: the ten are among the thirty
 
 
 def test_flags_stand_beside_the_numbers_that_they_are_against(tmp_path: Path) -> None:
@@ -157,7 +181,8 @@ def test_flags_stand_beside_the_numbers_that_they_are_against(tmp_path: Path) ->
 def test_without_flags_of_ones_own_all_are_raised(tmp_path: Path) -> None:
     better = TINY[4] | {"right_adv": [1, 1, 0, 1]}  # the white box leaves what who knows less turned
     page = write_report(frame(*TINY[:4], better), tmp_path)["page"].read_text(encoding="utf-8")
-    assert "knows-more-does-worse.md" in front(page)
+    assert "which knows more, does not break" in front(page)
+    assert f"<b>What to do.</b> {dict(flag_page('knows-more-does-worse'))['What to do']}" in front(page)
 
 
 def test_a_report_of_the_undefended_alone_and_of_odd_names(tmp_path: Path) -> None:

@@ -164,11 +164,32 @@ def test_two_runs_are_compared_by_the_names_of_their_systems_on_the_images_of_bo
     line = only(table, system_a="a", kind="attack")
     assert (line["n"], line["accuracy_a"], line["accuracy_b"], line["only_b"]) == (10, 0.8, 1, 2)
     with pytest.raises(
-        ValueError, match=r"The first has a \(digits, test, a\), b .*; the second has c .*results\.where"
+        ValueError, match=r"The first has a \(digits, test, a\), b .*; the second has c .*compare RUN RUN --system NAME"
     ):
         paired_table(before, Results(frame(many("c", [1] * 20), many("d", [1] * 20))))
     with pytest.raises(ValueError, match="no system of the first is in the second"):
         paired_table(before.where(system="a"), Results(frame(A | {"dataset": "mnist"})))
+
+
+def pairs_of(a: Results, b: Results) -> list[tuple[str, str]]:
+    table = paired_table(a, b)
+    return list(dict.fromkeys(zip(table["system_a"], table["system_b"])))
+
+
+def test_what_is_defended_comes_first_and_a_classifier_beside_itself_not_at_all() -> None:
+    bare, other = many("undefended", [1] * 5 + [0] * 15), many("undefended", [1] * 4 + [0] * 16)
+    assert pairs_of(Results(frame(bare, A)), Results(frame(bare, A))) == [("a", "a")]
+    assert pairs_of(Results(frame(bare, A)), Results(frame(other, A))) == [("a", "a"), ("undefended", "undefended")]
+    assert pairs_of(Results(frame(bare)), Results(frame(bare))) == [("undefended", "undefended")]
+    # The one defended system of each, whatever its name; also where the other run has none.
+    assert pairs_of(Results(frame(bare, A)), Results(frame(bare, B))) == [("a", "b")]
+    assert pairs_of(Results(frame(bare, A)), Results(frame(other))) == [
+        ("a", "undefended"),
+        ("undefended", "undefended"),
+    ]
+    two = [cell | {"classifier": name} for name in ("x", "y") for cell in (bare, A)]
+    table = paired_table(Results(frame(*two)), Results(frame(*two)))
+    assert list(dict.fromkeys(zip(table["classifier"], table["system_a"]))) == [("x", "a"), ("y", "a")]
 
 
 def test_all_knowledge_is_compared_where_both_faced_somebody_who_knows() -> None:

@@ -174,7 +174,7 @@ def test_systems_side_by_side() -> None:
         ("paper protocol", "oblivious, any distance"),
         ("white box", "fgsm"),
         ("white box", "margin-40"),
-        ("robust accuracy", "all knowledge"),
+        ("robust accuracy", "all tried"),
         ("purified", "PSNR, dB"),
         ("purified", "SSIM"),
         ("cost", "ms an image"),
@@ -196,9 +196,27 @@ def test_two_systems_and_their_test() -> None:
     )
     results = Results(frame(a, b))
     text = compare_pair(results.where(system="a"), results.where(system="b"), 120)
-    assert "a on digits (test): a and b: p is McNemar's" in text
-    assert re.search(r"oblivious +fgsm, eps 0\.3 +100\.0 % +0\.0 % +10 +0 +10 +0\.002\n", text)
-    assert "first ours" in compare_pair(frame(OURS), frame(OURS))
+    assert "a on digits (test): a (first) and b (second): 10 images; p is McNemar's" in text
+    assert re.search(r"oblivious +fgsm, eps 0\.3 +100\.0 % +0\.0 % +10 +0 +0\.002\n", text)
+    assert "ours (first) and ours (second)" in compare_pair(frame(OURS), frame(OURS))
+    more = b | PGD | {"right_clean": [1] * 4, "right_adv": [0] * 4}
+    text = compare_pair(frame(a, a | PGD), frame(b | {"system": "a"}, more | {"system": "a"}), 120)
+    assert "the images of both; p is" in text
+    assert re.search(r"oblivious +pgd-40, eps 0\.3 +100\.0 % +0\.0 % +4 +0 +0\.125 +4\n", text)
+    # Doubts are said under the names that stand above.
+    masked = frame(a | {"gradients": 10, "zero_gradients": 10, "knowledge": "white_box"})
+    text = compare_pair(masked, frame(a | {"gradients": 10, "knowledge": "white_box"}), 120)
+    assert "BROKEN 3 gradient-masked, first a on digits" in text
+    assert "BROKEN 3 gradient-masked, second a on digits" not in text
+
+
+def test_two_systems_of_the_whole_ladder_fit_a_narrow_terminal() -> None:
+    ladder = ("none", "transfer", "oblivious", "gray_box", "bpda", "white_box")
+    ball = {"eps": 8 / 255, "linf": 8 / 255, "attack": "square-5000"}
+    cells = [OURS | ball | {"knowledge": k} for k in (*ladder, "black_box")]
+    lines = compare_pair(frame(*cells), frame(*cells), 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("right alone" in line for line in lines) == 1  # in one piece
 
 
 def test_flags_are_said_below_a_table() -> None:

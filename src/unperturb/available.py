@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 VERBS = {"classifier": "train-classifier", "defense": "train", "evaluation": "evaluate", "demo": "demo"}
+LONG = 100  # columns of a list; a longer one has an entry a line
 
 
 def list_available() -> dict[str, dict[str, str]]:
@@ -124,7 +125,7 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items() if v is not None) + " }"
     if isinstance(value, list):
-        if any(isinstance(v, dict) for v in value):
+        if any(isinstance(v, dict) for v in value) or len(str(value)) > LONG:
             return "[\n" + "".join(f"  {_value(v)},\n" for v in value) + "]"
         return f"[{', '.join(map(_value, value))}]"
     return (

@@ -194,7 +194,7 @@ def list_things(
             # Whole lines where a program reads them.
             room = max(width() - column, 24) if console.is_terminal else 10_000
             for name, line in names.items():
-                wrapped = textwrap.wrap(line, room) or [""]
+                wrapped = _lines(line, room) or [""]
                 say(f"  {name}".ljust(column) + f"\n{' ' * column}".join(wrapped))
 
 
@@ -206,9 +206,10 @@ def show(
     """Print a recipe whole, with what it is for and what it needs: a file to begin your own with."""
     from unperturb.available import VERBS, describe, to_toml
     from unperturb.config import read_recipe
+    from unperturb.screen import width
 
     resolved = read_recipe(recipe, overrides or [])
-    for line in textwrap.wrap(describe(recipe), 118):
+    for line in _lines(describe(recipe), min(width(), 120) - 2):
         say(f"# {line}")
     say(to_toml(resolved, recipe, overrides or []))
     part = getattr(resolved, "evaluation", resolved)
@@ -217,6 +218,11 @@ def show(
     if resolved.kind != "demo":  # which makes its own
         for line in _needs(resolved):
             say(f"# {line}")
+
+
+def _lines(text: str, room: int) -> list[str]:
+    """`text` on lines of `room` columns; a name stays whole, with its hyphens."""
+    return textwrap.wrap(text, room, break_on_hyphens=False, break_long_words=False)
 
 
 def _needs(recipe: Any) -> list[str]:
@@ -534,12 +540,23 @@ def benchmark(
 @app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="A run folder of an evaluation or a benchmark.")],
-    second: Annotated[Path, typer.Argument(help="Another.")],
+    second: Annotated[Path, typer.Argument(help="Another, or the same.")],
+    system: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="The system of both runs to compare; given twice, that of each."),
+    ] = None,
 ) -> None:
     """Two runs side by side on the same images, with McNemar's exact test."""
+    from unperturb.results import Results
     from unperturb.results.render import compare_pair
 
-    say(compare_pair(first, second))
+    names = system or []
+    if len(names) > 2:
+        raise ValueError(f"--system names one system of both runs or one of each, not {len(names)}")
+    runs = [Results.read(run) for run in (first, second)]
+    if names:
+        runs = [results.where(system=name) for results, name in zip(runs, [names[0], names[-1]])]
+    say(compare_pair(*runs))
 
 
 @app.command()

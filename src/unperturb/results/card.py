@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unperturb.results.cost_figure import FREE_MS
-from unperturb.results.embedded import CRISP, figure_data, image_data, templates
+from unperturb.results.embedded import CRISP, figure_data, flag_page, image_data, templates
 from unperturb.results.figures import ADVERSARIAL, RESTORED, attacker_title, class_name, clean_of, restored_figure, save
 from unperturb.results.flags import FLAGS, Flag, flags_of
 from unperturb.results.ladder_figure import eps_curve, eps_figure, eps_places, ladder, ladder_figure
 from unperturb.results.names import CLEAN, attack_name, attacker_name, budget_name, norm_name, one_line, renamed
 from unperturb.results.render import percent
-from unperturb.results.results import Results, records
+from unperturb.results.results import Block, Results, records
 from unperturb.results.robust import ADAPTIVE, TOLERANCE, Judged, RobustAccuracy, proportion, robust_accuracy
 from unperturb.results.samples import read_samples
 from unperturb.runs import read_json, write_text
@@ -57,53 +57,22 @@ class Card:
     ) -> None:
         system = _which(results) if system is None else system
         results, original = results.readable(), system
-        system = now(results, "system").get(system, system)
+        system = results.renamed("system").get(system, system)
         threat_model = threat_model or _default(results, system)
-        left = robust_accuracy(results, threat_model, system=system)  # says what is wrong, where anything is
-        judged = Judged.of(results, left.block, system)
-        others = (Judged.of(results, left.block, name) for name in results.systems[left.block] if name != system)
-        bare = [other for other in others if judged.defended and not other.defended and len(other.index)][:1]
-        shown = [one.system for one in (judged, *bare)]
-        self._results = results.where(**left.block._asdict(), system=shown)
-        self._threat_model = threat_model
-        tried = [eps for norm, eps in results.budgets(left.block) if norm == threat_model.norm]
-        self._most = 1.15 * max([*tried, float(threat_model.eps)])
-        self._samples = _strongest(results, judged, threat_model)
-        doubts = [
-            _flag(flag)
-            for flag in raised(results, flags)
-            if flag.system in (system, original)
-            and flag.dataset in ("", left.block.dataset)
-            and (not flag.classifiers or left.block.classifier in flag.classifiers)
-        ]
-        systems = {one.system: one for one in (judged, *bare)}
-        cost, times = _spent(results, judged)
+        block = robust_accuracy(results, threat_model, system=system).block  # says what is wrong, where anything is
+        systems = _beside(results, block, system)
+        self._results, self._threat_model = results.where(**block._asdict(), system=list(systems)), threat_model
+        self._samples = _strongest(results, systems[system], threat_model)
+        doubts = [flag for flag in raised(results, flags) if flag.system in (system, original)]
+        cost, times = _spent(results, systems[system])
         environments = [read_json(f / "environment.json") for f in results.runs if (f / "environment.json").exists()]
         self.data: dict[str, Any] = _plain(
-            {
-                "card": VERSION,
-                "system": system,
-                **left.block._asdict(),
-                "threat_model": {
-                    "norm": threat_model.norm,
-                    "eps": float(threat_model.eps),
-                    "knowledge": threat_model.knowledge,
-                },
-                "budget": (settings or {}).get("budget"),
-                "defended": judged.defended,
-                "adaptive": judged.adaptive,
-                "result": _result(judged, threat_model),
-                "undefended": [{"system": other.system} | _result(other, threat_model) for other in bare],
-                "flags": doubts,
-                "ladder": {
-                    name: [step._asdict() for step in ladder(one, threat_model.norm, float(threat_model.eps))]
-                    for name, one in systems.items()
-                },
-                "against_eps": _curves(systems, threat_model, tried, self._most),
-                "attacks": list(_attacks(results, judged, threat_model.norm)),
+            _about(systems[system], threat_model, settings or {})
+            | _numbers(results, systems, threat_model)
+            | {
+                "flags": [_flag(flag) for flag in doubts if _concerns(flag, block)],
                 "cost": cost,
                 "samples": [_views(cell, tensors) for cell, tensors in self._samples],
-                "settings": settings or {},
                 "names": results.names,
                 "environment": [{k: v for k, v in of.items() if k != "date"} for of in environments],
                 "times": times | {"dates": [of.get("date") for of in environments]},
@@ -116,14 +85,16 @@ class Card:
 
     def markdown(self, pictures: Mapping[str, str] | None = None) -> str:
         """The card to be read as Markdown. pictures: where those of "ladder", "eps" and "samples-N" lie, if they do."""
-        page = templates(escape=False).get_template("card.md.jinja")
-        return page.render(**self._said(), steps=[CLEAN, *KNOWLEDGE], pictures=pictures or {})
+        page, of = templates(escape=False).get_template("card.md.jinja"), self.data["ladder"].values()
+        tried = {step["knowledge"] for steps in of for step in steps if step["tried"]}
+        steps = [kind for kind in (CLEAN, *KNOWLEDGE) if kind in tried]
+        return page.render(**self._said(), steps=steps, pictures=pictures or {})
 
     def html(self) -> str:
         """The card as one page that asks nothing of the network."""
         charts = {
             name: {"wide": figure_data(draw(DESK)), "narrow": figure_data(draw(TELEPHONE))}
-            for name, draw in (("ladder", self._ladder), ("eps", self._against_eps))
+            for name, draw in self._charts().items()
         }
         tiles = [
             [[image_data(tensors[view["what"]][i]) for view in image["views"]] for i, image in enumerate(of["images"])]
@@ -136,8 +107,7 @@ class Card:
         """Write `card.html`, `card.md`, `card.json` and the pictures that the Markdown shows into the folder `out`;
         returns their paths by name."""
         out = Path(out)
-        drawn = {"ladder": save(self._ladder(DESK), out / "card-ladder.png")}
-        drawn["eps"] = save(self._against_eps(DESK), out / "card-eps.png")
+        drawn = {name: save(draw(DESK), out / f"card-{name}.png") for name, draw in self._charts().items()}
         for number, (cell, tensors) in enumerate(self._samples):
             drawn[f"samples-{number}"] = save(restored_figure(cell, tensors), out / f"card-samples-{number}.png")
         written = {name: out / f"card.{name}" for name in ("html", "md", "json")}
@@ -146,21 +116,28 @@ class Card:
         write_text(written["json"], self.json())
         return written | {path.stem: path for path in drawn.values()}
 
-    def _ladder(self, width: float) -> Figure:
-        threat = self._threat_model
-        return ladder_figure(self._results, threat.eps, norm=threat.norm, width=width)
-
-    def _against_eps(self, width: float) -> Figure:
-        return eps_figure(self._results, norm=self._threat_model.norm, width=width, most=self._most)
+    def _charts(self) -> dict[str, Callable[[float], Figure]]:
+        """What draws each chart that says something, at a width in inches."""
+        results, norm, eps = self._results, self._threat_model.norm, float(self._threat_model.eps)
+        charts = {"ladder": lambda width: ladder_figure(results, eps, norm=norm, width=width)}
+        if (curves := self.data["against_eps"]) is not None:
+            charts["eps"] = lambda width: eps_figure(results, norm=norm, width=width, most=curves["eps"][-1])
+        return charts
 
     def _said(self) -> dict[str, Any]:
         """What the templates say: `data`, and what follows from it in words."""
         data, threat = self.data, self.data["threat_model"]
+        bare = {of["system"]: of for of in data["undefended"]}
+        bare |= {} if data["defended"] else {data["system"]: data["result"]}
         return {
             "card": data,
-            "title": f"{_within(threat)}, {attacker_name(threat['knowledge'])}",
+            "title": f"{_within(threat)}, {_who(data['result'])}",
+            "void": _void(data),
+            "pages": {flag["name"]: flag_page(flag["name"]) for flag in data["flags"]},
+            "direct": [name for name, of in bare.items() if "white_box" in of["tried"]],  # nobody can know more
             "verdict": _verdict(data),
             "lines": _headline(data),
+            "sizes": {data["system"]: data["result"]["n"]} | {of["system"]: of["n"] for of in data["undefended"]},
             "costs": _costs(data),
             "settings": list(_flat(data["settings"])),
             "conditions": [
@@ -191,9 +168,22 @@ def _default(results: Results, system: str) -> ThreatModel:
     )
 
 
+def _beside(results: Results, block: Block, system: str) -> dict[str, Judged]:
+    """The system, and what stands undefended beside it where it is defended, by their names."""
+    judged = Judged.of(results, block, system)
+    others = (Judged.of(results, block, name) for name in results.systems[block] if name != system)
+    bare = [other for other in others if judged.defended and not other.defended and len(other.index)]
+    return {one.system: one for one in (judged, *bare[:1])}
+
+
+def _concerns(flag: Flag, block: Block) -> bool:
+    """Whether a flag was raised in this block."""
+    return flag.dataset in ("", block.dataset) and (not flag.classifiers or block.classifier in flag.classifiers)
+
+
 def raised(results: Results, flags: Iterable[Flag] | None = None) -> list[Flag]:
     """Flags, by default all that `flags_of` raises, under the names that `results` has made readable."""
-    names = {column: now(results, column) for column in ("system", "dataset", "classifier")}
+    names = {column: results.renamed(column) for column in ("system", "dataset", "classifier")}
 
     def named(flag: Flag) -> Flag:
         classifiers = tuple(names["classifier"].get(name, name) for name in flag.classifiers)
@@ -203,19 +193,44 @@ def raised(results: Results, flags: Iterable[Flag] | None = None) -> list[Flag]:
     return [named(flag) for flag in (flags_of(results) if flags is None else flags)]
 
 
-def now(results: Results, column: str) -> dict[str, str]:
-    """What names of a column, such as "system", are called now that they are readable."""
-    return {old: new for new, old in results.names.get(column, {}).items()}
-
-
 # Numbers ------------------------------------------------------------------------------------------------------------
+
+
+def _about(judged: Judged, threat_model: ThreatModel, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is judged, and what it is held against."""
+    norm, eps, knowledge = threat_model.norm, float(threat_model.eps), threat_model.knowledge
+    return {
+        "card": VERSION,
+        "system": judged.system,
+        **judged.block._asdict(),
+        "threat_model": {"norm": norm, "eps": eps, "knowledge": knowledge},
+        "budget": settings.get("budget"),
+        "settings": settings,
+        "defended": judged.defended,
+        "adaptive": judged.adaptive,
+    }
+
+
+def _numbers(results: Results, systems: Mapping[str, Judged], threat_model: ThreatModel) -> dict[str, Any]:
+    """What is left of each system, the first of which is the one that is judged."""
+    judged, *bare = systems.values()
+    norm, eps = threat_model.norm, float(threat_model.eps)
+    return {
+        "result": _result(judged, threat_model),
+        "undefended": [
+            {"system": other.system, "adaptive": other.adaptive} | _result(other, threat_model) for other in bare
+        ],
+        "ladder": {name: [step._asdict() for step in ladder(one, norm, eps)] for name, one in systems.items()},
+        "against_eps": _curves(systems, threat_model),
+        "attacks": list(_attacks(results, judged, norm)),
+    }
 
 
 def _result(judged: Judged, threat_model: ThreatModel) -> dict[str, Any]:
     """The accuracies of one system: n, draws, and clean, oblivious, robust, worst (in every draw) and paper, each with
-    its interval, None where nothing was tried."""
+    its interval, None where nothing was tried; tried: what the best informed of the attackers behind `robust` knew."""
     left = judged.under(threat_model)
-    oblivious = judged.under(ThreatModel(threat_model.norm, threat_model.eps, "oblivious"))
+    oblivious = judged.left(threat_model.norm, float(threat_model.eps))["oblivious"]
     ends = ("accuracy", "low", "high")
     found = {
         "clean": dict(zip(ends, clean_of(judged) or ())),
@@ -224,20 +239,22 @@ def _result(judged: Judged, threat_model: ThreatModel) -> dict[str, Any]:
         "worst": left and dict(zip(ends, (left.worst, left.worst_low, left.worst_high))),
         "paper": _ends(judged.by_the_paper(float(threat_model.eps))),
     }
-    return {"n": len(judged.index), "draws": len(judged.clean), **found}
+    return {"n": len(judged.index), "draws": len(judged.clean), "tried": left.tried if left else (), **found}
 
 
 def _ends(found: RobustAccuracy | None) -> dict[str, float] | None:
     return None if found is None else {"accuracy": found.accuracy, "low": found.low, "high": found.high}
 
 
-def _curves(
-    systems: Mapping[str, Judged], threat_model: ThreatModel, tried: Sequence[float], most: float
-) -> dict[str, Any]:
+def _curves(systems: Mapping[str, Judged], threat_model: ThreatModel) -> dict[str, Any] | None:
     """Robust accuracy at each of `eps`, by system and kind of knowledge that was tried on it; None where no attack had
-    that budget and none was without one."""
-    norm = threat_model.norm
-    places = eps_places(sorted({*tried, float(threat_model.eps)}), most, norm)
+    that budget and none was without one. None at all where there is one budget, which the ladder shows."""
+    norm, cells = threat_model.norm, [one.cells for one in systems.values()]
+    tried = {round(float(eps), 7) for of in cells for eps in of["eps"][(of["norm"] == norm) & (of["eps"] > 0)]}
+    if len(tried) < 2 and not any(of["eps"].isna().any() for of in cells):
+        return None
+    tried.add(float(threat_model.eps))
+    places = eps_places(sorted(tried), 1.15 * max(tried), norm)
 
     def curve(one: Judged, knowledge: str) -> list[float | None]:
         budgets = one.cells[one.among(KNOWLEDGE[knowledge].includes)]["eps"].to_numpy(float)
@@ -273,7 +290,6 @@ def _flag(flag: Flag) -> dict[str, Any]:
         "severity": flag.severity,
         "says": flag.says,
         "meaning": FLAGS[flag.name].meaning,
-        "page": FLAGS[flag.name].page,
         "evidence": flag.evidence,
     }
 
@@ -306,7 +322,7 @@ def _strongest(results: Results, judged: Judged, threat_model: ThreatModel) -> l
     of it and of who does."""
     within = judged.distances[threat_model.norm] <= float(threat_model.eps) + TOLERANCE[threat_model.norm]
     stands = (judged.right | ~within).mean(axis=(1, 2))
-    names = {column: now(results, column) for column in results.names}
+    names = {column: results.renamed(column) for column in results.names}
     left = {}
     keys = ["knowledge", "attack", "attack_repr", "surrogate", "seed"]
     for place, (_, cell) in enumerate(records(judged.cells)):
@@ -377,7 +393,7 @@ def _verdict(data: Mapping[str, Any]) -> list[str]:
     threat, of = data["threat_model"], data["result"]
     said = [
         f"So many of {of['n']:,} images are right when clean and under every attack that was tried within "
-        f"{_within(threat)}, by {_up_to(threat['knowledge'])}."
+        f"{_within(threat)}, by attackers up to {_who(of)}."
     ]
     if of["draws"] > 1:
         said.append(
@@ -386,31 +402,40 @@ def _verdict(data: Mapping[str, Any]) -> list[str]:
         )
     if not data["adaptive"]:
         said.append("Nobody who knows of the system attacked it: this does not say what it is worth once it is known.")
-    if any(flag["severity"] == "broken" for flag in data["flags"]):
+    elif not any(threat["knowledge"] in KNOWLEDGE[kind].includes for kind in of["tried"]):
+        said.append(f"No {attacker_name(threat['knowledge'])} attack was tried: it may leave less.")
+    if _void(data):
         said.append("A flag says that this number is not what it seems.")
     return said
+
+
+def _void(data: Mapping[str, Any]) -> bool:
+    """Whether a flag says that the headline is too high; nothing is lower than none."""
+    broken = any(flag["severity"] == "broken" for flag in data["flags"])
+    return broken and data["result"]["robust"]["accuracy"] > 0
 
 
 def _within(threat_model: Mapping[str, Any]) -> str:
     return f"{norm_name(threat_model['norm'])} {budget_name(threat_model['eps'])}"
 
 
-def _up_to(knowledge: str) -> str:
-    """Who attacks: `attackers of all knowledge (white box)`."""
-    if KNOWLEDGE[knowledge].includes == set(KNOWLEDGE):
-        return f"attackers of all knowledge ({attacker_name(knowledge)})"
-    return f"attackers up to {attacker_name(knowledge)}"
+def _who(result: Mapping[str, Any]) -> str:
+    """What the best informed attackers that were tried knew: `black box and BPDA`."""
+    return " and ".join(map(attacker_name, result["tried"]))
 
 
 def _headline(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lines of the headline's table: what each system keeps, in the order of who attacks."""
     systems = [{"system": data["system"], "adaptive": data["adaptive"]} | data["result"]]
-    systems += [{"adaptive": True} | of for of in data["undefended"]]
+    systems += data["undefended"]
     heads = [("clean", "clean", "no attack"), ("oblivious", "oblivious", "oblivious attackers")]
-    heads = [*heads[: 2 if data["defended"] else 1], ("robust", "adaptive", _up_to(data["threat_model"]["knowledge"]))]
+    heads = [*heads[: 2 if data["defended"] else 1], ("robust", "adaptive", "every attacker tried")]
+    naive = data["threat_model"]["knowledge"] not in ADAPTIVE
     lines = []
     for key, style, name in heads:
-        shown = [of[key] if key != "robust" or of["adaptive"] else None for of in systems]
+        shown = [of[key] if key != "robust" or naive or of["adaptive"] else None for of in systems]
+        if key == "robust":
+            shown = [v and v | {"who": f"up to {_who(of)}"} for of, v in zip(systems, shown)]
         lines.append({"name": name, "style": style, "of": [(of["system"], v) for of, v in zip(systems, shown)]})
     if data["result"]["paper"]:
         shown = [of["paper"] for of in systems]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from unperturb.intervals import mcnemar
@@ -31,7 +31,7 @@ def comparison_table(results: Results, eps: float | None = None) -> pd.DataFrame
     The index: dataset, split, classifier, norm, eps, system. The columns have three levels, group, name and number:
     ("clean", "", ...); (KNOWLEDGE, ATTACK, ...) for each attack of this budget or without one that was tried on a
     defended system; ("robust", "oblivious", ...) and ("robust", "white_box", ...), the robust accuracy at this budget
-    by who knows only the undefended classifier, and by all knowledge, empty where nobody was tried who knows of the
+    by who knows only the undefended classifier, and by every attacker tried, empty where none of them knows of the
     defense; ("paper", "oblivious", ...), what the paper counts. The numbers of each: accuracy, n, low, high (95 %
     Wilson). Then ("cost", ..., ""): psnr (dB) and ssim of the purified image, a mean over the oblivious attacks; ms
     that purifying takes an image; pflop of training; whether the purifier is differentiable, and random. What is not
@@ -97,11 +97,8 @@ def _accuracies(
 
 def _robust(judged: Judged, norm: Any, eps: float) -> dict[Column, Any]:
     """Robust accuracies, and the paper's."""
-    line: dict[Column, Any] = {}
-    kinds = {"oblivious": "oblivious" in set(judged.cells["knowledge"]), "white_box": judged.adaptive}
-    for knowledge in (k for k, tried in kinds.items() if tried and eps == eps):
-        found = judged.under(ThreatModel(norm, eps, knowledge))
-        line |= _numbers(ROBUST, knowledge, found)
+    left = judged.left(norm, eps) if eps == eps else dict.fromkeys(("oblivious", "adaptive"))
+    line = _numbers(ROBUST, "oblivious", left["oblivious"]) | _numbers(ROBUST, "white_box", left["adaptive"])
     return line | _numbers(PAPER, "oblivious", judged.by_the_paper(eps if eps == eps else None))
 
 
@@ -155,7 +152,9 @@ def paired_table(a: Results, b: Results) -> pd.DataFrame:
     """Two systems on the same images, or the systems of two runs by their names: clean, under each attack that both
     were given, and their robust accuracies.
 
-    a, b: where each holds one system, these two are compared; else those of one name, data set, split and classifier.
+    a, b: of each data set, split and classifier that both have, the defended systems of one name are compared, or where
+    none is of one name and each has one, these two; then what is undefended, unless the two answered alike. Where each
+    holds one system alone, these two, whatever their classifiers.
     Columns: dataset, split, classifier (of a), system_a, system_b, kind ("clean", "attack", "robust", "paper"),
     knowledge, attack, norm, eps, n (images that both were judged on), accuracy_a, accuracy_b, only_a and only_b (images
     that one gets right and the other does not; a random system, in every draw), and p, McNemar's exact two-sided p that
@@ -166,32 +165,47 @@ def paired_table(a: Results, b: Results) -> pd.DataFrame:
     import pandas as pd
 
     a, b = a.whole_splits(), b.whole_splits()
-    lines = []
+    lines: list[dict[str, Any]] = []
     for one, other in _pairs(a, b):
         named = dict(zip(BLOCK, one.block)) | {"system_a": one.system, "system_b": other.system}
-        for what, mine, theirs in _both(a, one, b, other):
-            both = mine.join(theirs, lsuffix="_a", rsuffix="_b", how="inner")
-            if len(both):
-                lines.append(named | what | _mcnemar(both))
+        pairs = (
+            (what, mine.join(of, lsuffix="_a", rsuffix="_b", how="inner")) for what, mine, of in _both(a, one, b, other)
+        )
+        mine = [named | what | _mcnemar(both) for what, both in pairs if len(both)]
+        alike = not any(line["only_a"] or line["only_b"] for line in mine)
+        if one.defended or other.defended or not (lines and alike):  # a classifier beside itself says nothing
+            lines += mine
     columns = [*BLOCK, "system_a", "system_b", "kind", "knowledge", "attack", "norm", "eps"]
     return pd.DataFrame(lines, columns=[*columns, "n", "accuracy_a", "accuracy_b", "only_a", "only_b", "p"])
 
 
 def _pairs(a: Results, b: Results) -> list[tuple[Judged, Judged]]:
+    """Who is compared with whom, what is undefended last."""
     left, right = every_system(a), every_system(b)
     if len(left) == len(right) == 1 and left[0].block[:2] == right[0].block[:2]:
         return [(left[0], right[0])]
-    by_name = {(judged.block, judged.system): judged for judged in right}
     pairs = [
-        (judged, by_name[judged.block, judged.system]) for judged in left if (judged.block, judged.system) in by_name
+        pair
+        for block in a.blocks
+        for pair in _of_one_block([[j for j in of if j.block == block] for of in (left, right)])
     ]
     if not pairs:
         listed = [", ".join(f"{j.system} ({', '.join(j.block)})" for j in side) for side in (left, right)]
         raise ValueError(
-            f"no system of the first is in the second. The first has {listed[0]}; the second has {listed[1]}. To "
-            "compare two of different names, choose one of each with results.where(system=)"
+            f"no system of the first is in the second. The first has {listed[0]}; the second has {listed[1]}. Say "
+            "which two to compare: unperturb compare RUN RUN --system NAME --system NAME"
         )
-    return pairs
+    return sorted(pairs, key=lambda pair: not any(judged.defended for judged in pair))
+
+
+def _of_one_block(sides: Sequence[Sequence[Judged]]) -> list[tuple[Judged, Judged]]:
+    """Of two sides' systems those of one name, or else the one of each that is defended."""
+    left, right = sides
+    same = [(one, other) for one in left for other in right if one.system == other.system]
+    mine, its = ([one for one in side if one.defended] or side for side in sides)
+    if len(mine) == len(its) == 1 and not any(one.defended for one, _ in same):
+        return list(dict.fromkeys([(mine[0], its[0]), *same]))
+    return same
 
 
 def _both(a: Results, one: Judged, b: Results, other: Judged) -> Iterable[tuple[dict[str, Any], Any, Any]]:

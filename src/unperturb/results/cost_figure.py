@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from unperturb.results.figures import BARE, DPI, RIGHT, block_name, fitting, interval, percent_axis
+from unperturb.results.figures import BARE, DPI, RIGHT, block_name, fitting, interval, own_sizes, percent_axis
 from unperturb.results.names import budget_name, in_figure, norm_name
 from unperturb.results.results import Block, Results
 from unperturb.results.robust import Judged
@@ -30,20 +30,22 @@ class Cost:
     pflop: float
     left: tuple[float, float, float] | None
     oblivious: tuple[float, float, float] | None
+    size: str = ""  # its number of images, where others have another
 
 
 def costs(results: Results, block: Block, norm: Any, eps: float) -> list[Cost]:
     """Each system of a block; those that were not tried at this budget are left out."""
     found = []
-    for name in results.systems[block]:
-        judged = Judged.of(results, block, name)
-        left, oblivious = (interval(judged.under(ThreatModel(norm, eps, k))) for k in ("white_box", "oblivious"))
-        if left is None:
+    systems = [Judged.of(results, block, name) for name in results.systems[block]]
+    sizes = own_sizes(systems)
+    for judged in systems:
+        if judged.under(ThreatModel(norm, eps)) is None:
             continue
+        left, oblivious = (interval(judged.left(norm, eps)[key]) for key in ("adaptive", "oblivious"))
         seconds = results.rows["seconds_purify"][results.rows["cell"].isin(judged.cells.index)].median()
-        pflop = results.about(name, block.dataset).get("pflop")
+        pflop = results.about(judged.system, block.dataset).get("pflop")
         known = float("nan") if pflop is None else float(pflop)
-        found.append(Cost(name, 1000 * float(seconds), known, left if judged.adaptive else None, oblivious))
+        found.append(Cost(judged.system, 1000 * float(seconds), known, left, oblivious, sizes[judged.system]))
     return found
 
 
@@ -134,7 +136,8 @@ def _draw(axes: Any, shown: Sequence[Cost]) -> None:
     if steps:
         path = [*steps, (axes.get_xlim()[1], steps[-1][1])]
         axes.plot(*zip(*path), drawstyle="steps-post", color=RIGHT, lw=1.2, alpha=0.6)
-    names = [one.name if one.left is not None else f"{one.name} (oblivious attackers only)" for one in shown]
+    only = ["" if one.left is not None else " (oblivious attackers only)" for one in shown]
+    names = [", ".join(filter(None, (one.name, one.size))) + who for one, who in zip(shown, only)]
     _label(axes, marks, names, [RIGHT if i in front else "#444444" for i in range(len(shown))], lines)
 
 

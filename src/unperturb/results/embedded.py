@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from unperturb.results.sheet import in_markdown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
@@ -44,6 +46,16 @@ def figure_data(figure: Figure) -> dict[str, Any]:
         return {"data": _webp(picture.convert("RGB"), lossless=True), "width": width, "height": height}
 
 
+def flag_page(name: str) -> list[tuple[str, str]]:
+    """(head, text) of each paragraph of a flag's page, such as ("What to do", ...), in Markdown; none where there is no
+    page."""
+    pages = Path(__file__).with_name("flag_pages")  # of an installed package; those of a clone lie among its docs
+    page = (pages if pages.exists() else Path(__file__).parents[3] / "docs" / "flags") / f"{name}.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    found = re.findall(r"^\*\*(.+?)\.\*\* (.+?)(?=\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    return [(head, " ".join(said.split())) for head, said in found]
+
+
 def templates(*, escape: bool = True) -> Environment:
     """What pages are made of; escape: names from outside cannot be markup."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -53,8 +65,15 @@ def templates(*, escape: bool = True) -> Environment:
         loader=loader, autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": _percent, "split": split_name, "norm": norm_name, "attacker": attacker_name}
-    environment.filters |= {"md": in_markdown}
+    environment.filters |= {"md": in_markdown, "code": _code}
     return environment
+
+
+def _code(text: str) -> Markup:
+    """Markdown that knows `code` alone, as HTML."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _percent(fraction: float | None) -> str:

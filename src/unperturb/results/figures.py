@@ -22,7 +22,6 @@ from unperturb.results.names import (
 from unperturb.results.results import Block, Results
 from unperturb.results.robust import ADAPTIVE, Judged, RobustAccuracy, proportion
 from unperturb.runs import write_atomically
-from unperturb.threat_models import ThreatModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # as many as have no factor in common with the colors
 RIGHT, WRONG, BARE = "#0072B2", "#C44E00", "#8A8A8A"
-BARS = {"clean": (BARE, "..."), "oblivious": (RIGHT, ""), "white_box": ("#E69F00", "///")}
+BARS = {"clean": (BARE, "..."), "oblivious": (RIGHT, ""), "adaptive": ("#E69F00", "///")}
 DPI = 120
 SLOT = 1.0  # inches that the bars of a system and its name take
 WIDEST = 15.0  # inches; a page shows a wider figure too small to read
@@ -136,7 +135,10 @@ def accuracy_figure(results: Results) -> Figure:
     width = max(4.3, SLOT * most + 0.8)
     across = min(len(panels), max(1, int(WIDEST / width)))
     down = -(-len(panels) // across)
-    total = 3.3 * down + 0.9
+    said = {"clean": "clean", "oblivious": "oblivious attackers", "adaptive": "every attacker tried"}
+    beside = sum(text_width(text, 11) + 0.75 for text in said.values()) < width * across
+    head = 0.4 if beside else 0.8  # inches of the legend, on one line or three
+    total = 3.3 * down + 0.5 + head
     figure = Figure(figsize=(width * across + 0.3, total), dpi=DPI)
     grid = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
     judged = {block: [Judged.of(results, block, system) for system in results.systems[block]] for block, _, _ in panels}
@@ -150,13 +152,12 @@ def accuracy_figure(results: Results) -> Figure:
         axes.set_axis_off()
     from matplotlib.patches import Patch
 
-    said = {"clean": "clean", "oblivious": "oblivious attackers", "white_box": "every attacker tried (adaptive)"}
     handles = [
         Patch(facecolor=color, hatch=hatch, edgecolor="white", linewidth=0, label=said[key])
         for key, (color, hatch) in BARS.items()
     ]
-    figure.legend(handles=handles, loc="upper left", ncols=3, frameon=False, fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / total), h_pad=1.2, w_pad=1.5)
+    figure.legend(handles=handles, loc="upper left", ncols=3 if beside else 1, frameon=False, fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 1 - head / total), h_pad=1.2, w_pad=1.5)
     return figure
 
 
@@ -164,18 +165,21 @@ def _bars(axes: Any, systems: Sequence[Judged], norm: Any, eps: float) -> None:
     """The bars of one panel."""
     wide = 0.84 / len(BARS)
     for place, judged in enumerate(systems):
+        bars = {"clean": clean_of(judged)} | {key: interval(of) for key, of in judged.left(norm, eps).items()}
         for i, (key, (color, hatch)) in enumerate(BARS.items()):
-            found = clean_of(judged) if key == "clean" else interval(judged.under(ThreatModel(norm, eps, key)))
             at = place + (i - (len(BARS) - 1) / 2) * wide
-            if found is None or (key == "white_box" and not judged.adaptive):
+            found = bars[key]
+            if found is None:
                 axes.text(at, 1.5, "not tried", fontsize=8.5, color="#444444", rotation=90, ha="center", va="bottom")
                 continue
             value, low, high = (100 * v for v in found)
             axes.bar(at, value, wide * 0.92, color=color, edgecolor="white", hatch=hatch, linewidth=0)
             spread = [[max(value - low, 0)], [max(high - value, 0)]]
             axes.errorbar(at, value, spread, fmt="none", ecolor="#222222", elinewidth=1.2, capsize=2.5)
-            axes.text(at, high + 1.5, f"{value:.1f}", fontsize=8, color="#222222", ha="center", va="bottom")
-    labels = [wrapped(one.system, 12) for one in systems]
+            said = f"{value:.1f}" if value < 99.95 else "100"  # its neighbors are near
+            axes.text(at, high + 1.5, said, fontsize=8, color="#222222", ha="center", va="bottom")
+    sizes = own_sizes(systems)
+    labels = ["\n".join(filter(None, (wrapped(one.system, 12), sizes[one.system]))) for one in systems]
     axes.set_xticks(range(len(systems)), labels, fontsize=fitting("\n".join(labels), SLOT - 0.06, 10))
     axes.set_xlim(-0.6, len(systems) - 0.4)
     percent_axis(axes)
@@ -186,6 +190,12 @@ def _bars(axes: Any, systems: Sequence[Judged], norm: Any, eps: float) -> None:
 def interval(found: RobustAccuracy | None) -> tuple[float, float, float] | None:
     """Accuracy and the ends of its interval, in [0, 1]; None where nothing was tried."""
     return None if found is None else (found.accuracy, found.low, found.high)
+
+
+def own_sizes(systems: Sequence[Judged]) -> dict[str, str]:
+    """`n 100` of each system by its name, where those side by side were judged on other numbers of images; else ""."""
+    differ = len({len(one.index) for one in systems if len(one.index)}) > 1
+    return {one.system: f"n {len(one.index):,}" if differ else "" for one in systems}
 
 
 def clean_of(judged: Judged) -> tuple[float, float, float] | None:

@@ -69,18 +69,14 @@ Check = Callable[[Case], Finding | None]
 
 @dataclass(frozen=True)
 class FlagKind:
-    """One entry of `FLAGS`. severity: the gravest that it takes. meaning: one line. check: what decides."""
+    """One entry of `FLAGS`. severity: the gravest that it takes. meaning: one line; `docs/flags/NAME.md` says more.
+    check: what decides."""
 
     number: int
     name: str
     severity: Severity
     meaning: str
     check: Check
-
-    @property
-    def page(self) -> str:
-        """What says more, from the root of the repository."""
-        return f"docs/flags/{self.name}.md"
 
 
 FLAGS: dict[str, FlagKind] = {}
@@ -174,7 +170,9 @@ def probabilities(case: Case) -> Finding | None:
 @_flag(3, "gradient-masked", "broken", "Gradients are exactly zero, not finite or missing: attacks stand still.")
 def gradient_masked(case: Case) -> Finding | None:
     if case.probe.get("no_gradient"):
-        return Finding("the system gives no gradient: attacks by gradients cannot move", {"no_gradient": 1}, 1.0)
+        says, moved = "the system gives no gradient: attacks by gradients cannot move", case.seeing(*WHOLE)
+        # Where none was sent, no number claims to have stood one.
+        return Finding(says, {"no_gradient": 1}, 1.0, None if moved["gradients"].any() else "doubt")
     return _worst([*_zero_in_rows(case), *_zero_in_probe(case)])
 
 

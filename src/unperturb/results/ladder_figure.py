@@ -14,6 +14,7 @@ from unperturb.results.figures import (
     fitting,
     interval,
     looks,
+    own_sizes,
     percent_axis,
     spread_out,
     text_width,
@@ -93,17 +94,17 @@ def ladder_figure(results: Results, eps: float | str | None = None, *, norm: Any
         budget = (threat.norm, float(threat.eps)) if threat else given[0] if given else (norm or "linf", 1.0)
         steps = {one.system: ladder(one, *budget) for one in systems}
         bare = [one.system for one in systems if not one.defended]
-        panels.append((block, budget, {name: of for name, of in steps.items() if of}, bare))
+        panels.append((block, budget, {name: of for name, of in steps.items() if of}, bare, own_sizes(systems)))
     tall = 4.6 if width < NARROW or len(panels) > 1 else 5.2
     figure, sheets = _panels(len(panels), width, tall)
-    for axes, (block, (kind, most), steps, bare) in zip(sheets, panels):
+    for axes, (block, (kind, most), steps, bare, sizes) in zip(sheets, panels):
         title = f"{block_name(block)}, {norm_name(kind)} {budget_name(most)}"
         _titled(axes, title, "accuracy under all attacks up to this step, %")
-        _ladder(axes, steps, bare)
+        _ladder(axes, steps, bare, sizes)
     return figure
 
 
-def _ladder(axes: Any, systems: dict[str, list[Step]], bare: Sequence[str]) -> None:
+def _ladder(axes: Any, systems: dict[str, list[Step]], bare: Sequence[str], sizes: Mapping[str, str]) -> None:
     tried = [step.knowledge for steps in systems.values() for step in steps if step.tried]
     shown = [knowledge for knowledge in (CLEAN, *KNOWLEDGE) if knowledge in tried]
     dodge = min(0.07, 0.5 / max(len(systems), 1))
@@ -114,7 +115,8 @@ def _ladder(axes: Any, systems: dict[str, list[Step]], bare: Sequence[str]) -> N
         at = [i - aside + dodge * number for i in range(len(steps))]
         value = [100 * step.accuracy for step in steps]
         last = max((i for i, step in enumerate(steps) if step.tried), default=0)
-        known = len(steps) if name in bare else last + 1
+        direct = name in bare and any(step.tried and step.knowledge == "oblivious" for step in steps)
+        known = len(steps) if direct else last + 1  # who attacks it directly knows all there is to know
         axes.plot(at[:known], value[:known], color=style["color"], linestyle=style["linestyle"], lw=1.6, zorder=3)
         axes.plot(at[known - 1 :], value[known - 1 :], color=style["color"], linestyle=":", lw=1, zorder=3)
         for x, y, step in zip(at, value, steps):
@@ -122,7 +124,8 @@ def _ladder(axes: Any, systems: dict[str, list[Step]], bare: Sequence[str]) -> N
                 axes.plot([x, x], [100 * step.low, 100 * step.high], color=style["color"], lw=1, alpha=0.55, zorder=2)
                 _mark(axes, x, y, style)
         only = f" ({attacker_name(steps[last].knowledge)} only)" if known < len(steps) else ""
-        ends.append((name, f"{value[-1]:.1f}{only}", value[-1], style["color"]))
+        left = ", ".join(filter(None, (f"{value[-1]:.1f}", sizes[name])))
+        ends.append((name, left + only, value[-1], style["color"]))
     _label_ends(axes, ends, -0.15 - aside, len(shown) - 1 + aside)
     heads = [attacker_title(k, defended=set(systems) != set(bare)) for k in shown]
     if any(text_width(head, 10.5) > _inches(axes) - 0.08 for head in heads):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unperturb.results import figures, render, tables
-from unperturb.results.card import TELEPHONE, now, raised
+from unperturb.results.card import TELEPHONE, raised
 from unperturb.results.comparison import comparison_table
 from unperturb.results.cost_figure import cost_figure
-from unperturb.results.embedded import CRISP, figure_data, image_data, templates
+from unperturb.results.embedded import CRISP, figure_data, flag_page, image_data, templates
 from unperturb.results.flags import FLAGS, Flag
 from unperturb.results.ladder_figure import every_block, ladder_figure
 from unperturb.results.names import (
@@ -144,7 +144,7 @@ def _charts(results: Results, out: Path) -> list[dict[str, Any]]:
 def _samples(results: Results) -> list[Sample]:
     """What the runs kept of defended systems, by data set, attacker and attack. Pictures of one classifier say what
     there is to see; those of the others would look the same."""
-    names = {column: now(results, column) for column in results.names}
+    names = {column: results.renamed(column) for column in results.names}
     found = [(renamed(cell, names), tensors) for run in results.runs for cell, tensors in read_samples(run)]
     order = {knowledge: i for i, knowledge in enumerate(KNOWLEDGE)}
     found.sort(key=lambda s: (s[0]["dataset"], order.get(s[0]["knowledge"], len(order)), attack_rank(s[0]["attack"])))
@@ -262,6 +262,7 @@ def _page(
             many=many,
             flags=flags,
             kinds=FLAGS,
+            pages={flag.name: flag_page(flag.name) for flag in flags},
             worse=list(_worse(results)),
             headlines=headlines,
             sheets={name: [as_html(sheet) for sheet in of] for name, of in sheets.items()},
@@ -309,20 +310,15 @@ def _against(flags: Sequence[Flag], dataset: str, line: Mapping[str, Any]) -> li
 
 def _lines(block: Block, systems: Sequence[Judged], norm: Any, eps: float) -> Iterator[dict[str, Any]]:
     bare = next((one for one in systems if not one.defended), None)
-    undefended = bare and bare.under(ThreatModel(norm, eps))
+    undefended = bare and bare.left(norm, eps)["adaptive"]
     for judged in systems:
         all_of_it = judged.under(ThreatModel(norm, eps))
         if not judged.defended or all_of_it is None:
             continue
-        oblivious = judged.under(ThreatModel(norm, eps, "oblivious"))
         yield {
             "classifier": block.classifier,
             "system": judged.system,
-            "left": {
-                "undefended": undefended,
-                "oblivious": oblivious,
-                "adaptive": all_of_it if judged.adaptive else None,
-            },
+            "left": {"undefended": undefended} | judged.left(norm, eps),
             "clean": all_of_it.clean,
             "clean_bare": undefended and undefended.clean,
         }
@@ -360,7 +356,7 @@ def _worse(results: Results) -> Iterator[dict[str, Any]]:
                     left, other = judged.under(threat_model), bare.under(threat_model)
                     if left is None or other is None:
                         continue
-                    fair = left.n == other.n and _attacks(left) <= _attacks(other)
+                    fair = left.images.index.equals(other.images.index) and _attacks(left) <= _attacks(other)
                     if fair and left.accuracy < other.accuracy:
                         attacker = attacker_name(knowledge)
                         less.append({"system": judged.system, "attacker": attacker, "left": left, "bare": other})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,10 +65,27 @@ def compare(
 
 
 def compare_pair(a: Source, b: Source, width: int | None = None, *, style: str = "text") -> str:
-    """Two systems, or the systems of two runs, on the same images, with McNemar's test (`paired_table`). width, style:
-    as in `table`."""
+    """Two systems, or the systems of two runs, on the same images, with McNemar's test (`paired_table`), and below them
+    the doubts about those that are compared. width, style: as in `table`."""
     one, other = (Results.of(source).readable(NAME) for source in (a, b))
-    return _written(paired_sheets(paired_table(one, other)), style, width)
+    paired = paired_table(one, other)
+    return _written(paired_sheets(paired), style, width, _of_the_pair(paired, one, other))
+
+
+def _of_the_pair(paired: pd.DataFrame, one: Results, other: Results) -> list[Flag]:
+    """The flags of the systems that are compared, under the names that they have there."""
+    columns = ["dataset", "system_a", "system_b"]
+    found = list[Flag]()
+    for dataset, a, b in paired[columns].drop_duplicates().itertuples(index=False, name=None):
+        for results, system, name in zip((one, other), (a, b), _apart(a, b)):
+            mine = (flag for flag in flags_of(results) if (flag.system, flag.dataset) == (system, dataset))
+            found += [replace(flag, system=name) for flag in mine]
+    return list({flag_text(flag): flag for flag in found}.values())
+
+
+def _apart(a: str, b: str) -> tuple[str, str]:
+    """What two systems are called beside one another."""
+    return (a, b) if a != b else (f"first {a}", f"second {b}")
 
 
 def _written(
@@ -325,7 +343,7 @@ def measure_title(group: str, name: str) -> tuple[str, str]:
     if group == CLEAN:
         return "", CLEAN
     if group == ROBUST:
-        return "robust accuracy", "all knowledge" if name == "white_box" else attacker_name(name)
+        return "robust accuracy", "all tried" if name == "white_box" else attacker_name(name)
     if group == PAPER:
         return "paper protocol", "oblivious, any distance"
     return attacker_name(group), name
@@ -342,17 +360,19 @@ def paired_sheets(paired: pd.DataFrame) -> list[Sheet]:
     """A sheet per pair of systems of `paired_table`."""
     sheets = []
     for (*block, a, b), part in groups(paired, [*BLOCK, "system_a", "system_b"]):
-        one, other = (a, b) if a != b else (f"first {a}", f"second {b}")
         lines = []
+        several = part["n"].min() < part["n"].max()
         for _, line in records(part):
             title = measure_title(line["kind"] if line["kind"] != "attack" else line["knowledge"], _name_of(line))
             shares = [percent(line["accuracy_a"]), percent(line["accuracy_b"])]
-            numbers = [f"{line[k]:,}" for k in ("only_a", "only_b", "n")]
-            lines.append([*title, *shares, *numbers, probability(line["p"])])
+            numbers = [f"{line[k]:,}" for k in ("only_a", "only_b")]
+            lines.append([*title, *shares, *numbers, probability(line["p"]), f"{line['n']:,}" if several else ""])
         over = ["", "", "accuracy", "accuracy", "right alone", "right alone", "", ""]
-        heads = ["", "", one, other, one, other, "images", "p"]
-        note = "p is McNemar's exact test that both are equally good"
-        sheets.append(Sheet(f"{block_title(block)}: {one} and {other}", note, over, heads, lines, names=2))
+        heads = ["", "", *["first", "second"] * 2, "p", "images"]
+        size = "the images of both" if several else f"{part['n'].iloc[0]:,} images"
+        note = f"{size}; p is McNemar's exact test that both are equally good"
+        title = f"{block_title(block)}: {a} (first) and {b} (second)"
+        sheets.append(Sheet(title, note, over, heads, lines, names=2).without_empty())
     return sheets
 
 

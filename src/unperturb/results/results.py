@@ -168,6 +168,10 @@ class Results:
             found.names[column] = before | {new: before.get(old, old) for old, new in of.items()}
         return found
 
+    def renamed(self, column: str) -> dict[str, str]:
+        """What `readable` has made of names of a column, such as "system", by what they were."""
+        return {old: new for new, old in self.names.get(column, {}).items()}
+
     def about(self, system: str, dataset: str | None = None) -> Mapping[str, Any]:
         """What the run folders keep of a system (`unperturb.results.schema.read_systems`); empty where they keep
         nothing. dataset: needed where there are several. Raises `ValueError` without it there."""

@@ -52,6 +52,14 @@ class RobustAccuracy:
     attacks: pd.DataFrame = field(repr=False)
     images: pd.Series[float] = field(repr=False)
 
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """What the best informed of the attackers that counted knew: those kinds that none of the others includes. Who
+        attacks directly what is undefended knows all of it."""
+        pairs = zip(self.attacks["knowledge"], self.attacks["defended"])
+        known = {"white_box" if kind == "oblivious" and not defended else kind for kind, defended in pairs}
+        return tuple(k for k in KNOWLEDGE if k in known and not any(k in KNOWLEDGE[o].includes for o in known - {k}))
+
 
 def robust_accuracy(results: Results, threat_model: ThreatModel, *, system: str | None = None) -> RobustAccuracy:
     """The fraction of images that a system is right on when clean and under every attack that `threat_model` admits.
@@ -148,8 +156,16 @@ class Judged:
 
     @property
     def adaptive(self) -> bool:
-        """Whether an attacker who knows of the defense was tried; of what is undefended, everybody knows all."""
-        return not self.defended or bool(self.cells["knowledge"].isin(ADAPTIVE).any())
+        """Whether an attacker of the system itself was tried: of its defense, or directly of what has none."""
+        direct = () if self.defended else ("oblivious",)
+        return bool(self.cells["knowledge"].isin([*ADAPTIVE, *direct]).any())
+
+    def left(self, norm: Any, eps: float) -> dict[str, RobustAccuracy | None]:
+        """Robust accuracy under "oblivious" attackers, and under every attacker that was tried, "adaptive"; None where
+        there was no such attacker."""
+        tried = {"oblivious": bool((self.cells["knowledge"] == "oblivious").any()), "adaptive": self.adaptive}
+        kinds = {"oblivious": "oblivious", "adaptive": "white_box"}
+        return {k: self.under(ThreatModel(norm, eps, kinds[k])) if tried[k] else None for k in kinds}
 
     def only(self, cells: Any) -> Judged:
         """The same images under some of the cells: bool `(C,)`."""
