@@ -344,7 +344,7 @@ def train_defense(
         if _first():
             save_defense(out, task.defense, {**about, "outcome": asdict(outcome)})
     defense = task.defense.eval()
-    defense.outcome = outcome
+    defense.outcome, defense.folder = outcome, out
     return defense
 
 
