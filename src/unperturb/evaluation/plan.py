@@ -87,9 +87,9 @@ class Cascade:
     """Each attacker meets only the images that those before it have left standing.
 
     threat: what breaks an image: an answer that is wrong in every draw, at most eps away in its norm. doubted: so many
-    images, the first, are attacked by everyone, from the image itself, broken or not: what each attacker is worth alone
-    shows whether one who knows more does worse, which is how a hidden gradient shows. whole: labels of attacks that are
-    made on every image all the same.
+    images, the first, are attacked by everyone, broken or not, as if nobody had come before: what each attacker is
+    worth alone shows whether one who knows more does worse, which is how a hidden gradient shows. whole: labels of
+    attacks that are made on every image all the same.
     """
 
     threat: ThreatModel
@@ -204,6 +204,8 @@ class Plan:
         """Raise `ValueError` where a cell cannot be asked: before anything is computed or written."""
         cache_limit()
         _check_names(self)
+        if len(self.data.index.unique()) < len(self.data):
+            raise ValueError(f"two images of {self.data.source} have one index: rows could not tell them apart")
         for system in self.systems:
             check_shape(system, self.data)
         for cell in self.cells():

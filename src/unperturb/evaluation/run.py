@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,6 +202,7 @@ def _record(plan: Plan) -> dict[str, Any]:
             "surrogate_backward": backward and getattr(backward, "__qualname__", repr(backward)),
         }
 
+    cascade = plan.cascade and {**asdict(plan.cascade), "whole": sorted(plan.cascade.whole)}
     return {
         "kind": "evaluation",
         "dataset": plan.data.source,
@@ -210,6 +211,7 @@ def _record(plan: Plan) -> dict[str, Any]:
         "seed": plan.seed,
         "batch": plan.batch,
         "draws": plan.draws,
+        **({"cascade": cascade} if plan.cascade else {}),
     }
 
 
