@@ -51,7 +51,7 @@ def surrogates_of(classifier: object, purifier: object) -> dict[str, Surrogate]:
             raise TypeError(
                 f"surrogate_defense must be a purifier, such as load_defense gives, or {RETRAIN!r}, not a {kind}"
             )
-        found["gray_box"] = Surrogate("surrogate", handed)
+        found["gray_box"] = Surrogate("surrogate" if handed.folder is None else handed.folder.name, handed)
     return found
 
 
@@ -94,7 +94,7 @@ class Retrained(Surrogate):
             try:
                 with torch.random.fork_rng(devices=[]):
                     task = jobs.defense_task(fresh, data, self.classifiers, device)
-                    costs.append(jobs.estimate(task, jobs.decided(fresh, task, Path()).training, device))
+                    costs.append(jobs.estimate(task, recipe.training, device))
             except RuntimeError as error:
                 raise ValueError(
                     f"{RETRAIN}: the purifier of {self.system} cannot be trained in front of this classifier, which "
