@@ -23,7 +23,8 @@ from unperturb.devices import Speed
 from unperturb.evaluation import adversarials
 from unperturb.evaluation import plan as plans
 from unperturb.evaluation.grid import run_grid, shown_rows
-from unperturb.evaluation.plan import Plan, Surrogate, estimate
+from unperturb.evaluation.plan import Plan, estimate
+from unperturb.evaluation.surrogates import Surrogate
 from unperturb.results import samples, schema
 from unperturb.systems import System
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import unperturb as up
+from unperturb import runs
 from unperturb.attackers import Attacker
+from unperturb.attacks import Attack
+from unperturb.attacks.context import AttackContext
 from unperturb.data import ImageSet, as_image_set
 from unperturb.evaluation.ladder import BUDGETS, ladder
 from unperturb.evaluation.plan import Cascade, Plan
 from unperturb.evaluation.run import run_in_hand
+from unperturb.evaluation.surrogates import Surrogate
 from unperturb.registry import UnknownNameError
 from unperturb.results.results import Results
 from unperturb.results.robust import robust_accuracy
@@ -159,6 +163,74 @@ def test_a_cascade_says_what_attacks_on_all_images_say(data: ImageSet, tmp_path:
     whole, cascade = (robust_accuracy(Results(rows), THREAT, system="half") for rows in parts)
     assert whole.accuracy == cascade.accuracy
     assert whole.n == cascade.n
+
+
+def test_doubted_images_are_attacked_as_if_nobody_had_come_before(data: ImageSet, tmp_path: Path) -> None:
+    systems = [System("half", Linear(), Half())]
+    alone, cascade = (
+        run(tmp_path / str(i), data, systems, c) for i, c in enumerate((None, Cascade(THREAT, doubted=N)))
+    )
+    clock = [c for c in alone.columns if c.startswith("seconds")]
+    pd.testing.assert_frame_equal(alone.drop(columns=clock), cascade.drop(columns=clock))
+    assert set(cascade["attack"]) >= {"apgd-ce", "square-300"}  # who begins at random, and at stripes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push(Attack):
+    """As far as the budget goes against the linear net: no other attack finds more."""
+
+    needs_gradient = False
+
+    def perturb(self, context: AttackContext) -> Tensor:
+        away = torch.where(context.labels == 0, 0.1, -0.1).view(-1, 1, 1, 1)
+        return (context.images + away * Linear().weight.sign().view(1, 1, 8, 8)).clamp(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stay(Attack):
+    """Whatever it was to begin at."""
+
+    needs_gradient = False
+    uses_start = True
+
+    def perturb(self, context: AttackContext) -> Tensor:
+        return context.images if context.start is None else context.start
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "begins_there"),
+    [
+        ("white_box", "oblivious", False),
+        ("gray_box", "bpda", False),
+        ("white_box", "black_box", False),
+        ("oblivious", "gray_box", True),
+        ("bpda", "white_box", True),
+    ],
+)
+def test_nobody_begins_at_what_only_others_could_find(
+    first: str, then: str, begins_there: bool, data: ImageSet, tmp_path: Path
+) -> None:
+    attackers = {"push": [Attacker(Push(), first)], "stay": [Attacker(Stay(), then)]}
+    surrogates = {"gray_box": Surrogate("other", Half())}
+    systems = [System("half", Linear(), Half())]
+    whole = Cascade(THREAT, doubted=0, whole=("push",))
+    plan = Plan(data, systems, attackers, surrogates=surrogates, cascade=whole, samples=0)
+    rows = run_in_hand(plan, tmp_path / "run", quiet=True).query("attack == 'stay' and made_by == ''")
+    assert len(rows) > 10
+    assert set(rows["linf"] > 0.05) == {begins_there}
+
+
+def test_a_run_goes_on_by_its_own_cascade_alone(data: ImageSet, tmp_path: Path) -> None:
+    systems = [System("half", Linear(), Half())]
+    run(tmp_path / "run", data, systems, Cascade(THREAT, doubted=4))
+    with pytest.raises(runs.RunError, match=r"another run \(it differs in cascade\.doubted\)"):
+        run(tmp_path / "run", data, systems, Cascade(THREAT, doubted=8), resume=True)
+
+
+def test_two_images_of_one_index_are_refused(data: ImageSet) -> None:
+    twice = replace(data, index=data.index.clamp(min=1))
+    with pytest.raises(ValueError, match=r"two images of .* have one index"):
+        Plan(twice, [System("net", Linear())], ladder(THREAT, "quick")).check()
 
 
 def test_some_attacks_are_made_on_every_image_all_the_same(data: ImageSet, tmp_path: Path) -> None:

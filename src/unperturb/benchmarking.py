@@ -78,9 +78,14 @@ class Benchmark:
         for step in ladder(judged, threat.norm, float(threat.eps)):
             if step.tried:
                 name = attacker_name(step.knowledge)
-                lines.append(f"  {name:15}  {percent(step.accuracy, step.low, step.high)}")
+                lines.append(f"  {name:15}  {percent(step.accuracy, step.low, step.high)}{self._by(step.knowledge)}")
         lines += [f"  {flag_text(flag)}" for flag in self.flags] or ["  no flag was raised"]
         return "\n".join(lines)
+
+    def _by(self, knowledge: str) -> str:
+        """How the attacker of this knowledge has trained a purifier, if he has."""
+        steps = self.settings.get("surrogate_defense", "")
+        return f"  ({steps})" if steps and knowledge == "gray_box" else ""
 
 
 class Options(TypedDict, total=False):
@@ -93,7 +98,7 @@ class Options(TypedDict, total=False):
     name: str
     base: nn.Module | None
     surrogate: nn.Module | None
-    surrogate_defense: Defense | None
+    surrogate_defense: Defense | str | None
     draws: int
     seed: int
     batch: int
@@ -122,8 +127,9 @@ def benchmark(
     attackers may spend: `"quick"`, `"standard"` (AutoAttack's settings in the white box; the default) or `"thorough"`.
     n: a fixed random subset of so many images (1,000, or all of fewer). name: what tables call the model. base: the
     undefended classifier, where `model` is another net in its place. surrogate: another classifier, for transfer.
-    surrogate_defense: a purifier that the attacker has trained itself. draws: how often each image is shown to a random
-    model (10). seed, batch, device.
+    surrogate_defense: the attacker's own purifier, or its run folder, for the gray box; with `"retrain"` he trains one
+    by the model's own recipe, with `"retrain:500"` in 500 steps. draws: how often each image is shown to a random model
+    (10). seed, batch, device.
 
     Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed.
     """
@@ -147,7 +153,7 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
     from unperturb.evaluation.checks import check_number, subset
     from unperturb.evaluation.ladder import ladder
     from unperturb.evaluation.plan import Cascade, Plan
-    from unperturb.evaluation.run import surrogates_of
+    from unperturb.evaluation.surrogates import is_retrain, retrained, surrogates_of
     from unperturb.systems import System
     from unperturb.threat_models import ThreatModel
 
@@ -159,19 +165,24 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
     images = subset(images, min(IMAGES, len(images)) if n is None else n)
     system = _system(model, options.get("name", "model"), options.get("base"))
     device = pick_device(options.get("device", "auto"))
-    surrogates = surrogates_of(options.get("surrogate"), options.get("surrogate_defense"))
+    own = options.get("surrogate_defense")
+    surrogates = surrogates_of(options.get("surrogate"), own)
+    hidden = _hidden(system, images, device, options.get("surrogate"))
+    if is_retrain(own) and "gray_box" in hidden:
+        raise ValueError(f"surrogate_defense is {own!r}, but the undefended classifier gives no gradient to train with")
     attackers = ladder(
         threat,
         options.get("budget", "standard"),
         transfer="transfer" in surrogates,
-        gray_box="gray_box" in surrogates,
-        hidden=_hidden(system, images, device, options.get("surrogate")),
+        gray_box="gray_box" in surrogates or is_retrain(own),
+        hidden=hidden,
     )
     return Plan(
         data=images,
         systems=[system] if system.undefended else [System(UNDEFENDED, system.bare), system],
         attackers=attackers,
         surrogates=surrogates,
+        retrained=retrained(own, attackers, [system], images),
         cascade=Cascade(threat),
         device=device,
         draws=numbers["draws"],
@@ -266,6 +277,7 @@ def _settings(plan: Plan, options: Options) -> dict[str, Any]:
         "n": len(plan.data),
         "draws": plan.draws,
         "seed": plan.seed,
+        **({"surrogate_defense": own.name} if (own := plan.retrained.get(plan.systems[-1].name)) else {}),
     }
 
 

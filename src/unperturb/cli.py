@@ -443,6 +443,7 @@ def evaluate(
     from unperturb.data import load_dataset
     from unperturb.evaluation.plan import estimate, plan_of
     from unperturb.evaluation.run import only, run_evaluation
+    from unperturb.evaluation.surrogates import is_retrain
     from unperturb.results.render import table
     from unperturb.unsaved import stand_ins
 
@@ -466,11 +467,10 @@ def evaluate(
             say(f"cost: not counted while {', '.join(unknown)} is missing")
             return
         cost = estimate(plan_of(resolved, device, own))
-        say(
-            f"cost: {cost.cells} cells of {cost.images} images, at most {cost.pflop:g} PFLOP, "
-            f"about {cost.minutes:g} minutes"
-        )
+        say(f"cost: {cost.cells} cells of {cost.images} images, {cost}")
         return
+    if is_retrain(resolved.surrogate_defense):
+        say(f"cost: {estimate(plan_of(resolved, device, own))}")
     with _bar("evaluating") as update:
         rows = run_evaluation(resolved, out, device=device, resume=resume, models=own, progress=update)
     say(table(rows))
@@ -488,7 +488,7 @@ def benchmark(
     defense: Annotated[str | None, typer.Option(help="A purifier before it: a run folder, zoo:NAME or a name.")] = None,
     base: Annotated[str | None, typer.Option(help="The undefended classifier that MODEL stands in place of.")] = None,
     surrogate: Annotated[str | None, typer.Option(help="Another classifier, for transfer.")] = None,
-    surrogate_defense: Annotated[str | None, typer.Option(help="The attacker's own purifier: gray box.")] = None,
+    surrogate_defense: Annotated[str | None, typer.Option(help="The attacker's purifier, or retrain[:STEPS].")] = None,
     name: Annotated[str, typer.Option(help="What the card calls it.")] = "model",
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
     weights: Weights = None,
@@ -506,7 +506,6 @@ def benchmark(
     from unperturb.benchmarking import benchmark as run_benchmark
     from unperturb.benchmarking import benchmark_plan, model_from
     from unperturb.data import load_dataset
-    from unperturb.defenses import load_defense
     from unperturb.evaluation.plan import estimate
 
     _threads(threads)
@@ -523,12 +522,12 @@ def benchmark(
         "device": device,
         "base": None if base is None else model_from(base, images),
         "surrogate": None if surrogate is None else model_from(surrogate, images),
-        "surrogate_defense": None if surrogate_defense is None else load_defense(surrogate_defense),
+        "surrogate_defense": surrogate_defense,
     }
     called = name if name != "model" else Path(model).name.replace(":", "-")
     out = out or Path("runs") / f"benchmark-{called}"
     cost = estimate(benchmark_plan(judged, images, **options))
-    say(f"{cost.images:,} images, {cost.cells} cells, at most {cost.pflop:g} PFLOP, about {cost.minutes:g} minutes")
+    say(f"{cost.images:,} images, {cost.cells} cells, {cost}")
     if dry_run:
         return
     with _bar("attacking") as update:

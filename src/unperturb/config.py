@@ -225,7 +225,9 @@ class EvaluationRecipe(DataRecipe):
     classifiers: list[str] = Field(min_length=1, description="Run folders.")
     surrogate: str | None = Field(None, description="Run folder of the classifier that a transfer attack is made on.")
     surrogate_defense: str | None = Field(
-        None, description="Run folder of the purifier of the attacker's own that a gray-box attack is made through."
+        None,
+        description="Run folder of the purifier of the attacker's own that a gray-box attack is made through; retrain, "
+        "or retrain:500 for 500 steps, trains one by each system's recipe.",
     )
     systems: list[str] = Field(
         ["undefended"],

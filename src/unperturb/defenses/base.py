@@ -56,6 +56,7 @@ class Defense(nn.Module):
     held_out: int | None = None
     spec: dict[str, Any] | None = None
     outcome: Any = None  # what the training cost (`unperturb.runs.Outcome`), where that is known
+    folder: Path | None = None  # the run folder that it was loaded from or trained into, if any
 
     def purify(self, images: Tensor) -> Tensor:
         """Images `(N, C, H, W)` in [0, 1], to write over if need be -> purified images of the same shape."""
@@ -282,6 +283,7 @@ def load_defense(source: str | Path) -> Defense:
         defense.outcome = runs.read_json(folder / "training.json", runs.Outcome)
     else:
         defense.outcome = described.about.outcome
+    defense.folder = folder
     return defense.eval().requires_grad_(False)
 
 

@@ -30,10 +30,11 @@ class Broken:
 
 @dataclass
 class Standing:
-    """What a cascade has left of the images of one shard, of one system. latest: `(N, C, H, W)`, the last adversarial
-    image of each, None before any attack. broken: by kind of knowledge, in the order in which these came."""
+    """What a cascade has left of the images of one shard, of one system. latest: by kind of knowledge, the last to come
+    at the end, `(N, C, H, W)`, the last adversarial image of each. broken: by kind of knowledge, in the order in which
+    these came."""
 
-    latest: Tensor | None = None
+    latest: dict[str, Tensor] = field(default_factory=dict)
     broken: dict[str, Broken] = field(default_factory=dict)
 
     def below(self, knowledge: str) -> dict[str, Broken]:
@@ -41,8 +42,15 @@ class Standing:
         included = KNOWLEDGE[knowledge].includes
         return {kind: of for kind, of in self.broken.items() if knowledge == LAST or kind in included}
 
+    def start(self, knowledge: str) -> Tensor | None:
+        """Where an attacker of `knowledge` may begin, `(N, C, H, W)`: never at what he could not have found himself."""
+        found = [images for kind, images in self.latest.items() if kind in KNOWLEDGE[knowledge].includes]
+        return found[-1] if found else None
+
     def keep(self, knowledge: str, attack: str, which: Tensor, images: Tensor) -> None:
-        """Note that an attacker has broken `which` `(N,)` by `images`."""
+        """Note that an attacker came last, and has broken `which` `(N,)` by `images`."""
+        self.latest.pop(knowledge, None)
+        self.latest[knowledge] = images
         nothing = Broken(torch.zeros_like(which), images.clone(), [""] * len(which))
         mine = self.broken.setdefault(knowledge, nothing)
         new = which & ~mine.which
@@ -78,12 +86,9 @@ def _go_on(work: Work, cell: Cell, shard: Shard, cascade: Cascade, standing: Sta
         before[of.which.to(before.device)] = of.images[of.which.to(before.device)]
         made_by = [(a, kind) if hit else old for hit, a, old in zip(of.which.tolist(), of.attacks, made_by)]
     attacked |= doubted
-    start = None
-    if standing.latest is not None and not whole and cell.attacker.attack.uses_start:
-        start = torch.where(doubted.to(before.device)[:, None, None, None], shard.images, standing.latest)
-    run_cell(work, cell, shard, attacked=attacked, before=before, made_by=made_by, start=start)
-    made = adversarials_of(work, cell, shard, attacked=attacked, before=before, start=start).images
-    standing.latest = made
+    start = None if whole else standing.start(knowledge)
+    run_cell(work, cell, shard, attacked=attacked, before=before, made_by=made_by, start=start, alone=doubted)
+    made = adversarials_of(work, cell, shard, attacked=attacked, before=before, start=start, alone=doubted).images
     standing.keep(knowledge, cell.label, attacked & _broken(work, cell, shard, cascade.threat), made)
 
 

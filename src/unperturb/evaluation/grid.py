@@ -132,19 +132,21 @@ def run_cell(
     before: Tensor | None = None,
     made_by: Sequence[tuple[str, str]] | None = None,
     start: Tensor | None = None,
+    alone: Tensor | None = None,
 ) -> None:
     """Write the rows and samples of one shard of `cell`, each file whole or not at all; nothing where they are there.
 
     attacked: `(N,)` bool, the images of the shard that are attacked (default: all). The others, which earlier stages
     of a cascade have broken, keep the adversarial images that those made: before: `(N, C, H, W)`, used there. made_by:
-    N times (attack, knowledge) of those stages. start: `(N, C, H, W)`, images that the attack begins at.
+    N times (attack, knowledge) of those stages. start: `(N, C, H, W)`, images that the attack begins at, alone: `(N,)`
+    bool, but for these, where it begins by itself.
 
     Raises `RunError` where what is there is damaged, or of another cell.
     """
     lacks_rows, lacking = work.lacks(cell, shard)
     if not lacks_rows and not len(lacking):
         return
-    made = adversarials_of(work, cell, shard, attacked=attacked, before=before, start=start)
+    made = adversarials_of(work, cell, shard, attacked=attacked, before=before, start=start, alone=alone)
     plain = attacked is None and start is None
     own = ("", "")
     kept = torch.zeros(len(shard.rows), dtype=torch.bool) if attacked is None else ~attacked.cpu()
@@ -172,36 +174,44 @@ def adversarials_of(
     attacked: Tensor | None = None,
     before: Tensor | None = None,
     start: Tensor | None = None,
+    alone: Tensor | None = None,
 ) -> Adversarials:
     """The adversarial images of one shard of `cell`, kept or made; see `run_cell`. An image that is not attacked has
     cost nothing."""
-    attacked = torch.ones(len(shard.rows), dtype=torch.bool) if attacked is None else attacked.cpu()
+    every = torch.ones(len(shard.rows), dtype=torch.bool)
+    attacked = every if attacked is None else attacked.cpu()
     if not attacked.all() and before is None:
         raise ValueError("where some images are not attacked, pass `before`: the adversarial images that they keep")
-    if before is not None and not attacked.any():
-        return Adversarials(before.to(work.plan.device), *_zeros(len(attacked)))
+    begun = every & False if start is None or not cell.attacker.attack.uses_start else attacked
+    begun = begun if alone is None else begun & ~alone.cpu()
+    parts = [(which, at) for which, at in ((attacked & ~begun, None), (begun, start)) if which.any()]
+    if len(parts) == 1 and attacked.all():
+        return _made(work, cell, shard, *parts[0])
+    images = (shard.images if before is None else before).to(work.plan.device, copy=True)
+    of_image = _zeros(len(attacked))
+    for which, at in parts:
+        made = _made(work, cell, shard, which, at)
+        images[which.to(images.device)] = made.images
+        for values, name in zip(of_image, ("seconds", *COUNTS)):
+            values[which] = getattr(made, name)
+    return Adversarials(images, *of_image)
+
+
+def _made(work: Work, cell: Cell, shard: Shard, which: Tensor, start: Tensor | None) -> Adversarials:
+    """Of those images of a shard that are `which` `(N,)`; start: `(N, C, H, W)`."""
     function, identity = work.seen_by(cell)
-    attack = cell.attacker.attack
     with work.plan.drawing(_seed(work.plan, cell, shard.number)):
-        made = work.stores[identity.lasting].get(
-            attack,
+        return work.stores[identity.lasting].get(
+            cell.attacker.attack,
             function,
             identity.key,
             work.plan.data,
-            shard.rows[attacked],
+            shard.rows[which],
             seed=work.plan.seed,
             batch=work.plan.batch,
             device=work.plan.device,
-            start=start[attacked.to(start.device)] if start is not None and attack.uses_start else None,
+            start=None if start is None else start[which.to(start.device)],
         )
-    if before is None or attacked.all():
-        return made
-    images = before.to(work.plan.device, copy=True)
-    images[attacked.to(images.device)] = made.images
-    of_image = _zeros(len(attacked))
-    for values, name in zip(of_image, ("seconds", *COUNTS)):
-        values[attacked] = getattr(made, name)
-    return Adversarials(images, *of_image)
 
 
 def _zeros(count: int) -> list[Tensor]:

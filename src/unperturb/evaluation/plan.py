@@ -23,21 +23,15 @@ from unperturb.evaluation.adversarials import cache_limit
 from unperturb.evaluation.checks import check_name, subset
 from unperturb.evaluation.identity import Identity, identify
 from unperturb.evaluation.ladder import ladder
-from unperturb.modules import ask, check_logits, logits_of
+from unperturb.evaluation.surrogates import Retrained, Surrogate, is_retrain, retrained
+from unperturb.evaluation.trial import at_work, check_shape, drawing, try_model
+from unperturb.modules import ask, logits_of
 from unperturb.results import schema
 from unperturb.systems import System
 from unperturb.threat_models import ThreatModel
+from unperturb.training.jobs import Cost as TrainingCost
 
 UNDEFENDED = "undefended"  # the entry of a recipe's `systems` that means the classifier itself
-
-
-@dataclass(frozen=True)
-class Surrogate:
-    """What a transfer or a gray-box attack is made on: a classifier, a protected one, or a purifier of the attacker's
-    own, which is put before each undefended classifier. name: as tables show it."""
-
-    name: str
-    model: nn.Module
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +87,9 @@ class Cascade:
     """Each attacker meets only the images that those before it have left standing.
 
     threat: what breaks an image: an answer that is wrong in every draw, at most eps away in its norm. doubted: so many
-    images, the first, are attacked by everyone, from the image itself, broken or not: what each attacker is worth alone
-    shows whether one who knows more does worse, which is how a hidden gradient shows. whole: labels of attacks that are
-    made on every image all the same.
+    images, the first, are attacked by everyone, broken or not, as if nobody had come before: what each attacker is
+    worth alone shows whether one who knows more does worse, which is how a hidden gradient shows. whole: labels of
+    attacks that are made on every image all the same.
     """
 
     threat: ThreatModel
@@ -109,11 +103,11 @@ class Plan:
 
     systems: each under the name that tables show, one of a name before each classifier. attackers: by the label of
     their attack. classifiers: the undefended ones by name, each the block of the systems that stand on it (default:
-    named after their family). surrogates: by the knowledge that needs one. batch: images attacked at once. shard:
-    images a file of rows. samples: images of each cell that are kept to be looked at. draws: how often each image is
-    shown to a random system. cascade: what makes of the attackers one after the other (default: each attacks every
-    image). probed: images of a short look at each system, for the flags; 0 for none. note: what is wrong with this copy
-    of the data, if anything.
+    named after their family). surrogates: by the knowledge that needs one. retrained: by the system, the purifier that
+    a gray-box attacker trains to attack it. batch: images attacked at once. shard: images a file of rows. samples:
+    images of each cell that are kept to be looked at. draws: how often each image is shown to a random system. cascade:
+    what makes of the attackers one after the other (default: each attacks every image). probed: images of a short look
+    at each system, for the flags; 0 for none. note: what is wrong with this copy of the data, if anything.
     """
 
     data: ImageSet
@@ -121,6 +115,7 @@ class Plan:
     attackers: Mapping[str, Sequence[Attacker]]
     classifiers: Mapping[str, nn.Module] = field(default_factory=dict)
     surrogates: Mapping[str, Surrogate] = field(default_factory=dict)
+    retrained: Mapping[str, Surrogate] = field(default_factory=dict)
     seed: int = 0
     batch: int = 200
     shard: int = 1000
@@ -146,7 +141,8 @@ class Plan:
             for label, attackers in self.attackers.items():
                 for attacker in attackers:
                     for system in filter(attacker.is_sent_against, self.block(classifier)):
-                        surrogate = self.surrogates.get(attacker.knowledge)
+                        own = self.retrained.get(system.name) if attacker.knowledge == "gray_box" else None
+                        surrogate = own or self.surrogates.get(attacker.knowledge)
                         cell = Cell.of(classifier, system, label, attacker, surrogate)
                         found.setdefault(cell.names, cell)
         return list(found.values())
@@ -188,36 +184,36 @@ class Plan:
         found: dict[str, nn.Module] = {f"classifier {name!r}": model for name, model in self.classifiers.items()}
         for system in self.systems:
             found |= {f"the {what} of {system.name!r}": model for what, model in defense_of(system).items()}
-        return found | {f"the surrogate {s.name!r}": s.model for s in self.surrogates.values()}
+        found |= {f"the surrogate {s.name!r}": s.model for s in self.surrogates.values()}
+        return found | {f"the purifier retrained after {name!r}": s.model for name, s in self.retrained.items()}
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """Inside, every model is in eval mode on the plan's device; after, mode and place are as they were."""
         with contextlib.ExitStack() as stack:
             for model in {id(m): m for m in self.models().values()}.values():
-                stack.enter_context(_at_work(model, self.device))
+                stack.enter_context(at_work(model, self.device))
             yield
 
-    @contextlib.contextmanager
-    def drawing(self, seed: int) -> Iterator[None]:
+    def drawing(self, seed: int) -> contextlib.AbstractContextManager[None]:
         """Inside, a random system draws what `seed` gives: a resumed run makes the same rows. The caller's draws
         stay."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
+        return drawing(seed, self.device)
 
     def check(self) -> None:
         """Raise `ValueError` where a cell cannot be asked: before anything is computed or written."""
         cache_limit()
         _check_names(self)
+        if len(self.data.index.unique()) < len(self.data):
+            raise ValueError(f"two images of {self.data.source} have one index: rows could not tell them apart")
         for system in self.systems:
-            _check_shape(system, self.data)
+            check_shape(system, self.data)
         for cell in self.cells():
             cell.target()
         with self.at_work():
             for name, model in self.models().items():
                 if not isinstance(model, Defense) or model.spec is None:  # ours are tested; some take long
-                    _try(self, name, model)
+                    try_model(name, model, self.data, self.device)
 
 
 def _size(threat: ThreatModel) -> tuple[bool, float]:
@@ -317,14 +313,16 @@ def plan_of(recipe: EvaluationRecipe, device: str = "auto", models: Mapping[str,
     made_on = {}
     if recipe.surrogate:
         made_on["transfer"] = surrogate(recipe.surrogate, classifier)
-    if recipe.surrogate_defense:
+    if recipe.surrogate_defense and not is_retrain(recipe.surrogate_defense):
         made_on["gray_box"] = surrogate(recipe.surrogate_defense, part)
+    systems = [_system(name, one, base) for base in classifiers.values() for name, one in parts.items()]
     return Plan(
         data=data,
-        systems=[_system(name, one, base) for base in classifiers.values() for name, one in parts.items()],
+        systems=systems,
         attackers=attackers,
         classifiers=classifiers,
         surrogates=made_on,
+        retrained=retrained(recipe.surrogate_defense, attackers, systems, data),
         **{key: getattr(recipe, key) for key in ("seed", "batch", "shard", "samples", "draws")},
         cascade=cascade,
         device=pick_device(device),
@@ -362,81 +360,29 @@ def _check_names(plan: Plan) -> None:
                 )
 
 
-def _check_shape(system: System, data: ImageSet) -> None:
-    purifier, (channels, height, width) = system.purifier, data.shape
-    if purifier is None:
-        return
-    if purifier.size is not None and (height, width) != (purifier.size, purifier.size):
-        raise ValueError(
-            f"{system.name} purifies {purifier.size}x{purifier.size} images, but those of {data.source} are "
-            f"{height}x{width}; leave it out of the recipe's systems, or train one for that size"
-        )
-    if purifier.channels not in (None, channels):
-        raise ValueError(
-            f"{system.name} purifies images of {purifier.channels} channels, but those of {data.source} have "
-            f"{channels}; leave it out, or train one for such images"
-        )
-
-
-@torch.no_grad()
-def _try(plan: Plan, name: str, model: nn.Module) -> None:
-    """Ask a model about two images, which takes no time beside an attack and tells much."""
-    images, _ = plan.data.batch(torch.arange(min(2, len(plan.data))), plan.device)
-    shape, source = tuple(images.shape), plan.data.source
-    try:
-        with plan.drawing(0):
-            out = ask(model, images)
-    except Exception as error:
-        raise ValueError(
-            f"{name} fails on images of {source}, float32 {shape} in [0, 1]: is it for images of other channels or "
-            f"another size? It said: {error}"
-        ) from error
-    if isinstance(model, Defense):
-        if not isinstance(out, Tensor) or out.shape != images.shape:
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"{name} must give images of the shape that it gets, {shape}; it gave {got}")
-        return
-    try:
-        check_logits(out, len(images))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    worst = int(plan.data.labels.max())
-    if worst >= out.shape[1]:
-        raise ValueError(
-            f"{name} gives {out.shape[1]} logits, but {source} has images of class {worst} "
-            f"({plan.data.class_names[worst]!r}): take a model for {plan.data.classes} classes, or load the data "
-            "with class_names= in the model's order"
-        )
-
-
-@contextlib.contextmanager
-def _at_work(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, `model` is in eval mode, and on `device` unless its parts are on several: then its owner knows best."""
-    modes = [(part, part.training) for part in model.modules() if hasattr(part, "training")]
-    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    model.eval()
-    if len(places) == 1:
-        model.to(device)
-    try:
-        yield
-    finally:
-        if len(places) == 1:
-            model.to(places.pop())
-        for part, mode in modes:
-            part.training = mode
-
-
 # What it will cost --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an evaluation would take at most, nothing being kept from before."""
+    """What an evaluation would take at most, nothing being kept from before. training_steps, training_pflop: of it,
+    what the attacker's own trainings take."""
 
     cells: int
     images: int
     pflop: float
     minutes: float
+    training_steps: int = 0
+    training_pflop: float = 0.0
+
+    def __str__(self) -> str:
+        said = f"at most {self.pflop:g} PFLOP, about {self.minutes:g} minutes"
+        if not self.training_steps:
+            return said
+        return (
+            f"{said}; {self.training_pflop:g} PFLOP of it is for {self.training_steps:,} steps in which the attacker "
+            "trains a purifier"
+        )
 
 
 def estimate(plan: Plan) -> Cost:
@@ -446,7 +392,25 @@ def estimate(plan: Plan) -> Cost:
         total = _operations(plan)
     pflop = total * len(plan.data) / 1e15
     rate = max(v for k, v in probe(plan.device.type).rates.items() if k[0] == "float32")
-    return Cost(len(plan.cells()), len(plan.data), float(f"{pflop:.3g}"), round(pflop * 1e6 / (rate * 0.3) / 60, 1))
+    trainings = list(training_costs(plan).values())
+    minutes = pflop * 1e6 / (rate * 0.3) / 60 + sum(cost.minutes for cost in trainings)
+    training = sum(cost.pflop for cost in trainings)
+    return Cost(
+        cells=len(plan.cells()),
+        images=len(plan.data),
+        pflop=float(f"{pflop + training:.3g}"),
+        minutes=round(minutes, 1),
+        training_steps=sum(cost.steps for cost in trainings),
+        training_pflop=float(f"{training:.3g}"),
+    )
+
+
+def training_costs(plan: Plan) -> dict[str, TrainingCost]:
+    """By the system, what the attacker's training of a purifier like its own takes, where he still has to train one.
+    Raises `ValueError` where he cannot."""
+    untrained = {name: one for name, one in plan.retrained.items() if isinstance(one, Retrained)}
+    with plan.at_work():
+        return {name: one.cost(str(plan.device)) for name, one in untrained.items()}
 
 
 def _operations(plan: Plan) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,13 @@ from unperturb.evaluation.checks import attackers_of, check_data, check_number, 
 from unperturb.evaluation.grid import Progress, run_grid
 from unperturb.evaluation.identity import identify
 from unperturb.evaluation.measure import predictions
-from unperturb.evaluation.plan import UNDEFENDED, Plan, Surrogate, attackers_in, by_name, defense_of, plan_of
+from unperturb.evaluation.plan import UNDEFENDED, Plan, attackers_in, by_name, defense_of, plan_of, training_costs
 from unperturb.evaluation.probe import probe
+from unperturb.evaluation.surrogates import Retrained, Surrogate, retrained, surrogates_of
 from unperturb.registry import unknown
 from unperturb.results import schema
 from unperturb.systems import System
+from unperturb.training.jobs import Cost as TrainingCost
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,7 +126,7 @@ def evaluate(
     n: int | None = None,
     out: str | Path | None = None,
     surrogate: nn.Module | None = None,
-    surrogate_defense: Defense | None = None,
+    surrogate_defense: Defense | str | None = None,
     seed: int = 0,
     batch: int = 200,
     draws: int = 10,
@@ -141,9 +144,9 @@ def evaluate(
     they are to have in tables; an `Attacker` has its own knowledge. knowledge: what the attackers of the other attacks
     know. n: a fixed, named random subset of this many images. out: run folder (default: a temporary one). surrogate:
     the classifier that transfer attacks are made on. surrogate_defense: the attacker's own purifier, of gray-box
-    attacks. draws: how often each image is shown to a random system. eot_samples: passes that the gradient of a random
-    system is averaged over; fewer than 20 flatter it. progress: gets (done, total, cell) in place of the bar that is
-    shown unless `quiet`.
+    attacks; with `"retrain"`, or `"retrain:STEPS"`, one that he trains by each system's own recipe. draws: how often
+    each image is shown to a random system. eot_samples: passes that the gradient of a random system is averaged over;
+    fewer than 20 flatter it. progress: gets (done, total, cell) in place of the bar that is shown unless `quiet`.
 
     Returns the rows (`unperturb.results.schema.ROW_COLUMNS`); `unperturb.table` makes a table.
 
@@ -153,11 +156,14 @@ def evaluate(
     data = check_data(data)
     for what, number, least in (("seed", seed, 0), ("batch", batch, 1), ("draws", draws, 1)):
         check_number(what, number, least)
+    data, judged = subset(data, n), systems_of(systems)
+    attackers = attackers_of(attacks, knowledge, eot_samples)
     plan = Plan(
-        data=subset(data, n),
-        systems=systems_of(systems),
-        attackers=attackers_of(attacks, knowledge, eot_samples),
+        data=data,
+        systems=judged,
+        attackers=attackers,
         surrogates=surrogates_of(surrogate, surrogate_defense),
+        retrained=retrained(surrogate_defense, attackers, judged, data),
         seed=seed,
         batch=batch,
         draws=draws,
@@ -185,22 +191,6 @@ def run_in_hand(
         return run_plan(plan, out, {**_record(plan), **(settings or {})}, about, resume, update)
 
 
-def surrogates_of(classifier: object, purifier: object) -> dict[str, Surrogate]:
-    """By the knowledge that needs one, the attacker's own classifier and purifier, if any; raises `TypeError`."""
-    found = {}
-    if classifier is not None:
-        if not isinstance(classifier, nn.Module) or isinstance(classifier, Defense):
-            kind = type(classifier).__name__
-            raise TypeError(f"surrogate must be an nn.Module from images to logits, not a {kind}")
-        found["transfer"] = Surrogate("surrogate", classifier)
-    if purifier is not None:
-        if not isinstance(purifier, Defense):
-            kind = type(purifier).__name__
-            raise TypeError(f"surrogate_defense must be a purifier, such as load_defense gives, not a {kind}")
-        found["gray_box"] = Surrogate("surrogate", purifier)
-    return found
-
-
 def _record(plan: Plan) -> dict[str, Any]:
     """What fixes a run of models in hand, beside their fingerprints."""
 
@@ -212,6 +202,7 @@ def _record(plan: Plan) -> dict[str, Any]:
             "surrogate_backward": backward and getattr(backward, "__qualname__", repr(backward)),
         }
 
+    cascade = plan.cascade and {**asdict(plan.cascade), "whole": sorted(plan.cascade.whole)}
     return {
         "kind": "evaluation",
         "dataset": plan.data.source,
@@ -220,6 +211,7 @@ def _record(plan: Plan) -> dict[str, Any]:
         "seed": plan.seed,
         "batch": plan.batch,
         "draws": plan.draws,
+        **({"cascade": cascade} if plan.cascade else {}),
     }
 
 
@@ -236,13 +228,43 @@ def run_plan(
 ) -> pd.DataFrame:
     """The rows of `plan`, made in the run folder `out`; the rest as for `opened`."""
     plan.check()
+    trainings = training_costs(plan)
     _warn_near_chance(plan)
     with opened(plan, out, recipe, about, resume=resume):
+        if trainings:
+            plan = replace(plan, retrained=_trained(plan, trainings, out, progress))
         run_grid(plan, out, progress, cascading(plan.cascade) if plan.cascade else None)
     rows = schema.read_rows(out)
     _check_whole(plan, rows, out)
     _warn_of_gradients_and_logits(rows)
     return rows
+
+
+def _trained(
+    plan: Plan, costs: Mapping[str, TrainingCost], out: Path, progress: Progress | None
+) -> dict[str, Surrogate]:
+    """The purifiers that the attacker trains, kept in the run folder `out`. Raises `RunError` where one is not that
+    which rows there were made with."""
+    found = {}
+    for name, untrained in plan.retrained.items():
+        assert isinstance(untrained, Retrained)
+        said = f"training the attacker's {name}: {costs[name].steps:,} steps, {costs[name].pflop:g} PFLOP"
+
+        def report(step: int, steps: int, said: str = said) -> None:
+            if progress:
+                progress(step, steps, said)
+
+        with plan.at_work(), plan.drawing(plan.seed):
+            folder = out / "surrogates" / schema.file_stem(name)
+            found[name] = untrained.trained(folder, str(plan.device), report)
+    keys, kept = {name: identify(one.model).key for name, one in found.items()}, out / "surrogates.json"
+    if kept.exists() and runs.read_json(kept, dict[str, str]) != keys:
+        raise runs.RunError(
+            f"{out / 'surrogates'} holds other purifiers than those that rows of this run were made with; choose "
+            "another folder"
+        )
+    runs.write_json(kept, keys)
+    return found
 
 
 @contextlib.contextmanager
@@ -297,11 +319,13 @@ def _fingerprints(plan: Plan) -> dict[str, Any]:
         identity = identify(*models)
         return identity.key if identity.lasting else "an object in hand, known by its behavior"
 
+    untrained = {name: one for name, one in plan.retrained.items() if isinstance(one, Retrained)}
     return {
         "data": plan.data.fingerprint,
         "classifiers": {name: fingerprint(model) for name, model in plan.classifiers.items()},
         "systems": {s.name: UNDEFENDED if s.undefended else fingerprint(*defense_of(s).values()) for s in plan.systems},
         "surrogates": {kind: fingerprint(surrogate.model) for kind, surrogate in plan.surrogates.items()},
+        **({"retrained": {name: one.record() for name, one in untrained.items()}} if untrained else {}),
     }
 
 
@@ -373,4 +397,4 @@ def _some(index: Iterable[int]) -> str:
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
 
-__all__ = ["evaluate", "only", "opened", "run_evaluation", "run_in_hand", "surrogates_of"]
+__all__ = ["evaluate", "only", "opened", "run_evaluation", "run_in_hand"]

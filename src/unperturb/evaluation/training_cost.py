@@ -41,6 +41,13 @@ def of_system(system: System) -> TrainingCost:
     return UNKNOWN if learned else NOTHING
 
 
+def earlier_folder(other: str, folder: Path) -> Path | None:
+    """Where the run `other` lies, as the recipe of the run in `folder` names it: it may have moved along with that."""
+    name = Path(other.removeprefix(zoo.PREFIX)).name
+    zoos = zoo.folders().get(name) if other.startswith(zoo.PREFIX) else None
+    return next((place for place in (Path(other), zoos, folder.parent / name) if place and place.is_dir()), None)
+
+
 def about(dataset: str, system: System, cost: TrainingCost, folder: str = "") -> dict[str, Any]:
     """One entry of `systems.json` (`unperturb.results.schema.read_systems`)."""
     pflop, seconds = cost
@@ -80,12 +87,9 @@ def _inside(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _earlier(other: str, folder: Path, after: tuple[Path, ...]) -> TrainingCost:
-    """What the run `other`, as a recipe names it, has cost; it may have moved along with `folder`."""
-    name = Path(other.removeprefix(zoo.PREFIX)).name
-    for place in (Path(other), zoo.folders().get(name) if other.startswith(zoo.PREFIX) else None, folder.parent / name):
-        if place and place.is_dir():
-            return of_folder(place, after)
-    return UNKNOWN
+    """What the run `other`, as the recipe of the run in `folder` names it, has cost."""
+    place = earlier_folder(other, folder)
+    return UNKNOWN if place is None else of_folder(place, after)
 
 
 def _sum(parts: list[TrainingCost]) -> TrainingCost:

@@ -99,9 +99,13 @@ _FOLDER_KEYS = ["dataset", "split", *_NAMES]
 def cell_folder(classifier: str, system: str, attack: str, knowledge: str) -> str:
     """The folder of a cell's rows and the stem of its samples: words to read, then a hash, since other names may have
     the same words; at most 120 characters, different also where a disk takes `A` for `a`."""
-    names = [classifier, system, attack, knowledge]
+    return file_stem(classifier, system, attack, knowledge)
+
+
+def file_stem(*names: str) -> str:
+    """A file's or folder's name for what `names` tell apart; see `cell_folder`."""
     words = re.sub(r"[^A-Za-z0-9._-]+", "_", ".".join(names))
-    return f"{words[:107]}-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}"
+    return f"{words[:107]}-{hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:12]}"
 
 
 def of_today(cell: Mapping[str, Any]) -> dict[str, Any]:

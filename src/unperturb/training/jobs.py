@@ -52,7 +52,7 @@ def estimate(task: Task, settings: Training, device: str = "cpu") -> Cost:
     steps = total_steps(settings, len(task.sampler.data))
     pflop = flop_per_image(task) * settings.batch * steps / 1e15
     rates = probe(pick_device(device).type).rates
-    rate = rates[settings.precision, settings.memory_format]
+    rate = rates.get((settings.precision, settings.memory_format), max(rates.values()))  # auto takes the quickest
     return Cost(steps, float(f"{pflop:.3g}"), round(rate, 1), round(pflop * 1e6 / (rate * 0.5) / 60, 1))
 
 
@@ -344,7 +344,7 @@ def train_defense(
         if _first():
             save_defense(out, task.defense, {**about, "outcome": asdict(outcome)})
     defense = task.defense.eval()
-    defense.outcome = outcome
+    defense.outcome, defense.folder = outcome, out
     return defense
 
 
