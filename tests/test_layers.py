@@ -40,6 +40,7 @@ LAYERS = {
     "export": 7,
     "attack_folder": 7,
     "benchmarking": 7,
+    "paper": 7,
     "__init__": 8,
     "serve": 8,
     "app": 8,
