@@ -66,10 +66,9 @@ def _table(table: Table, folder: Path) -> dict[str, Any]:
 
 def _step(step: Step, times: Mapping[str, float], folder: Path) -> dict[str, Any]:
     pflop, seconds = of_folder(step.place) if step.trains else (None, times.get(step.folder))
-    name = step.folder if step.found in (None, step.folder) else f"{step.found}"
     spent = "" if seconds is None else f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
     told = "" if pflop is None else f"{pflop:.2g}"
-    return {"name": name, "command": step.command, "pflop": told, "time": spent, "link": _link(step.place, folder)}
+    return {"name": step.name, "command": step.command, "pflop": told, "time": spent, "link": _link(step.place, folder)}
 
 
 def _link(path: Path, folder: Path) -> str:

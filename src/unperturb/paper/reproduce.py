@@ -71,9 +71,7 @@ class Plan:
         missing: set[str] = set()
         for step in self.needed():
             if not missing & set(step.needs) and step.done():
-                yield f"done      {step.folder}" + (f", as {step.found}" if step.found != step.folder else "") * bool(
-                    step.found
-                )
+                yield f"done      {step.name}"
                 continue
             missing.add(step.folder)
             left += 1
@@ -133,7 +131,7 @@ def reproduce(
 
 def _do(step: Step, out: Path, times: dict[str, float], device: str, say: Show, bar: Bar) -> None:
     if step.done():
-        say(f"done      {step.folder}" + (f", as {step.found}" if step.found not in (None, step.folder) else ""))
+        say(f"done      {step.name}")
         return
     say(f"{'train' if step.trains else 'evaluate':<9} {step.folder}: {step.command}")
     began = time.monotonic()

@@ -47,6 +47,11 @@ class Step:
     found: str | None = None
 
     @property
+    def name(self) -> str:
+        """Its folder, and what stands in for it, if anything."""
+        return self.folder if self.found in (None, self.folder) else f"{self.folder}, as {self.found}"
+
+    @property
     def trains(self) -> bool:
         """Whether it is a training."""
         return self.recipe is None or self.recipe.kind != "evaluation"
