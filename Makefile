@@ -10,10 +10,14 @@ KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,attack_faults attack_fol
 	blackbox jsma patch attackers fused_copy models_at_the_door evaluation grid cascade ladder benchmarking identity door \
 	own_parts))
 
-.PHONY: demo test test-kernels lint bench clean
+.PHONY: demo reproduce test test-kernels lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/unperturb demo
+
+# The paper's tables and figures: all, or PARTS="mnist table1-cifar10". Goes on where it was stopped.
+reproduce: $(VENV)/.installed
+	$(BIN)/unperturb reproduce $(PARTS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(WORKERS)

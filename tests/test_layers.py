@@ -40,6 +40,7 @@ LAYERS = {
     "export": 8,
     "attack_folder": 8,
     "benchmarking": 8,
+    "paper": 8,
     "__init__": 9,
     "serve": 9,
     "app": 9,

@@ -582,6 +582,37 @@ def report(
 
 
 @app.command()
+def reproduce(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PART]...", help="mnist, table1-mnist, figure1, ...: see docs/reproduce.md. Default: all."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where tables, figures and pages go.")] = Path(
+        "report/paper"
+    ),
+    n: Number = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Make the paper's tables and figures; train and evaluate what they lack. Stopped, it goes on where it was."""
+    from unperturb.paper.reproduce import Plan
+    from unperturb.paper.reproduce import reproduce as run
+
+    _threads(threads)
+    if dry_run:
+        for line in Plan.of(parts or [], n).told(device):
+            say(line)
+        return
+    done = run(parts or [], out=out, n=n, device=device, show=say, bar=_bar)
+    say(f"\nthe index: {done.page}")
+    if done.failed:
+        raise ValueError(f"not everything could be made; failed: {', '.join(done.failed)}. Called again, it goes on")
+
+
+@app.command()
 def cache(
     kinds: Annotated[list[str] | None, typer.Argument(help="data, hub, adversarials (default: all).")] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Delete them.")] = False,

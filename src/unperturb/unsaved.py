@@ -145,7 +145,7 @@ def missing(entry: str) -> list[str]:
     if entry.startswith(zoo.PREFIX) and "+" not in entry:
         zoo.find(entry)
         return []
-    if Path(entry).exists():
+    if Path(entry).is_file() or any((Path(entry) / saved).exists() for saved in zoo.SAVED):
         return []
     if "+" in entry:
         return [folder for part in entry.split("+") for folder in missing(part)]

@@ -10,7 +10,7 @@ from unperturb.config import read_recipe, recipe_names
 from unperturb.registry import unknown
 
 PREFIX = "zoo:"
-_SAVED = ("classifier.json", "defense.json")
+SAVED = ("classifier.json", "defense.json")  # written last: where one is, a training is whole
 _VERBS = {"classifier": "train-classifier", "defense": "train"}
 
 
@@ -20,7 +20,7 @@ def folders() -> dict[str, Path]:
     Empty where there is neither: an installed package brings none along.
     """
     for place in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2]):
-        found = {f.parent.name: f.parent for saved in _SAVED for f in sorted((place / "zoo").glob(f"*/{saved}"))}
+        found = {f.parent.name: f.parent for saved in SAVED for f in sorted((place / "zoo").glob(f"*/{saved}"))}
         if found:
             return dict(sorted(found.items()))
     return {}

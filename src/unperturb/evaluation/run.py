@@ -284,7 +284,7 @@ def opened(
                 "which the run was begun with cannot be told; choose another folder"
             )
         note = {f"data {plan.data.source}": plan.note} if plan.note else None
-        runs.open_run(out, {**recipe, "fingerprints": _fingerprints(plan)}, resume=resume, about=note)
+        runs.open_run(out, {**recipe, "fingerprints": fingerprints(plan)}, resume=resume, about=note)
         recognize(plan, out)
         runs.write_json(out / "systems.json", about)
         _probe(plan, out)
@@ -312,7 +312,7 @@ def _probe(plan: Plan, out: Path) -> None:
     runs.write_json(out / "probe.json", found)
 
 
-def _fingerprints(plan: Plan) -> dict[str, Any]:
+def fingerprints(plan: Plan) -> dict[str, Any]:
     """What the names of a run stood for: the same names retrained are another run."""
 
     def fingerprint(*models: nn.Module) -> str:
