@@ -172,7 +172,7 @@ def stand_ins(entries: Iterable[str], data: ImageSet) -> dict[str, nn.Module]:
 def _stand_in(folder: str, data: ImageSet) -> nn.Module | None:
     same = zoo.folders().get(Path(folder).name)
     if same is not None:
-        return load_classifier(same) if (same / "classifier.json").exists() else load_defense(same)
+        return load_classifier(same) if zoo.kind_of(same) == "classifier" else load_defense(same)
     known = zoo.recipe_for(folder, classifiers)
     if known is None:
         return None

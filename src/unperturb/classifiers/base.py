@@ -145,11 +145,14 @@ class ClassifierFile(BaseModel):
 def load_classifier(folder: str | Path) -> Classifier:
     """The classifier of a run folder, or `zoo:NAME`, in eval mode, on the CPU.
 
-    Raises `RunError` where a file is missing or damaged, or the weights are not those of the classifier described.
+    Raises `RunError` where a file is missing or damaged, the folder holds a purifier, or the weights are not those of
+    the classifier described.
     """
-    folder = Path(zoo.find(folder))
+    source, folder = folder, Path(zoo.find(folder))
     path = folder / "classifier.json"
     if not path.exists():
+        if said := zoo.of_another_kind(source, "classifier"):
+            raise RunError(said)
         how = zoo.how_to_make(folder, classifiers, "train-classifier")
         raise RunError(f"{path} is not there: {folder} holds no finished run; {how}")
     described = read_json(path, ClassifierFile)
