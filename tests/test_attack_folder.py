@@ -173,13 +173,13 @@ def test_a_folder_of_something_else_is_left_alone(digits: tuple[nn.Module, Image
     out = tmp_path / "adv"
     attack_images(model, data, attack, out, quiet=True)
     for other, said in (
-        (create_attack("fgsm", eps=EPS / 2), "differs in attack"),
-        (create_attack("pgd", eps=EPS), "differs in attack"),
+        (create_attack("fgsm", eps=EPS / 2), rf"attack was eps={EPS}\b.* and is eps={EPS / 2}\b.* now"),
+        (create_attack("pgd", eps=EPS), r"attack was FGSM\(.* and is PGD\(.* now"),
     ):
         with pytest.raises(RunError, match=said):
             attack_images(model, data, other, out, resume=True, quiet=True)
     changed = Nearest(data)
-    with pytest.raises(RunError, match="differs in model"):
+    with pytest.raises(RunError, match="another run: model was"):
         attack_images(changed, data, attack, out, resume=True, quiet=True)
     (out / "manifest.csv").write_text("index,file\nx,y\n")
     with pytest.raises(RunError, match=r"manifest.csv is damaged .* delete it"):
@@ -281,7 +281,7 @@ def test_a_model_of_ones_own_is_known_by_its_weights(digits: tuple[nn.Module, Im
     attack_images(Own(), data, attack, tmp_path / "adv", n=4, resume=True, quiet=True)  # as in another process
     with torch.no_grad():
         model.linear.weight.neg_()
-    with pytest.raises(RunError, match="differs in model"):
+    with pytest.raises(RunError, match="another run: model was"):
         attack_images(model, data, attack, tmp_path / "adv", n=4, resume=True, quiet=True)
 
 

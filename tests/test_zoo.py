@@ -123,7 +123,7 @@ def test_what_is_of_another_kind_is_called_so_and_nobody_is_sent_into_the_zoo(
     with pytest.raises(RunError, match=classifier) as error:
         load_defense("zoo:mnist-lenet5")
     assert "--out" not in str(error.value)
-    with pytest.raises(RunError, match="^zoo:mnist-lenet5 is a classifier"):
+    with pytest.raises(RunError, match=r"^zoo:mnist-lenet5 is a classifier"):
         load_defense("jpeg+zoo:mnist-lenet5")
     for load, name in ((load_classifier, "hgd-digits"), (load_classifier, "nobody"), (load_defense, "nobody")):
         with pytest.raises(RunError, match="train one with: unperturb train") as error:
