@@ -270,7 +270,7 @@ def test_a_classifier_of_ones_own(here: Path) -> None:
     assert "own_net:net on digits (6 of test): accuracy" in shown
     assert set(read_rows(here / "runs/judged")["system"]) == {"undefended", "median"}
     for words, said in (
-        (["--classifier", "own_net:nett"], "has no attribute 'nett'"),
+        (["--classifier", "own_net:nett"], "own_net:nett: own_net has no 'nett'; did you mean 'net'?"),
         (["--classifier", "own_net:net", "--mean", "a,b"], "--mean 'a,b'; expected a number a channel"),
         (["--weights", "w.pt"], "--weights say more of one model of your own"),
     ):

@@ -55,7 +55,7 @@ Classifiers = Annotated[
         "--classifier",
         metavar="CLASSIFIER",
         help="In place of the recipe's classifiers: a run folder, zoo:NAME, or module:object, a model of your own "
-        "(or a function that gives one), also from the current folder. Repeatable.",
+        "(or a function without arguments that gives one), also from the current folder. Repeatable.",
     ),
 ]
 Weights = Annotated[

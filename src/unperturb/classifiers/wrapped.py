@@ -203,7 +203,8 @@ def _check_answers(classifier: nn.Module, images: Tensor, classes: int | None) -
         raise
     except Exception as error:
         raise ValueError(
-            f"the model failed on two float32 images {shape} in [0, 1]; are size and channels its own? It said: {error}"
+            f"the model failed on two float32 images {shape} in [0, 1]; are size and channels its own? It said: "
+            f"{type(error).__name__}: {error}"
         ) from error
     logits = check_logits(answers, len(images))
     if classes is not None and logits.shape[1] != classes:

@@ -177,6 +177,12 @@ def some(names: Sequence[str], most: int = 10) -> str:
     return (", ".join(names[:most]) or "none") + more
 
 
+def shape_words(shape: Sequence[int | None]) -> str:
+    """(C, H, W) of images in words, "3 channels, 32x32 pixels"; a part that is None may be any."""
+    channels, height, width = ("any" if part is None else part for part in shape)
+    return f"{channels} channel{'' if channels == 1 else 's'}, {height}x{width} pixels"
+
+
 def digest(parts: Iterable[object]) -> str:
     """16 hex digits of the SHA-256 of byte buffers."""
     sha = hashlib.sha256()
