@@ -215,6 +215,12 @@ def test_what_cannot_be_attacked_so(digits: tuple[nn.Module, ImageSet], tmp_path
     ):
         with pytest.raises(ValueError, match=said):
             attack_images(model, data, attack, tmp_path / "adv", quiet=True, **options)  # type: ignore[arg-type]
+    large = create_classifier("convnet", channels=1, size=28, classes=10, mean=[0.5], std=[0.5])
+    said = (
+        rf"'Classifier' takes images of 1 channel, 28x28 pixels, but those of {data.source} have 1 channel, .*size=28"
+    )
+    with pytest.raises(ValueError, match=said):
+        attack_images(large, data, attack, tmp_path / "adv", quiet=True)
     two = ImageSet(
         images=torch.zeros(3, 2, 8, 8, dtype=torch.uint8),
         labels=torch.zeros(3, dtype=torch.int64),

@@ -229,7 +229,10 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_written(recipe: Any,
     with pytest.raises(ValueError, match="needs that surrogate"):
         run_evaluation(alone, tmp_path / "out", device="cpu")
     large = create_defense("defense_gan", channels=1, size=28, width=2, latent=4)
-    with pytest.raises(ValueError, match="gan purifies 28x28 images, but those of toy are 8x8"):
+    said = (
+        "purifier of 'gan' takes images of .* 28x28 pixels, but those of toy have .* 8x8 pixels: load them with size=28"
+    )
+    with pytest.raises(ValueError, match=said):
         evaluate(toy(), {"gan": Protected(Linear(), large)}, [create_attack("fgsm", eps=0.1)])
     assert not (tmp_path / "out").exists()
 

@@ -162,6 +162,7 @@ def plan_attack_images(
         system = System(
             f"{name} + {defense if isinstance(defense, str | Path) else type(purifier).__name__}", model, purifier
         )
+    system.check_data(data)
     return AttackImagesPlan(system, data.subset(n), attack, knowledge, seed, batch)
 
 

@@ -158,6 +158,7 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
     images, n = as_image_set(data), options.get("n")
     images = subset(images, min(IMAGES, len(images)) if n is None else n)
     system = _system(model, options.get("name", "model"), options.get("base"))
+    system.check_data(images)
     device = pick_device(options.get("device", "auto"))
     surrogates = surrogates_of(options.get("surrogate"), options.get("surrogate_defense"))
     attackers = ladder(

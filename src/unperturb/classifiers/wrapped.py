@@ -51,6 +51,11 @@ class Answers(nn.Module):
         super().__init__()
         self.net, self.logits, self.binary = net, logits, binary
 
+    @property
+    def takes(self) -> tuple[int | None, int | None, int | None]:
+        """Channels, height and width of the images that it is made for, as far as they are known."""
+        return tuple(self.net.shape) if isinstance(self.net, OnnxModel) else (None, None, None)
+
     def forward(self, images: Tensor) -> Tensor:
         logits = _logits_in(self.net(images), self.logits)
         return _two_logits(logits, len(images)) if self.binary else logits

@@ -178,9 +178,10 @@ def some(names: Sequence[str], most: int = 10) -> str:
 
 
 def shape_words(shape: Sequence[int | None]) -> str:
-    """(C, H, W) of images in words, "3 channels, 32x32 pixels"; a part that is None may be any."""
-    channels, height, width = ("any" if part is None else part for part in shape)
-    return f"{channels} channel{'' if channels == 1 else 's'}, {height}x{width} pixels"
+    """(C, H, W) of images in words, "3 channels, 32x32 pixels"; None: any."""
+    channels, height, width = shape
+    many = "any channels" if channels is None else f"{channels} channel{'' if channels == 1 else 's'}"
+    return f"{many}, " + ("any size" if None in (height, width) else f"{height}x{width} pixels")
 
 
 def digest(parts: Iterable[object]) -> str:

@@ -211,7 +211,7 @@ class Plan:
         cache_limit()
         _check_names(self)
         for system in self.systems:
-            _check_shape(system, self.data)
+            system.check_data(self.data)
         for cell in self.cells():
             cell.target()
         with self.at_work():
@@ -360,22 +360,6 @@ def _check_names(plan: Plan) -> None:
                 raise ValueError(
                     f"{system.name!r} names different defenses of different classifiers; give each its own name"
                 )
-
-
-def _check_shape(system: System, data: ImageSet) -> None:
-    purifier, (channels, height, width) = system.purifier, data.shape
-    if purifier is None:
-        return
-    if purifier.size is not None and (height, width) != (purifier.size, purifier.size):
-        raise ValueError(
-            f"{system.name} purifies {purifier.size}x{purifier.size} images, but those of {data.source} are "
-            f"{height}x{width}; leave it out of the recipe's systems, or train one for that size"
-        )
-    if purifier.channels not in (None, channels):
-        raise ValueError(
-            f"{system.name} purifies images of {purifier.channels} channels, but those of {data.source} have "
-            f"{channels}; leave it out, or train one for such images"
-        )
 
 
 @torch.no_grad()
