@@ -126,7 +126,8 @@ def test_what_gives_no_gradient_is_asked_by_queries(images: tuple[Tensor, Tensor
     ("options", "said"),
     [
         ({"budget": "fast"}, "quick, standard, thorough"),
-        ({"norm": "l1"}, "norm must be one of"),
+        ({"norm": "l1"}, "know the norms linf and l2, not 'l1'$"),
+        ({"norm": "l0"}, "know the norms linf and l2, not 'l0'$"),
         ({"eps": "8"}, "at most 1"),
         ({"n": 41}, "holds 40 images"),
         ({"draws": 0}, "draws must be a whole number"),

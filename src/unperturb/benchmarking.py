@@ -62,7 +62,7 @@ class Benchmark:
         return self.card.write(out)
 
     def __str__(self) -> str:
-        from unperturb.results.ladder_figure import ladder
+        from unperturb.results.ladder_figure import check_norm, ladder
         from unperturb.results.names import attacker_name, budget_name, norm_name
         from unperturb.results.render import flag_text, percent, percent_of
         from unperturb.results.robust import Judged
@@ -151,6 +151,7 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
     from unperturb.systems import System
     from unperturb.threat_models import ThreatModel
 
+    check_norm(options.get("norm", "linf"))
     threat = ThreatModel(options.get("norm", "linf"), options.get("eps", "8/255"))
     numbers = {"draws": options.get("draws", 10), "seed": options.get("seed", 0), "batch": options.get("batch", 200)}
     for what, number in numbers.items():

@@ -54,7 +54,8 @@ class Answers(nn.Module):
     @property
     def takes(self) -> tuple[int | None, int | None, int | None]:
         """Channels, height and width of the images that it is made for, as far as they are known."""
-        return tuple(self.net.shape) if isinstance(self.net, OnnxModel) else (None, None, None)
+        channels, height, width = self.net.shape if isinstance(self.net, OnnxModel) else (None, None, None)
+        return channels, height, width
 
     def forward(self, images: Tensor) -> Tensor:
         logits = _logits_in(self.net(images), self.logits)
