@@ -62,7 +62,7 @@ class Benchmark:
         return self.card.write(out)
 
     def __str__(self) -> str:
-        from unperturb.results.ladder_figure import check_norm, ladder
+        from unperturb.results.ladder_figure import ladder
         from unperturb.results.names import attacker_name, budget_name, norm_name
         from unperturb.results.render import flag_text, percent, percent_of
         from unperturb.results.robust import Judged
@@ -145,7 +145,7 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
     from unperturb.data import as_image_set
     from unperturb.devices import pick_device
     from unperturb.evaluation.checks import check_number, subset
-    from unperturb.evaluation.ladder import ladder
+    from unperturb.evaluation.ladder import check_norm, ladder
     from unperturb.evaluation.plan import Cascade, Plan
     from unperturb.evaluation.run import surrogates_of
     from unperturb.systems import System
