@@ -104,6 +104,18 @@ def test_dry_run_shows_recipe_and_cost_and_writes_nothing(tmp_path: Path) -> Non
     assert not out.exists()
 
 
+def test_a_dry_run_is_told_as_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what has a recipe shows one."""
+    said = {
+        verb: " ".join(runner.invoke(cli.app, [verb, "--help"], env={"COLUMNS": "300"}).output.split())
+        for verb in VERBS
+    }
+    with_recipe = {verb for verb, text in said.items() if "Show the resolved recipe and its cost" in text}
+    assert with_recipe == {"train", "train-classifier", "evaluate"}
+    without = {verb for verb, text in said.items() if "Check model and data, tell what it would cost here" in text}
+    assert without == {"attack", "benchmark"}
+
+
 def test_a_wrong_option_is_answered_by_the_parser() -> None:
     assert "No such option" in called("train", "protect-mnist", "--epochs", "3", code=2)
     assert "No such command" in called("trian", code=2)

@@ -42,6 +42,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads (default: one per core).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved recipe and its cost, then stop.")]
+CostOnly = Annotated[
+    bool, typer.Option("--dry-run", help="Check model and data, tell what it would cost here, then stop.")
+]
 Cells = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Only these of the recipe's, by their name in tables. Repeatable."),
@@ -386,7 +389,7 @@ def attack(
     device: Device = "auto",
     threads: Threads = None,
     resume: Resume = False,
-    dry_run: DryRun = False,
+    dry_run: CostOnly = False,
 ) -> None:
     """Write adversarial images as a folder of 8-bit PNGs, each judged once more as it is read back."""
     from unperturb.attack_folder import MANIFEST, attack_from, plan_attack_images, run_plan
@@ -494,7 +497,7 @@ def benchmark(
     device: Device = "auto",
     threads: Threads = None,
     resume: Resume = False,
-    dry_run: DryRun = False,
+    dry_run: CostOnly = False,
 ) -> None:
     """Send the ladder of attackers against one model: its robust accuracy, the doubts about it, and a card."""
     from unperturb.benchmarking import benchmark as run_benchmark
