@@ -380,3 +380,23 @@ def test_a_warning_is_a_note_said_once_and_harmless(monkeypatch: pytest.MonkeyPa
     assert shown.count("note: folders left aside: \\x1b[31mRED") == 1
     assert "\x1b" not in shown
     assert warnings.showwarning is before
+
+
+def test_a_model_that_fails_at_work_is_one_sentence_and_how_to_go_on(here: Path) -> None:
+    (here / "tiring.py").write_text(
+        "import torch\nfrom pathlib import Path\nw = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))\n"
+        "def net(images):\n    finished = list(Path('runs/tired/rows').glob('*/*.parquet'))\n"
+        "    if len(finished) == 2 and not Path('mended').exists():\n"
+        "        raise LookupError('no more')\n    return images.flatten(1) @ w\n"
+    )
+    words = ["benchmark", "tiring.py:net", "--data", "digits", "--n", "4", "--eps", "0.1", "--budget", "quick"]
+    words += ["--name", "tired", "--out", "runs/tired", *QUICK]
+    shown = called(*words, code=2)
+    assert "Traceback" not in shown
+    (said,) = [line for line in shown.splitlines() if line.startswith("error: ")]
+    assert re.match(
+        r"error: 'tired', under \S+ with knowledge \w+, failed: .*tiring\.py, line 7: LookupError: no more\.", said
+    )
+    assert said.endswith(f". What was finished is kept; go on with: unperturb {' '.join(words)} --resume")
+    (here / "mended").touch()
+    assert "the card: runs/tired/card/card.html" in called(*words, "--resume")

@@ -26,6 +26,7 @@ from unperturb.data.sets import DataError, ImageSet
 from unperturb.defenses.base import Defense, load_defense
 from unperturb.devices import FlopCounter, pick_device, probe
 from unperturb.evaluation.identity import identify
+from unperturb.mistakes import named
 from unperturb.modules import classes_of, frozen, logits_of
 from unperturb.systems import System
 from unperturb.unsaved import import_classifier, is_import_path
@@ -189,7 +190,7 @@ def attack_images(
     Each picture is written, read back, and judged by the system as it was read: its distances, and whether it succeeds.
 
     Raises `RunError` where `out` holds anything else, or a picture lies farther than the attack's eps; `ValueError` for
-    what cannot be attacked so.
+    what cannot be attacked so; `ModelError` where the model fails.
     """
     plan = plan_attack_images(model, data, attack, **choices)
     return run_plan(plan, out, device=device, resume=resume, progress=progress, quiet=quiet)
@@ -208,7 +209,8 @@ def run_plan(
     out, where, data = Path(out), pick_device(device), plan.data
     attack, target = plan.attacker(where)
     model = plan.system.model.to(where)
-    with runs.lock(out), screen.shown("attacking", progress, quiet) as update:
+    what = f"{plan.system.name!r}, under {type(attack).__name__} with knowledge {plan.knowledge},"
+    with runs.lock(out), screen.shown("attacking", progress, quiet) as update, named(what):
         if resume and plan.attack.holds_own and (out / MANIFEST).exists():
             raise runs.RunError(
                 f"{out} cannot be gone on with: the attack holds code of your own, and whether it is that which the "

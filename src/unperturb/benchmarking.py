@@ -125,7 +125,8 @@ def benchmark(
     surrogate_defense: a purifier that the attacker has trained itself. draws: how often each image is shown to a random
     model (10). seed, batch, device.
 
-    Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed.
+    Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed, and `ModelError` where a
+    model fails.
     """
     from unperturb.evaluation.plan import estimate
     from unperturb.evaluation.run import run_in_hand
@@ -148,6 +149,7 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
     from unperturb.evaluation.ladder import check_norm, ladder
     from unperturb.evaluation.plan import Cascade, Plan
     from unperturb.evaluation.run import surrogates_of
+    from unperturb.mistakes import named
     from unperturb.systems import System
     from unperturb.threat_models import ThreatModel
 
@@ -162,12 +164,14 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
     system.check_data(images)
     device = pick_device(options.get("device", "auto"))
     surrogates = surrogates_of(options.get("surrogate"), options.get("surrogate_defense"))
+    with named(f"{system.name!r}, at a first look,"):
+        hidden = _hidden(system, images, device, options.get("surrogate"))
     attackers = ladder(
         threat,
         options.get("budget", "standard"),
         transfer="transfer" in surrogates,
         gray_box="gray_box" in surrogates,
-        hidden=_hidden(system, images, device, options.get("surrogate")),
+        hidden=hidden,
     )
     return Plan(
         data=images,

@@ -597,13 +597,20 @@ def cache(
     say(f"freed {total / 1e6:,.1f} MB")
 
 
+def _again() -> str:
+    """The command that goes on where this one stopped."""
+    again = " ".join(shlex.quote(a) for a in ["unperturb", *sys.argv[1:]])
+    goes_on = sys.argv[1:2] and sys.argv[1] in RESUMABLE and "--resume" not in sys.argv
+    return f"{again} --resume" if goes_on else again
+
+
 def main() -> None:
     """Run the command line; a user's mistake is answered in a sentence, not in a traceback.
 
     Exit codes: 0 done; 2 a mistake, or a machine that has no room, said in a sentence; 130 stopped by Ctrl-C and 143 by
     SIGTERM, with how to go on; 1 a fault of the program, with its traceback.
     """
-    from unperturb.mistakes import interrupted, sentence
+    from unperturb.mistakes import ModelError, interrupted, sentence
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter shows its number
@@ -638,7 +645,8 @@ def main() -> None:
             complain(f"error: {error.format_message()} See: {where} --help")  # type: ignore[attr-defined]
             raise SystemExit(2) from None
         elif said := sentence(error):
-            complain(f"error: {said}")
+            goes_on = f". What was finished is kept; go on with: {_again()}" if isinstance(error, ModelError) else ""
+            complain(f"error: {said}{goes_on}")
             raise SystemExit(2) from None
         else:
             raise
@@ -647,10 +655,7 @@ def main() -> None:
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGTERM, before)
     if code == 130:
-        again = " ".join(shlex.quote(a) for a in ["unperturb", *sys.argv[1:]])
-        if sys.argv[1:2] and sys.argv[1] in RESUMABLE and "--resume" not in sys.argv:
-            again += " --resume"
-        complain(f"\nstopped. Go on with: {again}", style="")
+        complain(f"\nstopped. Go on with: {_again()}", style="")
     raise SystemExit(143 if code == 130 and terminated else code if isinstance(code, int) else 0)
 
 

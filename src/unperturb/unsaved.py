@@ -7,7 +7,6 @@ import difflib
 import importlib
 import importlib.util
 import sys
-import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from inspect import signature
 from pathlib import Path
@@ -24,6 +23,7 @@ from unperturb.config import read_recipe
 from unperturb.data import ImageSet
 from unperturb.data.sets import shape_words
 from unperturb.defenses import create_defense, load_defense
+from unperturb.mistakes import where
 
 # A user's own -------------------------------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ def _refused(path: str, model: object, data: ImageSet, error: Exception) -> str:
         return f"{path}, for {data.source} ({shape_words(data.shape)}): {error}"
     hint = isinstance(said, RuntimeError | ValueError | IndexError)  # what torch says of shapes
     return (
-        f"{path} fails on images of {data.source} ({shape_words(data.shape)}): {_where(said)}{type(said).__name__}: "
+        f"{path} fails on images of {data.source} ({shape_words(data.shape)}): {where(said)}{type(said).__name__}: "
         f"{said}" + ("; if it takes images of another size or other channels, choose --size or --data" if hint else "")
     )
 
@@ -129,7 +129,7 @@ def _from_here(path: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # it may raise anything, and a script may end itself
         if isinstance(error, _RefusedError):
             raise
-        raise ValueError(f"{path} could not be imported: {_where(error)}{type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} could not be imported: {where(error)}{type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(folder)
         if folder not in sys.path:
@@ -164,14 +164,6 @@ def _run(file: Path) -> ModuleType:
         del sys.modules[spec.name]
         raise
     return module
-
-
-def _where(error: BaseException) -> str:
-    """The last line of the user's code that it came through: "net.py, line 3: "."""
-    libraries = [str(Path(module.__file__ or "").parent) for module in (torch, importlib)]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(("<", *libraries))]
-    own = [f for f in frames if Path(__file__).parent not in Path(f.filename).parents]
-    return f"{own[-1].filename}, line {own[-1].lineno}: " if own else ""
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

@@ -23,6 +23,7 @@ from unperturb.evaluation.adversarials import cache_limit
 from unperturb.evaluation.checks import check_name, subset
 from unperturb.evaluation.identity import Identity, identify
 from unperturb.evaluation.ladder import ladder
+from unperturb.mistakes import named
 from unperturb.modules import ask, check_logits, logits_of
 from unperturb.results import schema
 from unperturb.systems import System
@@ -426,7 +427,7 @@ class Cost:
 def estimate(plan: Plan) -> Cost:
     """Count the operations of `plan` on two images, for all of them. Raises `ValueError` as `Plan.check` does."""
     plan.check()
-    with plan.at_work(), plan.drawing(0):
+    with plan.at_work(), plan.drawing(0), named("a model, while its cost was counted,"):
         total = _operations(plan)
     pflop = total * len(plan.data) / 1e15
     rate = max(v for k, v in probe(plan.device.type).rates.items() if k[0] == "float32")

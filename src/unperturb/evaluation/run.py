@@ -28,6 +28,7 @@ from unperturb.evaluation.identity import identify
 from unperturb.evaluation.measure import predictions
 from unperturb.evaluation.plan import UNDEFENDED, Plan, Surrogate, attackers_in, by_name, defense_of, plan_of
 from unperturb.evaluation.probe import probe
+from unperturb.mistakes import ModelError, named
 from unperturb.registry import unknown
 from unperturb.results import schema
 from unperturb.systems import System
@@ -147,8 +148,9 @@ def evaluate(
 
     Returns the rows (`unperturb.results.schema.ROW_COLUMNS`); `unperturb.table` makes a table.
 
-    Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed. Warns where a classifier is
-    hardly better than chance, where logits are not finite, and where an attacker's gradients were mostly zero.
+    Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed, and `ModelError` where a
+    model fails later on. Warns where a classifier is hardly better than chance, where logits are not finite, and where
+    an attacker's gradients were mostly zero.
     """
     data = check_data(data)
     for what, number, least in (("seed", seed, 0), ("batch", batch, 1), ("draws", draws, 1)):
@@ -236,9 +238,14 @@ def run_plan(
 ) -> pd.DataFrame:
     """The rows of `plan`, made in the run folder `out`; the rest as for `opened`."""
     plan.check()
-    _warn_near_chance(plan)
-    with opened(plan, out, recipe, about, resume=resume):
-        run_grid(plan, out, progress, cascading(plan.cascade) if plan.cascade else None)
+    try:
+        with named("a model, at a first look,"):
+            _warn_near_chance(plan)
+            with opened(plan, out, recipe, about, resume=resume):
+                run_grid(plan, out, progress, cascading(plan.cascade) if plan.cascade else None)
+    except ModelError as error:
+        error.add_note("What was finished is kept in the folder `out`, if you gave one: resume=True goes on there.")
+        raise
     rows = schema.read_rows(out)
     _check_whole(plan, rows, out)
     _warn_of_gradients_and_logits(rows)
