@@ -30,6 +30,7 @@ LAYERS = {
     "intervals": 2,
     "attacks": 3,
     "defenses": 3,
+    "manifest": 3,
     "classifiers": 3,
     "results": 3,
     "systems": 4,

@@ -392,7 +392,8 @@ def attack(
     dry_run: CostOnly = False,
 ) -> None:
     """Write adversarial images as a folder of 8-bit PNGs, each judged once more as it is read back."""
-    from unperturb.attack_folder import MANIFEST, attack_from, plan_attack_images, run_plan
+    from unperturb.attack_folder import attack_from, plan_attack_images, run_plan
+    from unperturb.manifest import MANIFEST
 
     _threads(threads)
     made = attack_from(attack, eps, settings or [])
