@@ -173,13 +173,13 @@ def test_a_folder_of_something_else_is_left_alone(digits: tuple[nn.Module, Image
     out = tmp_path / "adv"
     attack_images(model, data, attack, out, quiet=True)
     for other, said in (
-        (create_attack("fgsm", eps=EPS / 2), "differs in attack"),
-        (create_attack("pgd", eps=EPS), "differs in attack"),
+        (create_attack("fgsm", eps=EPS / 2), rf"attack was eps={EPS}\b.* and is eps={EPS / 2}\b.* now"),
+        (create_attack("pgd", eps=EPS), r"attack was FGSM\(.* and is PGD\(.* now"),
     ):
         with pytest.raises(RunError, match=said):
             attack_images(model, data, other, out, resume=True, quiet=True)
     changed = Nearest(data)
-    with pytest.raises(RunError, match="differs in model"):
+    with pytest.raises(RunError, match="another run: model was"):
         attack_images(changed, data, attack, out, resume=True, quiet=True)
     (out / "manifest.csv").write_text("index,file\nx,y\n")
     with pytest.raises(RunError, match=r"manifest.csv is damaged .* delete it"):
@@ -215,6 +215,12 @@ def test_what_cannot_be_attacked_so(digits: tuple[nn.Module, ImageSet], tmp_path
     ):
         with pytest.raises(ValueError, match=said):
             attack_images(model, data, attack, tmp_path / "adv", quiet=True, **options)  # type: ignore[arg-type]
+    large = create_classifier("convnet", channels=1, size=28, classes=10, mean=[0.5], std=[0.5])
+    said = (
+        rf"'Classifier' takes images of 1 channel, 28x28 pixels, but those of {data.source} have 1 channel, .*size=28"
+    )
+    with pytest.raises(ValueError, match=said):
+        attack_images(large, data, attack, tmp_path / "adv", quiet=True)
     two = ImageSet(
         images=torch.zeros(3, 2, 8, 8, dtype=torch.uint8),
         labels=torch.zeros(3, dtype=torch.int64),
@@ -281,7 +287,7 @@ def test_a_model_of_ones_own_is_known_by_its_weights(digits: tuple[nn.Module, Im
     attack_images(Own(), data, attack, tmp_path / "adv", n=4, resume=True, quiet=True)  # as in another process
     with torch.no_grad():
         model.linear.weight.neg_()
-    with pytest.raises(RunError, match="differs in model"):
+    with pytest.raises(RunError, match="another run: model was"):
         attack_images(model, data, attack, tmp_path / "adv", n=4, resume=True, quiet=True)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -126,7 +128,8 @@ def test_what_gives_no_gradient_is_asked_by_queries(images: tuple[Tensor, Tensor
     ("options", "said"),
     [
         ({"budget": "fast"}, "quick, standard, thorough"),
-        ({"norm": "l1"}, "norm must be one of"),
+        ({"norm": "l1"}, "know the norms linf and l2, not 'l1'$"),
+        ({"norm": "l0"}, "know the norms linf and l2, not 'l0'$"),
         ({"eps": "8"}, "at most 1"),
         ({"n": 41}, "holds 40 images"),
         ({"draws": 0}, "draws must be a whole number"),
@@ -136,3 +139,48 @@ def test_what_gives_no_gradient_is_asked_by_queries(images: tuple[Tensor, Tensor
 def test_a_mistake_is_named(images: tuple[Tensor, Tensor], options: dict[str, object], said: str) -> None:
     with pytest.raises((TypeError, ValueError, KeyError), match=said):
         up.benchmark(Flat(), images, quiet=True, **options)  # type: ignore[arg-type]
+
+
+class Tired(Flat):
+    """Fails at its call number `last`, and ever after."""
+
+    calls, last = 0, 10**9
+
+    def forward(self, images: Tensor) -> Tensor:
+        Tired.calls += 1
+        if Tired.calls >= Tired.last:
+            raise KeyError("tired")
+        return super().forward(images)
+
+
+def test_a_model_that_fails_at_work_is_named_and_what_was_finished_is_kept(
+    images: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judged(progress: Any = None) -> up.Benchmark:
+        return up.benchmark(Tired(), images, eps=EPS, budget="quick", n=8, name="tired", out=tmp_path, resume=True,
+                            quiet=True, progress=progress)  # fmt: skip
+
+    def until_the_third(done: int, total: int, cell: str) -> None:
+        if done == 2:
+            monkeypatch.setattr(Tired, "last", Tired.calls + 3)
+
+    where = r"KeyError: 'tired'(\n|$)"
+    with pytest.raises(
+        up.ModelError, match=rf"^'tired', under \S+ with knowledge \w+, failed: .*\.py, line \d+: {where}"
+    ) as error:
+        judged(until_the_third)
+    assert isinstance(error.value.__cause__, KeyError)
+    assert "resume=True" in error.value.__notes__[0]
+    finished = {f: f.stat().st_mtime_ns for f in tmp_path.glob("rows/*/*.parquet")}
+    assert len(finished) == 2
+    with pytest.raises(up.ModelError, match=rf"^'tired', at a first look, failed: .*{where}"):
+        judged()
+    monkeypatch.setattr(Tired, "last", 10**9)
+    assert judged().robust.n == 8
+    assert {f: f.stat().st_mtime_ns for f in finished} == finished
+
+
+def test_what_is_no_models_fault_stays_as_it_is(images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unperturb.evaluation.grid.measure", Mock(side_effect=LookupError))
+    with pytest.raises(LookupError):
+        up.benchmark(Flat(), images, eps=EPS, budget="quick", n=2, quiet=True)

@@ -104,6 +104,18 @@ def test_dry_run_shows_recipe_and_cost_and_writes_nothing(tmp_path: Path) -> Non
     assert not out.exists()
 
 
+def test_a_dry_run_is_told_as_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what has a recipe shows one."""
+    said = {
+        verb: " ".join(runner.invoke(cli.app, [verb, "--help"], env={"COLUMNS": "300"}).output.split())
+        for verb in VERBS
+    }
+    with_recipe = {verb for verb, text in said.items() if "Show the resolved recipe and its cost" in text}
+    assert with_recipe == {"train", "train-classifier", "evaluate"}
+    without = {verb for verb, text in said.items() if "Check model and data, tell what it would cost here" in text}
+    assert without == {"attack", "benchmark"}
+
+
 def test_a_wrong_option_is_answered_by_the_parser() -> None:
     assert "No such option" in called("train", "protect-mnist", "--epochs", "3", code=2)
     assert "No such command" in called("trian", code=2)
@@ -270,7 +282,7 @@ def test_a_classifier_of_ones_own(here: Path) -> None:
     assert "own_net:net on digits (6 of test): accuracy" in shown
     assert set(read_rows(here / "runs/judged")["system"]) == {"undefended", "median"}
     for words, said in (
-        (["--classifier", "own_net:nett"], "has no attribute 'nett'"),
+        (["--classifier", "own_net:nett"], "own_net:nett: own_net has no 'nett'; did you mean 'net'?"),
         (["--classifier", "own_net:net", "--mean", "a,b"], "--mean 'a,b'; expected a number a channel"),
         (["--weights", "w.pt"], "--weights say more of one model of your own"),
     ):
@@ -368,3 +380,23 @@ def test_a_warning_is_a_note_said_once_and_harmless(monkeypatch: pytest.MonkeyPa
     assert shown.count("note: folders left aside: \\x1b[31mRED") == 1
     assert "\x1b" not in shown
     assert warnings.showwarning is before
+
+
+def test_a_model_that_fails_at_work_is_one_sentence_and_how_to_go_on(here: Path) -> None:
+    (here / "tiring.py").write_text(
+        "import torch\nfrom pathlib import Path\nw = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))\n"
+        "def net(images):\n    finished = list(Path('runs/tired/rows').glob('*/*.parquet'))\n"
+        "    if len(finished) == 2 and not Path('mended').exists():\n"
+        "        raise LookupError('no more')\n    return images.flatten(1) @ w\n"
+    )
+    words = ["benchmark", "tiring.py:net", "--data", "digits", "--n", "4", "--eps", "0.1", "--budget", "quick"]
+    words += ["--name", "tired", "--out", "runs/tired", *QUICK]
+    shown = called(*words, code=2)
+    assert "Traceback" not in shown
+    (said,) = [line for line in shown.splitlines() if line.startswith("error: ")]
+    assert re.match(
+        r"error: 'tired', under \S+ with knowledge \w+, failed: .*tiring\.py, line 7: LookupError: no more\.", said
+    )
+    assert said.endswith(f". What was finished is kept; go on with: unperturb {' '.join(words)} --resume")
+    (here / "mended").touch()
+    assert "the card: runs/tired/card/card.html" in called(*words, "--resume")

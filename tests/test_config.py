@@ -26,6 +26,7 @@ from unperturb.config import (
     uniform_range,
 )
 from unperturb.data import load_dataset
+from unperturb.threat_models import KNOWLEDGE
 
 CLASSIFIER: dict[str, Any] = {
     "kind": "classifier",
@@ -145,6 +146,13 @@ def test_a_recipe_cannot_be_changed_in_use() -> None:
     recipe = resolve(CLASSIFIER)
     with pytest.raises(ValidationError, match="frozen"):
         recipe.training.lr = 1.0
+
+
+def test_a_recipe_knows_every_kind_of_knowledge_and_no_other() -> None:
+    values = {"kind": "evaluation", "dataset": "digits", "classifiers": ["a"], "attacks": [{"name": "fgsm"}]}
+    assert resolve({**values, "knowledge": list(KNOWLEDGE)}).knowledge == list(KNOWLEDGE)
+    with pytest.raises(RecipeError, match=r"knowledge.0: Input should be 'none', .* or 'white_box', not 'grey_box'"):
+        resolve({**values, "knowledge": ["grey_box"]})
 
 
 def test_a_thing_keeps_options_that_others_check() -> None:

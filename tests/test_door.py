@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from unperturb.attackers import Attacker
 from unperturb.attacks import create_attack
 from unperturb.attacks.base import Attack
+from unperturb.benchmarking import benchmark
+from unperturb.classifiers import create_classifier, wrap
 from unperturb.config import RecipeError, read_recipe, resolve
 from unperturb.data import ImageSet, Splits
 from unperturb.defenses import Defense, Protected, create_defense
@@ -147,8 +149,40 @@ def test_each_mistake_is_answered_with_what_to_pass(what: str, tmp_path: Path) -
 def test_a_gray_purifier_before_color_is_refused() -> None:
     color = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     gray = create_defense("hgd", channels=1, denoiser={"width": 4})
-    with pytest.raises(ValueError, match="ours purifies images of 1 channels, but those of toy have 3"):
+    with pytest.raises(
+        ValueError, match=r"purifier of 'ours' takes images of 1 channel, any size, but those of toy have 3 channels"
+    ):
         evaluate(data(3), {"ours": Protected(color, gray)}, [FGSM], device="cpu")
+
+
+def made_for(channels: int, size: int) -> nn.Module:
+    half = [0.5] * channels
+    return create_classifier("lenet5", channels=channels, size=size, classes=3, mean=half, std=half)
+
+
+OTHERS = {
+    "colors": (System("net", made_for(3, 28)), "the classifier of 'net' takes images of 3 channels, 28x28 pixels", ""),
+    "mean": (
+        System("net", wrap(nn.Flatten(), [0.5] * 3, [0.5] * 3)),
+        "the classifier of 'net' takes images of 3 channels, any size",
+        "",
+    ),
+    "size": (
+        System("net", nn.Flatten(), base=made_for(1, 28)),
+        "the undefended classifier of 'net' takes images of 1 channel, 28x28 pixels",
+        r"load them with size=28 \(--size 28\), or ",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_net_for_other_images_is_refused_with_both_sides(what: str) -> None:
+    system, its, advice = OTHERS[what]
+    said = f"^{its}, but those of toy have 1 channel, 8x8 pixels: {advice}take another .*classifier or other images$"
+    with pytest.raises(ValueError, match=said):
+        evaluate(data(), [system], [FGSM], device="cpu")
+    with pytest.raises(ValueError, match=said):
+        benchmark(system, data(), quiet=True)
 
 
 def test_names_in_any_script_are_peoples_own() -> None:

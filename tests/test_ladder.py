@@ -114,7 +114,7 @@ def test_what_gives_no_gradient_is_asked_by_queries() -> None:
 
 
 def test_a_ladder_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="linf or l2, not in 'l0'"):
+    with pytest.raises(ValueError, match="norms linf and l2, not 'l0'"):
         ladder(ThreatModel("l0", 5))
     with pytest.raises(UnknownNameError, match="quick, standard, thorough"):
         ladder(THREAT, "quik")

@@ -30,6 +30,7 @@ LAYERS = {
     "intervals": 2,
     "attacks": 3,
     "defenses": 3,
+    "manifest": 3,
     "classifiers": 3,
     "results": 3,
     "systems": 4,
@@ -50,9 +51,9 @@ LAYERS = {
     "cli": 10,
     "__main__": 11,
 }
-# Who may be imported across: the registry's one error serves the recipes too, and the package's `__init__` names what
-# stands beside it.
-ACROSS = {("config", "registry"), ("__init__", "available")}
+# Who may be imported across: recipes speak of knowledge in the words, and of a wrong name with the error, that all
+# others use; and the package's `__init__` names what stands beside it.
+ACROSS = {("config", "registry"), ("config", "threat_models"), ("__init__", "available")}
 # Inside a folder: what siblings may import, or the order of its files from the bottom up.
 SHARED = {
     "attacks": {"projections", "base", "losses", "context"},

@@ -26,7 +26,16 @@ SQUARE = create_attack("square", eps=1.0, queries=50)
 
 def test_a_file_needs_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what an import of it meets where it is not installed
+    (tmp_path / "net.onnx").touch()
     with pytest.raises(ImportError, match=r"onnxruntime, which is not installed: pip install 'unperturb\[onnx\]'"):
+        wrap(tmp_path / "net.onnx")
+
+
+def test_a_file_that_is_not_there_is_said_before_what_would_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(FileNotFoundError, match=r"there is no ONNX file .*net\.onnx$"):
         wrap(tmp_path / "net.onnx")
 
 

@@ -162,7 +162,7 @@ def test_names_and_cost_and_what_is_another_run(recipe: Any, tmp_path: Path) -> 
     small = recipe.model_copy(update={"classifiers": recipe.classifiers[:1], "knowledge": ["oblivious"], "n": 3})
     run_evaluation(small, tmp_path / "out", device="cpu")
     save_classifier(Path(recipe.systems[1]), net(9))
-    with pytest.raises(runs.RunError, match=r"another run \(it differs in fingerprints\.systems\.adversarial"):
+    with pytest.raises(runs.RunError, match=r"another run: the fingerprint of systems\.adversarial was"):
         run_evaluation(small, tmp_path / "out", device="cpu", resume=True)
     twice = recipe.model_copy(
         update={"systems": ["undefended", str(tmp_path / "x" / "ours-digits"), recipe.systems[2][:-5]]}

@@ -396,17 +396,46 @@ def test_opening_a_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="already holds this run; go on with --resume, or choose another folder"):
         runs.open_run(out, RECIPE, resume=False)
     for resume in (True, False):
-        with pytest.raises(RunError, match=r"already holds another run \(it differs in extra, seed, training.lr\)"):
+        said = "extra was not set and is 1 now; seed was 0 and is 1 now; training.lr was 0.1 and is 0.2 now"
+        with pytest.raises(RunError, match=rf"already holds another run: {said}\. .* choose another folder \(--out\)"):
             runs.open_run(
                 out, {**RECIPE, "seed": 1, "extra": 1, "training": {**RECIPE["training"], "lr": 0.2}}, resume=resume
             )
-    with pytest.raises(RunError, match=r"it differs in attacks\)"):
+    with pytest.raises(RunError, match=r"run: attacks was \[\{.*\}\] and is \[\] now"):
         runs.open_run(out, {**RECIPE, "attacks": []}, resume=True)
     slower = {**RECIPE, "training": {**RECIPE["training"], "lr": 0.2}}
     runs.open_run(out, slower, resume=True, free={"training.lr"})
-    with pytest.raises(RunError, match=r"it differs in seed\)"):
+    with pytest.raises(RunError, match=r"run: seed was 0 and is 2 now\."):
         runs.open_run(out, {**slower, "seed": 2}, resume=True, free={"training.lr"})
     assert runs.read_json(out / "recipe.json")["seed"] == 0
+
+
+def test_what_another_run_differs_in_is_what_was_asked_for(tmp_path: Path) -> None:
+    """Not what follows from it, unless that is all there is."""
+
+    def benchmark(eps: str, code: str = "a1", alpha: float = 0.1, **more: Any) -> dict[str, Any]:
+        attacks = {"pgd": {"white_box": {"attack": f"PGD(norm='linf', eps={eps}, alpha={alpha})"}}}
+        return {"n": 100, "eps": eps, "attacks": attacks, "fingerprints": {"classifiers": {"net": code}}, **more}
+
+    runs.open_run(tmp_path, benchmark("8/255"), resume=False)
+    for asked, said in (
+        (benchmark("0.3", "b2"), "eps was 8/255 and is 0.3 now"),
+        (
+            benchmark("0.3", n=200, budget="quick"),
+            "budget was not set and is quick now; eps .*; n was 100 and is 200 now",
+        ),
+        (benchmark("8/255", "b2"), "the fingerprint of classifiers.net was a1 and is b2 now"),
+        (benchmark("8/255", alpha=0.2), r"attacks.pgd.white_box.attack was alpha=0.1\) and is alpha=0.2\) now"),
+        (benchmark("1", a=1, b=1, c=1, d=1, e=1, f=1), "a was .*; e was not set and is 1 now; and 2 more"),
+    ):
+        with pytest.raises(RunError, match=rf"another run: {said}\. Ask for that one, or"):
+            runs.open_run(tmp_path, asked, resume=True)
+    other = tmp_path / "recipe"
+    runs.open_run(other, {"attacks": [{"attack": {"name": "pgd", "eps": 0.1}}], "systems": ["a", "b"]}, resume=False)
+    with pytest.raises(RunError, match=r"attacks.0.attack.eps was 0.1 and is 0.2 now\."):
+        runs.open_run(other, {"attacks": [{"attack": {"name": "pgd", "eps": 0.2}}], "systems": ["a", "b"]}, resume=True)
+    with pytest.raises(RunError, match=r'systems was \["a", "b"\] and is \["a"\] now\.'):
+        runs.open_run(other, {"attacks": [{"attack": {"name": "pgd", "eps": 0.1}}], "systems": ["a"]}, resume=True)
 
 
 def test_what_else_the_numbers_depend_on_lies_beside_the_environment(tmp_path: Path) -> None:

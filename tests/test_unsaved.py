@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unperturb.data import Splits
+from unperturb.benchmarking import model_from
+from unperturb.data import Splits, load_dataset
 from unperturb.defenses import Defense
-from unperturb.unsaved import import_classifier, is_import_path, missing, stand_ins
+from unperturb.systems import System
+from unperturb.unsaved import import_classifier, import_object, is_import_path, missing, stand_ins
 
 NET = """
 import torch
@@ -30,6 +33,24 @@ number = 3
 three = lambda: Linear(3)
 def needs(width): return Linear()
 def fails(): return 1 / 0
+def predict(images, scale=2.0): return scale * made(images)
+class Caller:
+    def __call__(self, images): return made(images)
+class Settings:
+    pass
+class Wide(Linear):
+    def __init__(self, width): ...
+def deep():
+    import math
+    return lambda images: made.lager(images)
+class Buggy(Linear):
+    def forward(self, images):
+        return self.layers(images)
+def broken(): return Broken()
+class Broken(Linear):
+    def __init__(self):
+        super().__init__()
+        nn.Linear(64, self.klasses)
 """
 
 
@@ -50,6 +71,10 @@ def test_an_object_or_a_callable_from_the_current_folder(here: Path, tiny_digits
     assert torch.allclose(made(images), made.net.net.layer(((images - 0.5) / 0.25).flatten(1)))
     assert import_classifier("own_nets:Linear", tiny_digits.train)(images).shape == (3, 10)
     assert import_classifier("own_nets.py:Linear", tiny_digits.train)(images).shape == (3, 10)
+    for name, factor in (("predict", 2), ("Caller", 1)):
+        called = import_classifier(f"own_nets.py:{name}", tiny_digits.train)
+        net = import_object("own_nets.py:made")
+        torch.testing.assert_close(called(images), factor * net.layer(images.flatten(1)))
     (here / "other").mkdir()
     (here / "other" / "own_nets.py").write_text(NET.replace("seed(5)", "seed(6)"))
     other = import_classifier("other/own_nets.py:made", tiny_digits.train, mean=[0.5], std=[0.25])
@@ -102,9 +127,20 @@ def test_what_cannot_be_used_is_a_sentence(here: Path, tiny_digits: Splits) -> N
         return str(error.value)
 
     assert "No module named 'own_netz'" in said("own_netz:made")
-    assert "has no attribute 'maid'" in said("own_nets:maid")
-    assert said("own_nets:number").endswith("gives a int; expected a torch.nn.Module, or a callable that gives one")
-    assert "missing 1 required positional argument: 'width'" in said("own_nets:needs")
+    for place in ("own_nets", "own_nets.py"):
+        assert said(f"{place}:maid") == f"{place}:maid: {place} has no 'maid'; did you mean 'made'?"
+    assert said("gone.py:net") == "there is no file gone.py"
+    assert "own_nets:needs: the model answers with Linear" in said("own_nets:needs")
+    assert said("own_nets:needs").endswith("; a function that makes a model takes no arguments")
+    for name, gives in (("number", "int"), ("Settings", "Settings")):
+        assert f"own_nets:{name} gives a {gives}, which cannot be called; expected a model" in said(f"own_nets:{name}")
+    assert (
+        "own_nets:Wide is a class that cannot be called without arguments (missing a required argument: 'width'): make "
+        "the model in the file, and name it in its place"
+    ) in said("own_nets:Wide")
+    assert "own_nets:predict is a function: only a torch.nn.Module can be given weights" in said(
+        "own_nets:predict", weights="w.pt"
+    )
     assert "own_nets.py, line 17: ZeroDivisionError" in said("own_nets:fails")
     assert "3 logits an image, where 10 classes were expected" in said("own_nets:three")
     assert "no weights at gone.pt" in said("own_nets:made", weights="gone.pt")
@@ -115,6 +151,49 @@ def test_what_cannot_be_used_is_a_sentence(here: Path, tiny_digits: Splits) -> N
     torch.save({"layer.weight": Bomb()}, here / "bomb.pt")
     assert "a whole pickled model is never opened" in said("own_nets:made", weights="bomb.pt")
     assert not (here / "ran").exists()
+
+
+def test_what_fails_in_the_users_own_code_is_named_as_they_name_it(here: Path, tiny_digits: Splits) -> None:
+    for place, file in (("own_nets", "own_nets.py"), ("own_nets.py", "own_nets.py")):
+        for name, said in (
+            ("Buggy", "Buggy fails on images of digits (1 channel, 8x8 pixels): {}: 'Buggy' object has no attribute"),
+            ("deep", "deep fails on images of digits (1 channel, 8x8 pixels): {}: 'Linear' object has no attribute"),
+            ("broken", "broken could not be imported: {}: 'Broken' object has no attribute 'klasses'"),
+        ):
+            with pytest.raises(ValueError) as error:
+                import_classifier(f"{place}:{name}", tiny_digits.train)
+            before, after = said.split("{}")
+            assert str(error.value).startswith(f"{place}:{before}")
+            assert re.search(rf"{file}, line \d+: AttributeError{re.escape(after)}", str(error.value))
+            assert "_own" not in str(error.value)
+            assert isinstance(
+                error.value.__cause__ and (error.value.__cause__.__cause__ or error.value.__cause__), AttributeError
+            )
+
+
+def test_a_model_for_other_images_is_refused_with_both_sides(here: Path, tiny_digits: Splits) -> None:
+    larger = load_dataset("digits", size=16)
+    with pytest.raises(ValueError) as error:
+        import_classifier("own_nets:made", larger.train)
+    said = str(error.value)
+    assert said.startswith("own_nets:made fails on images of digits (1 channel, 16x16 pixels): ")
+    assert "256 and 64x10" in said
+    assert said.endswith("if it takes images of another size or other channels, choose --size or --data")
+    with pytest.raises(ValueError, match=r"own_nets:made, for digits \(1 channel, 8x8 pixels\): mean and std need one"):
+        import_classifier("own_nets:made", tiny_digits.train, mean=[0.1] * 3, std=[0.1] * 3)
+
+
+def test_a_system_of_ones_own_is_taken_as_it_is(here: Path, tiny_digits: Splits) -> None:
+    (here / "deployed.py").write_text(
+        NET
+        + "\nfrom unperturb import System\nsystem = System('mine', made, base=Linear())\ndef again(): return system\n"
+    )
+    for name in ("system", "again"):
+        judged = model_from(f"deployed.py:{name}", tiny_digits.test)
+        assert isinstance(judged, System)
+        assert judged.name == "mine"
+    with pytest.raises(ValueError, match=r"deployed\.py:system gives a System, which cannot be called"):
+        import_classifier("deployed.py:system", tiny_digits.train)
 
 
 def test_what_is_an_import_path(here: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,24 @@ def test_a_missing_run_is_answered_with_the_command_and_the_zoo(
         RunError, match=r"holds no trained defense; train one with: unperturb train protect-mnist .*zoo:pro"
     ):
         load_defense(tmp_path / "protect-mnist")
+
+
+def test_what_is_of_another_kind_is_called_so_and_nobody_is_sent_into_the_zoo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    purifier = r"is a purifier, not a classifier: put it before one, by --defense"
+    for given in ("zoo:finetune-mnist", "zoo/finetune-mnist", ROOT / "zoo" / "finetune-mnist", "jpeg+median"):
+        with pytest.raises(RunError, match=f"^{re.escape(str(given))} {purifier} {re.escape(str(given))} ") as error:
+            load_classifier(given)
+        assert "train" not in str(error.value)
+    classifier = r"^zoo:mnist-lenet5 is a classifier, not a purifier: pass it as the model .* by --classifier"
+    with pytest.raises(RunError, match=classifier) as error:
+        load_defense("zoo:mnist-lenet5")
+    assert "--out" not in str(error.value)
+    with pytest.raises(RunError, match=r"^zoo:mnist-lenet5 is a classifier"):
+        load_defense("jpeg+zoo:mnist-lenet5")
+    for load, name in ((load_classifier, "hgd-digits"), (load_classifier, "nobody"), (load_defense, "nobody")):
+        with pytest.raises(RunError, match="train one with: unperturb train") as error:
+            load(ROOT / "zoo" / name)
+        assert "--out runs/nobody" in str(error.value) or "--out" not in str(error.value)

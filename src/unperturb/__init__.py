@@ -17,6 +17,7 @@ _WHERE = {
     "Benchmark": "benchmarking",
     "Defense": "defenses",
     "ImageSet": "data",
+    "ModelError": "mistakes",
     "Protected": "defenses",
     "Results": "results",
     "Splits": "data",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from unperturb.data.prepare import prepare
     from unperturb.defenses import Defense, Protected, create_defense, load_defense
     from unperturb.evaluation.run import evaluate, run_evaluation
+    from unperturb.mistakes import ModelError
     from unperturb.results import Results, compare, comparison_table, robust_accuracy, table
     from unperturb.results.page import write_report
     from unperturb.results.schema import read_rows

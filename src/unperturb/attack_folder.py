@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import inspect
-import io
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +18,30 @@ from unperturb.attackers import Attacker
 from unperturb.attacks.base import Attack, attacks
 from unperturb.classifiers import load_classifier
 from unperturb.data.load import load_dataset
-from unperturb.data.pictures import Picture, decode
 from unperturb.data.sets import DataError, ImageSet
 from unperturb.defenses.base import Defense, load_defense
 from unperturb.devices import FlopCounter, pick_device, probe
 from unperturb.evaluation.identity import identify
+from unperturb.manifest import (
+    MANIFEST,
+    AttackedImage,
+    hash_of,
+    is_as_written,
+    picture_name,
+    read_manifest,
+    read_picture,
+    write_manifest,
+    write_picture,
+)
+from unperturb.mistakes import named
 from unperturb.modules import classes_of, frozen, logits_of
 from unperturb.systems import System
 from unperturb.unsaved import import_classifier, is_import_path
 
-MANIFEST, SUMMARY, IMAGES = "manifest.csv", "summary.json", "images"
+SUMMARY = "summary.json"
 _ATTACKABLE = ("white_box", "bpda", "black_box", "oblivious")
 _LOOKED_AT = 64  # images by which a model is known that nothing else tells from others
 _LEEWAY = 1e-6  # of a distance between two 8-bit images: what float32 makes of eps
-
-
-@dataclass(frozen=True)
-class AttackedImage:
-    """One line of the manifest. file: of the picture, in the folder. before, after: what the system says of the
-    original, and of the picture as it was read back; -1 where its logits were not finite. l0: pixels that differ (all
-    channels of a place are one). success: whether the system is wrong about the picture. pixels: a hash of its own."""
-
-    index: int
-    file: str
-    label: int
-    before: int
-    after: int
-    success: bool
-    l0: int
-    l2: float
-    linf: float
-    pixels: str
 
 
 @dataclass(frozen=True)
@@ -162,6 +152,7 @@ def plan_attack_images(
         system = System(
             f"{name} + {defense if isinstance(defense, str | Path) else type(purifier).__name__}", model, purifier
         )
+    system.check_data(data)
     return AttackImagesPlan(system, data.subset(n), attack, knowledge, seed, batch)
 
 
@@ -188,7 +179,7 @@ def attack_images(
     Each picture is written, read back, and judged by the system as it was read: its distances, and whether it succeeds.
 
     Raises `RunError` where `out` holds anything else, or a picture lies farther than the attack's eps; `ValueError` for
-    what cannot be attacked so.
+    what cannot be attacked so; `ModelError` where the model fails.
     """
     plan = plan_attack_images(model, data, attack, **choices)
     return run_plan(plan, out, device=device, resume=resume, progress=progress, quiet=quiet)
@@ -207,28 +198,29 @@ def run_plan(
     out, where, data = Path(out), pick_device(device), plan.data
     attack, target = plan.attacker(where)
     model = plan.system.model.to(where)
-    with runs.lock(out), screen.shown("attacking", progress, quiet) as update:
+    what = f"{plan.system.name!r}, under {type(attack).__name__} with knowledge {plan.knowledge},"
+    with runs.lock(out), screen.shown("attacking", progress, quiet) as update, named(what):
         if resume and plan.attack.holds_own and (out / MANIFEST).exists():
             raise runs.RunError(
                 f"{out} cannot be gone on with: the attack holds code of your own, and whether it is that which the "
                 "folder was begun with cannot be told; choose another folder"
             )
         runs.open_run(out, plan.settings(), resume=resume)
-        kept = {line.index: line for line in _read_manifest(out) if _as_written(out, line, data.shape)}
+        kept = {line.index: line for line in read_manifest(out) if is_as_written(out, line, data.shape)}
         for rows in torch.arange(len(data)).split(plan.batch):
             index = data.index[rows]
             if not all(i in kept for i in index.tolist()):
                 images, labels = data.batch(rows, where)
                 found = attack.solve(target, images, labels, index=index, seed=plan.seed, quantize=True)[0]
                 for i, picture in zip(index.tolist(), (found * 255).round().to(torch.uint8).cpu()):
-                    _write_picture(out / _file(i), picture)
+                    write_picture(out / picture_name(i), picture)
                 lines = _judge(out, model, images, labels, index, attack, plan.seed)
                 kept |= {line.index: line for line in lines}
-                _write_manifest(out, [kept[i] for i in data.index.tolist() if i in kept])
+                write_manifest(out, [kept[i] for i in data.index.tolist() if i in kept])
             if update is not None:
                 update(int(rows[-1]) + 1, len(data))
         done = AttackedImages(out, [kept[i] for i in data.index.tolist()])
-        _write_manifest(out, done.images)
+        write_manifest(out, done.images)
         runs.write_json(out / SUMMARY, _summary(done, plan))
     return done
 
@@ -267,46 +259,12 @@ def _mark(model: nn.Module, data: ImageSet) -> str:
     return f"{type(model).__qualname__} {runs.digest_of(weights)[:16]}"
 
 
-# Pictures and the manifest ------------------------------------------------------------------------------------------
-
-
-def _file(index: int) -> str:
-    return f"{IMAGES}/{index:06d}.png"
-
-
-def _write_picture(path: Path, pixels: Tensor) -> None:
-    """`pixels` `(C, H, W)` uint8 as a PNG, atomically."""
-    from PIL import Image
-
-    array = pixels.squeeze(0).numpy() if pixels.shape[0] == 1 else pixels.permute(1, 2, 0).numpy()
-    runs.write_atomically(path, lambda p: Image.fromarray(np.ascontiguousarray(array)).save(p, format="PNG"))
-
-
-def _read_picture(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """`(C, H, W)` uint8; raises `DataError`."""
-    pixels, _ = decode(Picture(path, 0, str(path)), shape[1:], grey=shape[0] == 1)
-    tensor = torch.from_numpy(np.array(pixels))
-    return tensor[None] if shape[0] == 1 else tensor.permute(2, 0, 1)
-
-
-def _hash(pixels: Tensor) -> str:
-    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
-def _as_written(out: Path, line: AttackedImage, shape: tuple[int, int, int]) -> bool:
-    """Whether the picture of a line is there and holds the pixels that the line is about."""
-    try:
-        return line.file == _file(line.index) and _hash(_read_picture(out / line.file, shape)) == line.pixels
-    except (DataError, OSError):
-        return False
-
-
 def _judge(
     out: Path, model: nn.Module, images: Tensor, labels: Tensor, index: Tensor, attack: Attack, seed: int
 ) -> list[AttackedImage]:
     """What is to be said of the pictures of one batch, by what was read back."""
     numbers = index.tolist()
-    read = torch.stack([_read_picture(out / _file(i), tuple(images.shape[1:])) for i in numbers])  # type: ignore[arg-type]
+    read = torch.stack([read_picture(out / picture_name(i), tuple(images.shape[1:])) for i in numbers])  # type: ignore[arg-type]
     x = read.to(images.device).to(torch.float32).div_(255)
     devices = [images.device] if images.is_cuda else []
     with frozen(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
@@ -317,48 +275,14 @@ def _judge(
     l0 = (delta != 0).any(1).flatten(1).sum(1).tolist()
     eps, far = getattr(attack, "eps", None), l2 if getattr(attack, "norm", "linf") == "l2" else linf
     if eps is not None and max(far) > eps * (1 + _LEEWAY) + _LEEWAY:
-        place = out / _file(numbers[int(np.argmax(far))])
+        place = out / picture_name(numbers[int(np.argmax(far))])
         raise runs.RunError(
             f"{place} lies {max(far):g} from its image, farther than eps {eps:g}: a fault of the attack"
         )
     return [
-        AttackedImage(i, _file(i), y, b, a, a != y, n, round(d2, 6), round(dinf, 6), _hash(p))
+        AttackedImage(i, picture_name(i), y, b, a, a != y, n, round(d2, 6), round(dinf, 6), hash_of(p))
         for i, y, b, a, n, d2, dinf, p in zip(numbers, labels.tolist(), before, after, l0, l2, linf, read)
     ]
-
-
-def _write_manifest(out: Path, lines: list[AttackedImage]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(AttackedImage)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**asdict(line), "success": int(line.success)} for line in lines)
-    runs.write_text(out / MANIFEST, text.getvalue())
-
-
-def _read_manifest(out: Path) -> list[AttackedImage]:
-    """The lines of the manifest; none where there is none yet. Raises `RunError` where it is damaged."""
-    path = out / MANIFEST
-    if not path.exists():
-        return []
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [
-                AttackedImage(
-                    index=int(line["index"]),
-                    file=line["file"],
-                    label=int(line["label"]),
-                    before=int(line["before"]),
-                    after=int(line["after"]),
-                    success=bool(int(line["success"])),
-                    l0=int(line["l0"]),
-                    l2=float(line["l2"]),
-                    linf=float(line["linf"]),
-                    pixels=line["pixels"],
-                )
-                for line in csv.DictReader(file)
-            ]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise runs.RunError(f"{path} is damaged ({error}); delete it, and its pictures are made again") from None
 
 
 def _summary(done: AttackedImages, plan: AttackImagesPlan) -> dict[str, Any]:

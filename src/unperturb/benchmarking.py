@@ -131,7 +131,8 @@ def benchmark(
     by the model's own recipe, with `"retrain:500"` in 500 steps. draws: how often each image is shown to a random model
     (10). seed, batch, device.
 
-    Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed.
+    Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed, and `ModelError` where a
+    model fails.
     """
     from unperturb.evaluation.plan import estimate
     from unperturb.evaluation.run import run_in_hand
@@ -151,12 +152,14 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
     from unperturb.data import as_image_set
     from unperturb.devices import pick_device
     from unperturb.evaluation.checks import check_number, subset
-    from unperturb.evaluation.ladder import ladder
+    from unperturb.evaluation.ladder import check_norm, ladder
     from unperturb.evaluation.plan import Cascade, Plan
     from unperturb.evaluation.surrogates import is_retrain, retrained, surrogates_of
+    from unperturb.mistakes import named
     from unperturb.systems import System
     from unperturb.threat_models import ThreatModel
 
+    check_norm(options.get("norm", "linf"))
     threat = ThreatModel(options.get("norm", "linf"), options.get("eps", "8/255"))
     numbers = {"draws": options.get("draws", 10), "seed": options.get("seed", 0), "batch": options.get("batch", 200)}
     for what, number in numbers.items():
@@ -164,10 +167,12 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
     images, n = as_image_set(data), options.get("n")
     images = subset(images, min(IMAGES, len(images)) if n is None else n)
     system = _system(model, options.get("name", "model"), options.get("base"))
+    system.check_data(images)
     device = pick_device(options.get("device", "auto"))
     own = options.get("surrogate_defense")
     surrogates = surrogates_of(options.get("surrogate"), own)
-    hidden = _hidden(system, images, device, options.get("surrogate"))
+    with named(f"{system.name!r}, at a first look,"):
+        hidden = _hidden(system, images, device, options.get("surrogate"))
     if is_retrain(own) and "gray_box" in hidden:
         raise ValueError(f"surrogate_defense is {own!r}, but the undefended classifier gives no gradient to train with")
     attackers = ladder(

@@ -42,6 +42,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads (default: one per core).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved recipe and its cost, then stop.")]
+CostOnly = Annotated[
+    bool, typer.Option("--dry-run", help="Check model and data, tell what it would cost here, then stop.")
+]
 Cells = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Only these of the recipe's, by their name in tables. Repeatable."),
@@ -55,7 +58,7 @@ Classifiers = Annotated[
         "--classifier",
         metavar="CLASSIFIER",
         help="In place of the recipe's classifiers: a run folder, zoo:NAME, or module:object, a model of your own "
-        "(or a function that gives one), also from the current folder. Repeatable.",
+        "(or a function without arguments that gives one), also from the current folder. Repeatable.",
     ),
 ]
 Weights = Annotated[
@@ -392,10 +395,11 @@ def attack(
     device: Device = "auto",
     threads: Threads = None,
     resume: Resume = False,
-    dry_run: DryRun = False,
+    dry_run: CostOnly = False,
 ) -> None:
     """Write adversarial images as a folder of 8-bit PNGs, each judged once more as it is read back."""
-    from unperturb.attack_folder import MANIFEST, attack_from, plan_attack_images, run_plan
+    from unperturb.attack_folder import attack_from, plan_attack_images, run_plan
+    from unperturb.manifest import MANIFEST
 
     _threads(threads)
     made = attack_from(attack, eps, settings or [])
@@ -500,7 +504,7 @@ def benchmark(
     device: Device = "auto",
     threads: Threads = None,
     resume: Resume = False,
-    dry_run: DryRun = False,
+    dry_run: CostOnly = False,
 ) -> None:
     """Send the ladder of attackers against one model: its robust accuracy, the doubts about it, and a card."""
     from unperturb.benchmarking import benchmark as run_benchmark
@@ -552,10 +556,10 @@ def compare(
     names = system or []
     if len(names) > 2:
         raise ValueError(f"--system names one system of both runs or one of each, not {len(names)}")
-    runs = [Results.read(run) for run in (first, second)]
+    one, other = Results.read(first), Results.read(second)
     if names:
-        runs = [results.where(system=name) for results, name in zip(runs, [names[0], names[-1]])]
-    say(compare_pair(*runs))
+        one, other = one.where(system=names[0]), other.where(system=names[-1])
+    say(compare_pair(one, other))
 
 
 @app.command()
@@ -641,13 +645,20 @@ def cache(
     say(f"freed {total / 1e6:,.1f} MB")
 
 
+def _again() -> str:
+    """The command that goes on where this one stopped."""
+    again = " ".join(shlex.quote(a) for a in ["unperturb", *sys.argv[1:]])
+    goes_on = sys.argv[1:2] and sys.argv[1] in RESUMABLE and "--resume" not in sys.argv
+    return f"{again} --resume" if goes_on else again
+
+
 def main() -> None:
     """Run the command line; a user's mistake is answered in a sentence, not in a traceback.
 
     Exit codes: 0 done; 2 a mistake, or a machine that has no room, said in a sentence; 130 stopped by Ctrl-C and 143 by
     SIGTERM, with how to go on; 1 a fault of the program, with its traceback.
     """
-    from unperturb.mistakes import interrupted, sentence
+    from unperturb.mistakes import ModelError, interrupted, sentence
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter shows its number
@@ -682,7 +693,8 @@ def main() -> None:
             complain(f"error: {error.format_message()} See: {where} --help")  # type: ignore[attr-defined]
             raise SystemExit(2) from None
         elif said := sentence(error):
-            complain(f"error: {said}")
+            goes_on = f". What was finished is kept; go on with: {_again()}" if isinstance(error, ModelError) else ""
+            complain(f"error: {said}{goes_on}")
             raise SystemExit(2) from None
         else:
             raise
@@ -691,10 +703,7 @@ def main() -> None:
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGTERM, before)
     if code == 130:
-        again = " ".join(shlex.quote(a) for a in ["unperturb", *sys.argv[1:]])
-        if sys.argv[1:2] and sys.argv[1] in RESUMABLE and "--resume" not in sys.argv:
-            again += " --resume"
-        complain(f"\nstopped. Go on with: {again}", style="")
+        complain(f"\nstopped. Go on with: {_again()}", style="")
     raise SystemExit(143 if code == 130 and terminated else code if isinstance(code, int) else 0)
 
 

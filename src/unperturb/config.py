@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from unperturb.registry import unknown
+from unperturb.threat_models import KNOWLEDGE
 
 
 class RecipeError(ValueError):
@@ -59,7 +60,10 @@ class _Entry(_Settings):
         return _long(value)
 
 
-KnowledgeName = Literal["none", "transfer", "oblivious", "gray_box", "black_box", "bpda", "white_box"]
+if TYPE_CHECKING:
+    KnowledgeName = str
+else:
+    KnowledgeName = Literal[tuple(KNOWLEDGE)]
 
 
 class AttackerConfig(_Entry):

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import sysconfig
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+# Where the program lets a model work, and torch its gradient: an error that comes out of these is the model's.
+_ASKING = {("unperturb.modules", "ask"), ("unperturb.attacks.context", "_input_gradient")}
+
+
+class ModelError(RuntimeError):
+    """A model that failed while it was attacked or judged; the message says which, where, and its own error, which is
+    the `__cause__`."""
 
 
 def sentence(error: BaseException) -> str | None:
@@ -43,9 +56,36 @@ def interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
+@contextlib.contextmanager
+def named(what: str) -> Iterator[None]:
+    """What a model raises inside becomes a `ModelError` about `what`; all else, a lack of memory too, stays."""
+    try:
+        yield
+    except Exception as error:  # a user's model may raise anything
+        if is_ours(error) or interrupted(error) or _out_of_memory(error) or not _is_a_models(error):
+            raise
+        raise ModelError(f"{what} failed: {where(error)}{type(error).__name__}: {error}") from error
+
+
+def _is_a_models(error: BaseException) -> bool:
+    """Whether it came out of a model that was asked, or through code that is neither ours nor a library's."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    asked = {(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in frames}
+    return bool(asked & _ASKING) or bool(where(error))
+
+
+def where(error: BaseException) -> str:
+    """The last line that it came through of code which is neither ours nor a library's, "net.py, line 3: ", or ""."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(("<", *_LIBRARIES))]
+    own = [f for f in frames if not _in_here(f.filename)]
+    return f"{own[-1].filename}, line {own[-1].lineno}: " if own else ""
+
+
 def is_ours(error: BaseException) -> bool:
     """Whether the program itself raised it: what a library raises unasked is a bug and keeps its traceback."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and "unperturb" in Path(traceback.tb_frame.f_code.co_filename).parts
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and _in_here(frames[-1].filename)
+
+
+def _in_here(file: str) -> bool:
+    return Path(__file__).parent in Path(file).parents

@@ -325,7 +325,7 @@ def open_run(
     removed. Warns where a run goes on with other threads, device or torch than it began with.
 
     Raises `RunError` where the folder holds a run and `resume` is off, or holds the run of another recipe (the message
-    names the keys that differ), or holds anything else.
+    names the keys that differ, with both values), or holds anything else.
     """
     path, beside = folder / "recipe.json", folder / "environment.json"
     with writing(path):
@@ -341,10 +341,10 @@ def open_run(
         sweep(folder)
         return
     there = read_json(path, dict[str, Any])
-    differs = [key for key in _differences(there, json.loads(json.dumps(recipe))) if key not in free]
-    if differs:
+    differs = _differences(there, json.loads(json.dumps(recipe)))
+    if differs := {key: values for key, values in differs.items() if key not in free}:
         raise RunError(
-            f"{folder} already holds another run (it differs in {', '.join(differs[:5])}); choose another folder"
+            f"{folder} already holds another run: {_said(differs)}. Ask for that one, or choose another folder (--out)"
         )
     if not resume:
         raise RunError(f"{folder} already holds this run; go on with --resume, or choose another folder")
@@ -384,11 +384,44 @@ def _goes_on(path: Path) -> None:
     write_json(path, began.model_dump(mode="json"))
 
 
-def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+# What is made of the other keys, or tells things of one name apart: named only where nothing else differs.
+_MADE_OF_OTHERS = ("attacks", "fingerprints", "used")
+
+
+def _differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Both values by the keys in which `a` and `b` differ, such as `training.lr` and `attacks.0.attack.eps`."""
+    inner: Iterable[Any] = ()
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted(set(a) | set(b))
-        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
-    return [] if a == b else [path]
+        inner = [(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys())]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and any(isinstance(v, dict) for v in a):
+        inner = [(str(i), *pair) for i, pair in enumerate(zip(a, b))]
+    elif a != b:
+        return {path: (a, b)}
+    return {k: v for key, x, y in inner for k, v in _differences(x, y, f"{path}.{key}" if path else key).items()}
+
+
+def _said(differs: Mapping[str, tuple[Any, Any]]) -> str:
+    """What differs, for people: "eps was 8/255 and is 0.3 now"."""
+    asked = {k: v for k, v in differs.items() if k.partition(".")[0] not in _MADE_OF_OTHERS}
+    shown = list((asked or differs).items())[:5]
+    said = []
+    for key, values in shown:
+        where, _, name = key.partition(".")
+        named = {"fingerprints": f"the fingerprint of {name}", "used": name}.get(where, key)
+        was, now = _apart(*values)
+        said.append(f"{named} was {was} and is {now} now")
+    more = len(asked or differs) - len(shown)
+    return "; ".join(said) + (f"; and {more} more" if more else "")
+
+
+def _apart(*values: Any) -> list[str]:
+    """Two values as text; of long ones of like parts, such as the settings of an attack, the parts that differ."""
+    texts = ["not set" if v is None else v if isinstance(v, str) else json.dumps(v) for v in values]
+    first, second = (text.split(", ") for text in texts)
+    if len(first) == len(second) > 1:
+        pairs = [pair for pair in zip(first, second) if pair[0] != pair[1]]
+        texts = [", ".join(part) for part in zip(*pairs)]
+    return [shortened(text, 120) for text in texts]
 
 
 def environment() -> dict[str, Any]:

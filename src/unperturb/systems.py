@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from unperturb.data.sets import ImageSet, shape_words
 from unperturb.defenses.base import Defense, Protected
 
 
@@ -29,6 +30,21 @@ class System:
         if isinstance(model, Protected):
             return cls(name, model.classifier, model.defense, base)
         return cls(name, model, None, base)
+
+    def check_data(self, data: ImageSet) -> None:
+        """Raise `ValueError` where a part of it is made for images of another shape than those of `data`."""
+        parts = {"classifier": self.classifier, "undefended classifier": self.base, "purifier": self.purifier}
+        for what, part in parts.items():
+            takes = (part.channels, part.size, part.size) if isinstance(part, Defense) else getattr(part, "takes", None)
+            if takes is None or all(want in (None, has) for want, has in zip(takes, data.shape)):
+                continue
+            size = (
+                f"load them with size={takes[1]} (--size {takes[1]}), or " if takes[0] in (None, data.shape[0]) else ""
+            )
+            raise ValueError(
+                f"the {what} of {self.name!r} takes images of {shape_words(takes)}, but those of {data.source} have "
+                f"{shape_words(data.shape)}: {size}take another {what} or other images"
+            )
 
     @property
     def bare(self) -> nn.Module:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib
 import importlib.util
 import sys
-import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from inspect import signature
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -16,11 +18,18 @@ from torch import nn
 
 from unperturb import zoo
 from unperturb.classifiers import Classifier, classifiers, create_classifier, load_classifier, wrap
+from unperturb.classifiers.wrapped import AnswerError
 from unperturb.config import read_recipe
 from unperturb.data import ImageSet
+from unperturb.data.sets import shape_words
 from unperturb.defenses import create_defense, load_defense
+from unperturb.mistakes import where
 
 # A user's own -------------------------------------------------------------------------------------------------------
+
+
+class _RefusedError(ValueError):
+    """What is not there, or no model: said by us, where the user's own code may raise anything."""
 
 
 def is_import_path(text: str) -> bool:
@@ -39,54 +48,112 @@ def import_classifier(
 ) -> Classifier:
     """The classifier at `module:object`, behind `unperturb.wrap`, tried on two images of the size of `data`.
 
-    path: `module` is found from the current folder too, and may be a file, `net.py`; `object` is a module or a callable
-    that gives one without arguments. weights: a safetensors file or one of `torch.save(model.state_dict())`, which is
-    read as tensors alone. mean, std: of the normalization that the model expects in front of it, if any.
+    path: `module` is found from the current folder too, and may be a file, `net.py`; `object` is a model (a module, or
+    any other callable from images to logits), or something that takes no arguments and gives one. weights: a
+    safetensors file or one of `torch.save(model.state_dict())`, which is read as tensors alone. mean, std: of the
+    normalization that the model expects in front of it, if any.
 
-    Raises `ValueError` where the import fails, what is found is no such module, or the weights are not its own.
+    Raises `ValueError` where the import fails, what is found is no model or fails on such images, or the weights are
+    not its own.
     """
-    model = _import(path)
+    model = import_object(path)
+    if not callable(model):
+        raise ValueError(
+            f"{path} gives a {type(model).__name__}, which cannot be called; expected a model (a torch.nn.Module, or a "
+            "function from images to logits), or a function without arguments that gives one"
+        )
     if weights is not None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{path} is a {type(model).__name__}: only a torch.nn.Module can be given weights")
         _load_weights(model, Path(weights))
     channels, height, width = data.shape
     size = height if height == width else None
-    return wrap(model, mean, std, size=size, channels=channels, classes=data.classes)
+    try:
+        return wrap(model, mean, std, size=size, channels=channels, classes=data.classes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(_refused(path, model, data, error)) from error
+
+
+def _refused(path: str, model: object, data: ImageSet, error: Exception) -> str:
+    """Why the model at `path`, shown images of `data`, is none."""
+    if isinstance(error, AnswerError):
+        maker = isinstance(model, FunctionType)
+        return f"{path}: {error}" + ("; a function that makes a model takes no arguments" if maker else "")
+    if (said := error.__cause__) is None:
+        return f"{path}, for {data.source} ({shape_words(data.shape)}): {error}"
+    hint = isinstance(said, RuntimeError | ValueError | IndexError)  # what torch says of shapes
+    return (
+        f"{path} fails on images of {data.source} ({shape_words(data.shape)}): {where(said)}{type(said).__name__}: "
+        f"{said}" + ("; if it takes images of another size or other channels, choose --size or --data" if hint else "")
+    )
 
 
 def import_object(path: str) -> Any:
-    """What is at `module:object`, or what it makes when called without arguments; raises `ValueError`."""
-    return _import(path)
+    """What is at `module:object`; where that is a class or another callable without arguments, what it makes. Raises
+    `ValueError`."""
+    with _from_here(path):
+        thing = _found(path)
+        if isinstance(thing, nn.Module) or not callable(thing) or _takes_images(thing):
+            return thing
+        try:
+            signature(thing).bind()
+        except TypeError as error:
+            what = "a class" if isinstance(thing, type) else "a function"
+            raise _RefusedError(
+                f"{path} is {what} that cannot be called without arguments ({error}): make the model in the file, and "
+                "name it in its place"
+            ) from None
+        return thing()
 
 
-def _import(path: str) -> Any:
-    place, _, name = path.partition(":")
-    file = Path(place)
-    folder = file.parent if file.suffix == ".py" else Path()
-    sys.path.insert(0, str(folder.resolve()))
+def _takes_images(thing: Any) -> bool:
+    """Whether a callable is a model itself: one argument must be given."""
+    if isinstance(thing, type):
+        return False
     try:
-        thing: Any = _run(file) if file.suffix == ".py" else importlib.import_module(place)
-        for part in name.split("."):
-            thing = getattr(thing, part)
-        model = thing if isinstance(thing, nn.Module) or not callable(thing) else thing()
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything, and a script may end itself
-        raise ValueError(f"{path} could not be imported: {_where(error)}{type(error).__name__}: {error}") from error
+        parameters = signature(thing).parameters.values()
+    except (TypeError, ValueError):  # one of C, such as torch.flatten
+        return True
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) == 1
+
+
+@contextlib.contextmanager
+def _from_here(path: str) -> Iterator[None]:
+    """Inside, what lies beside the module of `path` can be imported; what the user's own code raises becomes a
+    `ValueError` that says where."""
+    file = Path(path.partition(":")[0])
+    folder = str((file.parent if file.suffix == ".py" else Path()).resolve())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # it may raise anything, and a script may end itself
+        if isinstance(error, _RefusedError):
+            raise
+        raise ValueError(f"{path} could not be imported: {where(error)}{type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(str(folder.resolve()))
-        if str(folder.resolve()) not in sys.path:
-            sys.path.append(str(folder.resolve()))  # what is imported when the model is called
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"{path} gives a {type(model).__name__}; expected a torch.nn.Module, or a callable that gives one"
-        )
-    return model
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)  # what is imported when the model is called
+
+
+def _found(path: str) -> Any:
+    place, _, name = path.partition(":")
+    thing: Any = _run(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    for part in name.split("."):
+        if not hasattr(thing, part):
+            near = difflib.get_close_matches(part, dir(thing), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise _RefusedError(f"{path}: {place} has no {part!r}{hint}")
+        thing = getattr(thing, part)
+    return thing
 
 
 def _run(file: Path) -> ModuleType:
     """The module in `file`, run anew: another file of that name may have been imported before."""
     if not file.is_file():
-        raise ModuleNotFoundError(f"there is no file {file}")
-    name = f"_own_{file.stem}_{abs(hash(str(file.resolve())))}"  # its own name may be that of another module
-    spec = importlib.util.spec_from_file_location(name, file)
+        raise _RefusedError(f"there is no file {file}")
+    # Named by its place, which errors show: its own name may be that of another module.
+    spec = importlib.util.spec_from_file_location(str(file.resolve()), file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -97,13 +164,6 @@ def _run(file: Path) -> ModuleType:
         del sys.modules[spec.name]
         raise
     return module
-
-
-def _where(error: BaseException) -> str:
-    """The last line of code that is neither ours nor the import machinery's: "net.py, line 3: "."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in (__file__, importlib.__file__)]
-    frames = [f for f in frames if not f.filename.startswith("<")]
-    return f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -145,7 +205,7 @@ def missing(entry: str) -> list[str]:
     if entry.startswith(zoo.PREFIX) and "+" not in entry:
         zoo.find(entry)
         return []
-    if Path(entry).is_file() or any((Path(entry) / saved).exists() for saved in zoo.SAVED):
+    if Path(entry).is_file() or zoo.kind_of(entry):
         return []
     if "+" in entry:
         return [folder for part in entry.split("+") for folder in missing(part)]
@@ -172,7 +232,7 @@ def stand_ins(entries: Iterable[str], data: ImageSet) -> dict[str, nn.Module]:
 def _stand_in(folder: str, data: ImageSet) -> nn.Module | None:
     same = zoo.folders().get(Path(folder).name)
     if same is not None:
-        return load_classifier(same) if (same / "classifier.json").exists() else load_defense(same)
+        return load_classifier(same) if zoo.kind_of(same) == "classifier" else load_defense(same)
     known = zoo.recipe_for(folder, classifiers)
     if known is None:
         return None

@@ -10,7 +10,14 @@ from unperturb.config import read_recipe, recipe_names
 from unperturb.registry import unknown
 
 PREFIX = "zoo:"
-SAVED = ("classifier.json", "defense.json")  # written last: where one is, a training is whole
+# By kind, what is written last: where it is, a training is whole.
+SAVED = {"classifier": "classifier.json", "defense": "defense.json"}
+_PASSED = {
+    "classifier": "a classifier, not a purifier: pass it as the model (benchmark, attack), by --classifier (train, "
+    "evaluate), or to load_classifier",
+    "defense": "a purifier, not a classifier: put it before one, by --defense {name} (benchmark, attack), as one of "
+    "the systems of a recipe (evaluate), or in Protected(classifier, load_defense({name!r}))",
+}
 _VERBS = {"classifier": "train-classifier", "defense": "train"}
 
 
@@ -20,7 +27,9 @@ def folders() -> dict[str, Path]:
     Empty where there is neither: an installed package brings none along.
     """
     for place in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2]):
-        found = {f.parent.name: f.parent for saved in SAVED for f in sorted((place / "zoo").glob(f"*/{saved}"))}
+        found = {
+            f.parent.name: f.parent for saved in SAVED.values() for f in sorted((place / "zoo").glob(f"*/{saved}"))
+        }
         if found:
             return dict(sorted(found.items()))
     return {}
@@ -44,6 +53,18 @@ def find(source: str | Path) -> str | Path:
     if name not in there:
         raise unknown("net of the zoo", name, there)
     return there[name]
+
+
+def kind_of(folder: str | Path) -> str | None:
+    """What a run folder holds, "classifier" or "defense"; None where it holds neither."""
+    return next((kind for kind, saved in SAVED.items() if (Path(folder) / saved).exists()), None)
+
+
+def of_another_kind(source: str | Path, wanted: str) -> str | None:
+    """What `source`, `zoo:NAME` or a run folder, is where it is not `wanted` ("classifier" or "defense"), and how that
+    is passed; None where it holds neither."""
+    kind = "defense" if "+" in str(source) else kind_of(find(source))
+    return None if kind in (wanted, None) else f"{source} is {_PASSED[kind].format(name=str(source))}"
 
 
 def recipe_for(folder: str | Path, families: Container[str]) -> tuple[str, list[str]] | None:
@@ -73,6 +94,8 @@ def how_to_make(folder: str | Path, families: Container[str], verb: str = "train
     verb: the command to name where no recipe is known.
     """
     path = Path(folder)
+    if path.parent.resolve() in {there.parent.resolve() for there in folders().values()}:
+        path = Path("runs") / path.name  # nobody trains into the zoo
     known = recipe_for(path, families)
     if known is None:
         said = f"train one with: unperturb {verb} RECIPE --out {shlex.quote(str(path))}"
@@ -85,4 +108,4 @@ def how_to_make(folder: str | Path, families: Container[str], verb: str = "train
     return f"{said}; or take {PREFIX}{path.name}" if path.name in folders() else said
 
 
-__all__ = ["PREFIX", "find", "folders", "how_to_make", "recipe_for"]
+__all__ = ["PREFIX", "find", "folders", "how_to_make", "kind_of", "of_another_kind", "recipe_for"]

@@ -74,12 +74,21 @@ class Classifier(nn.Module):
         self.frozen = False
         self.differentiable = True
 
+    @property
+    def takes(self) -> tuple[int | None, int | None, int | None]:
+        """Channels, height and width of the images that it is made for; None where they may be any, or nobody knows."""
+        if self.spec is not None:
+            return self.spec["channels"], self.spec["size"], self.spec["size"]
+        channels, height, width = getattr(self.net, "takes", (None, None, None))
+        mean = getattr(self.normalize, "mean", None)
+        return channels if mean is None else mean.shape[1], height, width
+
     def forward(self, images: Tensor) -> Tensor:
         if self.spec is None:
             return ask(self.net, self.normalize(images))
         if images.shape[2:] != (self.spec["size"], self.spec["size"]):
-            size = self.spec["size"]
-            raise ValueError(f"{self.spec['name']} takes images of {size}x{size} pixels; got {tuple(images.shape)}")
+            wanted = f"(N, {', '.join(map(str, self.takes))})"
+            raise ValueError(f"{self.spec['name']} takes images {wanted}; got {tuple(images.shape)}")
         return self.net(self.normalize(images))
 
     def freeze(self) -> Classifier:
@@ -145,11 +154,14 @@ class ClassifierFile(BaseModel):
 def load_classifier(folder: str | Path) -> Classifier:
     """The classifier of a run folder, or `zoo:NAME`, in eval mode, on the CPU.
 
-    Raises `RunError` where a file is missing or damaged, or the weights are not those of the classifier described.
+    Raises `RunError` where a file is missing or damaged, the folder holds a purifier, or the weights are not those of
+    the classifier described.
     """
-    folder = Path(zoo.find(folder))
+    source, folder = folder, Path(zoo.find(folder))
     path = folder / "classifier.json"
     if not path.exists():
+        if said := zoo.of_another_kind(source, "classifier"):
+            raise RunError(said)
         how = zoo.how_to_make(folder, classifiers, "train-classifier")
         raise RunError(f"{path} is not there: {folder} holds no finished run; {how}")
     described = read_json(path, ClassifierFile)

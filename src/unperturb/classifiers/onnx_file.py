@@ -73,14 +73,14 @@ class OnnxModel(nn.Module):
 
 
 def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no ONNX file {path}")
     try:
         import onnxruntime
     except ImportError as error:
         raise ImportError(
             f"{path} is read by onnxruntime, which is not installed: pip install 'unperturb[onnx]'"
         ) from error
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no ONNX file {path}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # its default is every core, whatever torch was told
     here = onnxruntime.get_available_providers()

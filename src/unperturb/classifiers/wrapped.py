@@ -51,6 +51,12 @@ class Answers(nn.Module):
         super().__init__()
         self.net, self.logits, self.binary = net, logits, binary
 
+    @property
+    def takes(self) -> tuple[int | None, int | None, int | None]:
+        """Channels, height and width of the images that it is made for, as far as they are known."""
+        channels, height, width = self.net.shape if isinstance(self.net, OnnxModel) else (None, None, None)
+        return channels, height, width
+
     def forward(self, images: Tensor) -> Tensor:
         logits = _logits_in(self.net(images), self.logits)
         return _two_logits(logits, len(images)) if self.binary else logits
@@ -203,7 +209,8 @@ def _check_answers(classifier: nn.Module, images: Tensor, classes: int | None) -
         raise
     except Exception as error:
         raise ValueError(
-            f"the model failed on two float32 images {shape} in [0, 1]; are size and channels its own? It said: {error}"
+            f"the model failed on two float32 images {shape} in [0, 1]; are size and channels its own? It said: "
+            f"{type(error).__name__}: {error}"
         ) from error
     logits = check_logits(answers, len(images))
     if classes is not None and logits.shape[1] != classes:

@@ -177,6 +177,13 @@ def some(names: Sequence[str], most: int = 10) -> str:
     return (", ".join(names[:most]) or "none") + more
 
 
+def shape_words(shape: Sequence[int | None]) -> str:
+    """(C, H, W) of images in words, "3 channels, 32x32 pixels"; None: any."""
+    channels, height, width = shape
+    many = "any channels" if channels is None else f"{channels} channel{'' if channels == 1 else 's'}"
+    return f"{many}, " + ("any size" if None in (height, width) else f"{height}x{width} pixels")
+
+
 def digest(parts: Iterable[object]) -> str:
     """16 hex digits of the SHA-256 of byte buffers."""
     sha = hashlib.sha256()

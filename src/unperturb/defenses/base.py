@@ -259,7 +259,7 @@ def load_defense(source: str | Path) -> Defense:
 
     Raises `RunError` where a folder holds no defense or its files are damaged or do not fit together.
     """
-    source = zoo.find(source)
+    given, source = source, zoo.find(source)
     name, folder = str(source), Path(source)
     path = folder / "defense.json"
     if not path.exists():
@@ -268,7 +268,7 @@ def load_defense(source: str | Path) -> Defense:
             return create_defense("pipeline", parts=parts).eval().requires_grad_(False)
         if name in defenses and (defense := _untrained(name)) is not None:
             return defense.eval()
-        raise runs.RunError(_no_defense(name, folder))
+        raise runs.RunError(zoo.of_another_kind(given, "defense") or _no_defense(name, folder))
     described = runs.read_json(path, DefenseFile)
     tensors = runs.load_tensors(folder / "model.safetensors", finite=False)
     try:

@@ -18,6 +18,7 @@ from unperturb.evaluation.adversarials import COUNTS, Adversarials, AdversarialS
 from unperturb.evaluation.identity import Identity
 from unperturb.evaluation.measure import Shard, measure, seed_of
 from unperturb.evaluation.plan import Cell, Plan
+from unperturb.mistakes import named
 from unperturb.results import samples, schema
 
 if TYPE_CHECKING:
@@ -110,14 +111,15 @@ def run_grid(plan: Plan, out: Path, progress: Progress | None = None, each: Each
 
     each: what writes one shard of one cell (default: `run_cell`, the attack made on every image).
 
-    Raises `RunError` where what is there is damaged, or of another cell.
+    Raises `RunError` where what is there is damaged, or of another cell; `ModelError` where a model fails.
     """
     cells = plan.cells()
     total, done = len(cells) * len(range(0, len(plan.data), plan.shard)), 0
     with at_work(plan, out) as work:
         for shard in shards(plan):
             for cell in cells:
-                (each or run_cell)(work, cell, shard)
+                with named(f"{cell.system.name!r}, under {cell.label} with knowledge {cell.attacker.knowledge},"):
+                    (each or run_cell)(work, cell, shard)
                 done += 1
                 if progress:
                     progress(done, total, str(cell))

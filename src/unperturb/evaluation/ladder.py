@@ -47,6 +47,12 @@ def check_budget(name: str) -> Budget:
     return BUDGETS[name]
 
 
+def check_norm(norm: str) -> None:
+    """Raise `ValueError` for a norm without a ladder."""
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"the ladder's attackers know the norms linf and l2, not {norm!r}")
+
+
 def ladder(
     threat: ThreatModel,
     budget: str = "standard",
@@ -67,8 +73,7 @@ def ladder(
 
     Raises `ValueError` for a norm without a ladder, `UnknownNameError` for another budget.
     """
-    if threat.norm not in ("linf", "l2"):
-        raise ValueError(f"the ladder attacks in linf or l2, not in {threat.norm!r}")
+    check_norm(threat.norm)
     own = check_budget(budget)
     ball: dict[str, Any] = {"norm": threat.norm, "eps": threat.eps}
     found: dict[str, list[Attacker]] = {}

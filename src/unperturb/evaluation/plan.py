@@ -24,7 +24,8 @@ from unperturb.evaluation.checks import check_name, subset
 from unperturb.evaluation.identity import Identity, identify
 from unperturb.evaluation.ladder import ladder
 from unperturb.evaluation.surrogates import Retrained, Surrogate, is_retrain, retrained
-from unperturb.evaluation.trial import at_work, check_shape, drawing, try_model
+from unperturb.evaluation.trial import at_work, drawing, try_model
+from unperturb.mistakes import named
 from unperturb.modules import ask, logits_of
 from unperturb.results import schema
 from unperturb.systems import System
@@ -207,7 +208,7 @@ class Plan:
         if len(self.data.index.unique()) < len(self.data):
             raise ValueError(f"two images of {self.data.source} have one index: rows could not tell them apart")
         for system in self.systems:
-            check_shape(system, self.data)
+            system.check_data(self.data)
         for cell in self.cells():
             cell.target()
         with self.at_work():
@@ -388,7 +389,7 @@ class Cost:
 def estimate(plan: Plan) -> Cost:
     """Count the operations of `plan` on two images, for all of them. Raises `ValueError` as `Plan.check` does."""
     plan.check()
-    with plan.at_work(), plan.drawing(0):
+    with plan.at_work(), plan.drawing(0), named("a model, while its cost was counted,"):
         total = _operations(plan)
     pflop = total * len(plan.data) / 1e15
     rate = max(v for k, v in probe(plan.device.type).rates.items() if k[0] == "float32")

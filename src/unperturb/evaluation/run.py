@@ -30,6 +30,7 @@ from unperturb.evaluation.measure import predictions
 from unperturb.evaluation.plan import UNDEFENDED, Plan, attackers_in, by_name, defense_of, plan_of, training_costs
 from unperturb.evaluation.probe import probe
 from unperturb.evaluation.surrogates import Retrained, Surrogate, retrained, surrogates_of
+from unperturb.mistakes import ModelError, named
 from unperturb.registry import unknown
 from unperturb.results import schema
 from unperturb.systems import System
@@ -150,8 +151,9 @@ def evaluate(
 
     Returns the rows (`unperturb.results.schema.ROW_COLUMNS`); `unperturb.table` makes a table.
 
-    Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed. Warns where a classifier is
-    hardly better than chance, where logits are not finite, and where an attacker's gradients were mostly zero.
+    Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed, and `ModelError` where a
+    model fails later on. Warns where a classifier is hardly better than chance, where logits are not finite, and where
+    an attacker's gradients were mostly zero.
     """
     data = check_data(data)
     for what, number, least in (("seed", seed, 0), ("batch", batch, 1), ("draws", draws, 1)):
@@ -229,11 +231,16 @@ def run_plan(
     """The rows of `plan`, made in the run folder `out`; the rest as for `opened`."""
     plan.check()
     trainings = training_costs(plan)
-    _warn_near_chance(plan)
-    with opened(plan, out, recipe, about, resume=resume):
-        if trainings:
-            plan = replace(plan, retrained=_trained(plan, trainings, out, progress))
-        run_grid(plan, out, progress, cascading(plan.cascade) if plan.cascade else None)
+    try:
+        with named("a model, at a first look,"):
+            _warn_near_chance(plan)
+            with opened(plan, out, recipe, about, resume=resume):
+                if trainings:
+                    plan = replace(plan, retrained=_trained(plan, trainings, out, progress))
+                run_grid(plan, out, progress, cascading(plan.cascade) if plan.cascade else None)
+    except ModelError as error:
+        error.add_note("What was finished is kept in the folder `out`, if you gave one: resume=True goes on there.")
+        raise
     rows = schema.read_rows(out)
     _check_whole(plan, rows, out)
     _warn_of_gradients_and_logits(rows)

@@ -11,24 +11,6 @@ from torch import Tensor, nn
 from unperturb.data import ImageSet
 from unperturb.defenses.base import Defense
 from unperturb.modules import ask, check_logits
-from unperturb.systems import System
-
-
-def check_shape(system: System, data: ImageSet) -> None:
-    """Raise `ValueError` where the purifier of `system` is not for images of the shape of `data`."""
-    purifier, (channels, height, width) = system.purifier, data.shape
-    if purifier is None:
-        return
-    if purifier.size is not None and (height, width) != (purifier.size, purifier.size):
-        raise ValueError(
-            f"{system.name} purifies {purifier.size}x{purifier.size} images, but those of {data.source} are "
-            f"{height}x{width}; leave it out of the recipe's systems, or train one for that size"
-        )
-    if purifier.channels not in (None, channels):
-        raise ValueError(
-            f"{system.name} purifies images of {purifier.channels} channels, but those of {data.source} have "
-            f"{channels}; leave it out, or train one for such images"
-        )
 
 
 @torch.no_grad()

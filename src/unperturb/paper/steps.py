@@ -175,7 +175,7 @@ class Steps:
 
 def is_trained(folder: str) -> bool:
     """Whether a run folder holds what it was to train, whole."""
-    return any((Path(folder) / saved).exists() for saved in zoo.SAVED)
+    return zoo.kind_of(folder) is not None
 
 
 def entries(recipe: Any) -> list[str]:

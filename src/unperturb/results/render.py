@@ -363,10 +363,10 @@ def paired_sheets(paired: pd.DataFrame) -> list[Sheet]:
         lines = []
         several = part["n"].min() < part["n"].max()
         for _, line in records(part):
-            title = measure_title(line["kind"] if line["kind"] != "attack" else line["knowledge"], _name_of(line))
+            heading = measure_title(line["kind"] if line["kind"] != "attack" else line["knowledge"], _name_of(line))
             shares = [percent(line["accuracy_a"]), percent(line["accuracy_b"])]
             numbers = [f"{line[k]:,}" for k in ("only_a", "only_b")]
-            lines.append([*title, *shares, *numbers, probability(line["p"]), f"{line['n']:,}" if several else ""])
+            lines.append([*heading, *shares, *numbers, probability(line["p"]), f"{line['n']:,}" if several else ""])
         over = ["", "", "accuracy", "accuracy", "right alone", "right alone", "", ""]
         heads = ["", "", *["first", "second"] * 2, "p", "images"]
         size = "the images of both" if several else f"{part['n'].iloc[0]:,} images"

@@ -270,6 +270,8 @@ def defense_task(
         )
     if recipe.start is not None:
         begin_with(defense, recipe.start)
+    for classifier in classifiers:
+        System(_called(classifier), classifier).check_data(data.train)
     sampler = Sampler(data.train, recipe.training.batch, recipe.seed, recipe.adversarial_batches.augment, where)
     example, _ = data.train.batch(torch.arange(2), where)
     # The layout is given, not probed: a resumed run must draw the same pairs to the last bit.
