@@ -32,6 +32,7 @@ _WHERE = {
     "create_classifier": "classifiers",
     "create_defense": "defenses",
     "evaluate": "evaluation.run",
+    "export_onnx": "export",
     "known_copy_note": "data",
     "list_available": "available",
     "load_classifier": "classifiers",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from unperturb.data.prepare import prepare
     from unperturb.defenses import Defense, Protected, create_defense, load_defense
     from unperturb.evaluation.run import evaluate, run_evaluation
+    from unperturb.export import export_onnx
     from unperturb.results import Results, compare, comparison_table, robust_accuracy, table
     from unperturb.results.page import write_report
     from unperturb.results.schema import read_rows
