@@ -26,6 +26,7 @@ LAYERS = {
     "data": 2,
     "runs": 2,
     "zoo": 2,
+    "hub": 2,
     "metrics": 2,
     "intervals": 2,
     "attacks": 3,
@@ -49,9 +50,9 @@ LAYERS = {
     "cli": 9,
     "__main__": 10,
 }
-# Who may be imported across: the registry's one error serves the recipes too, and the package's `__init__` names what
-# stands beside it.
-ACROSS = {("config", "registry"), ("__init__", "available")}
+# Who may be imported across: the registry's one error serves the recipes too, the package's `__init__` names what
+# stands beside it, and a model that is fetched lies in a run folder.
+ACROSS = {("config", "registry"), ("__init__", "available"), ("hub", "zoo"), ("hub", "runs")}
 # Inside a folder: what siblings may import, or the order of its files from the bottom up.
 SHARED = {
     "attacks": {"projections", "base", "losses", "context"},

@@ -15,6 +15,7 @@ _WHERE = {
     "AttackResult": "attacks",
     "Attacker": "attackers",
     "Benchmark": "benchmarking",
+    "Classifier": "classifiers",
     "Defense": "defenses",
     "ImageSet": "data",
     "Protected": "defenses",
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from unperturb.attacks import Attack, AttackResult, budget, create_attack, wrap_attack
     from unperturb.available import list_available
     from unperturb.benchmarking import Benchmark, benchmark
-    from unperturb.classifiers import create_classifier, load_classifier, wrap
+    from unperturb.classifiers import Classifier, create_classifier, load_classifier, wrap
     from unperturb.data import ImageSet, Splits, as_image_set, known_copy_note, load_dataset
     from unperturb.data.prepare import prepare
     from unperturb.defenses import Defense, Protected, create_defense, load_defense
