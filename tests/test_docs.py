@@ -197,7 +197,13 @@ def test_the_readme_is_short() -> None:
     assert [line for line in lines if len(line) >= 160] == []
 
 
-LINKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "zoo" / "README.md", ROOT / "results" / "README.md"]
+LINKED = [
+    ROOT / "README.md",
+    ROOT / "SECURITY.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "zoo" / "README.md",
+    ROOT / "results" / "README.md",
+]
 LINKED += sorted((ROOT / "docs").glob("**/*.md"))
 
 
