@@ -90,6 +90,8 @@ def small(line: str) -> list[str]:
         words += [*DIGITS, "--n", "2", "--threads", "1"]
         words += [] if "--attack" in words else ["--attack", "fgsm", "--out", f"runs/{words[0]}"]
         words += [word for key in ZOO if not words[0].startswith("zoo-") for word in ("--set", key)]
+    if verb == "export":
+        words += ["--data", "digits", "--n", "2", "--threads", "1"]
     if verb in ("attack", "benchmark"):
         words += ["--data", "digits", "--n", "2", "--threads", "1", *(["--dry-run"] if verb == "benchmark" else [])]
     if verb == "compare":
@@ -195,7 +197,13 @@ def test_the_readme_is_short() -> None:
     assert [line for line in lines if len(line) >= 160] == []
 
 
-LINKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "zoo" / "README.md", ROOT / "results" / "README.md"]
+LINKED = [
+    ROOT / "README.md",
+    ROOT / "SECURITY.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "zoo" / "README.md",
+    ROOT / "results" / "README.md",
+]
 LINKED += sorted((ROOT / "docs").glob("**/*.md"))
 
 

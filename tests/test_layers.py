@@ -26,6 +26,7 @@ LAYERS = {
     "data": 2,
     "runs": 2,
     "zoo": 2,
+    "hub": 2,
     "metrics": 2,
     "intervals": 2,
     "attacks": 3,
@@ -52,8 +53,9 @@ LAYERS = {
     "__main__": 11,
 }
 # Who may be imported across: recipes speak of knowledge in the words, and of a wrong name with the error, that all
-# others use; and the package's `__init__` names what stands beside it.
+# others use; the package's `__init__` names what stands beside it, and a model that is fetched lies in a run folder.
 ACROSS = {("config", "registry"), ("config", "threat_models"), ("__init__", "available")}
+ACROSS |= {("hub", "zoo"), ("hub", "runs")}
 # Inside a folder: what siblings may import, or the order of its files from the bottom up.
 SHARED = {
     "attacks": {"projections", "base", "losses", "context"},

@@ -15,6 +15,7 @@ _WHERE = {
     "AttackResult": "attacks",
     "Attacker": "attackers",
     "Benchmark": "benchmarking",
+    "Classifier": "classifiers",
     "Defense": "defenses",
     "ImageSet": "data",
     "ModelError": "mistakes",
@@ -33,6 +34,7 @@ _WHERE = {
     "create_classifier": "classifiers",
     "create_defense": "defenses",
     "evaluate": "evaluation.run",
+    "export_onnx": "export",
     "known_copy_note": "data",
     "list_available": "available",
     "load_classifier": "classifiers",
@@ -57,11 +59,12 @@ if TYPE_CHECKING:
     from unperturb.attacks import Attack, AttackResult, budget, create_attack, wrap_attack
     from unperturb.available import list_available
     from unperturb.benchmarking import Benchmark, benchmark
-    from unperturb.classifiers import create_classifier, load_classifier, wrap
+    from unperturb.classifiers import Classifier, create_classifier, load_classifier, wrap
     from unperturb.data import ImageSet, Splits, as_image_set, known_copy_note, load_dataset
     from unperturb.data.prepare import prepare
     from unperturb.defenses import Defense, Protected, create_defense, load_defense
     from unperturb.evaluation.run import evaluate, run_evaluation
+    from unperturb.export import export_onnx
     from unperturb.mistakes import ModelError
     from unperturb.results import Results, compare, comparison_table, robust_accuracy, table
     from unperturb.results.page import write_report

@@ -541,6 +541,28 @@ def benchmark(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A purifier or a classifier: a run folder, zoo:NAME, or module:object.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.onnx", help="The file to write.")],
+    classifier: Annotated[
+        str | None, typer.Option(help="What stands behind the purifier; the file then answers with logits.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images to compare on (default: the data it was trained on).")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side that pictures are resized to.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many test images are compared.")] = 64,
+    int8: Annotated[bool, typer.Option("--int8", help="8-bit convolutions, ranged on training images.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Write an ONNX file of a purifier, alone or before its classifier, compared with torch image by image."""
+    from unperturb.export import export_named
+
+    _threads(threads)
+    say(export_named(model, out, classifier=classifier, data=data, size=size, n=n, int8=int8))
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="A run folder of an evaluation or a benchmark.")],
     second: Annotated[Path, typer.Argument(help="Another, or the same.")],

@@ -167,6 +167,11 @@ def _run(file: Path) -> ModuleType:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
+    if path.suffix != ".safetensors" and torch.__version__ < "2.6":
+        raise ValueError(
+            f"{path} is not opened: up to torch 2.5 a saved state_dict may run code (CVE-2025-32434), and this is "
+            f"torch {torch.__version__}; save it as safetensors, or install torch 2.6 or newer"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

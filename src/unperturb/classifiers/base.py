@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unperturb import zoo
 from unperturb.devices import SizeLimit, check_options
+from unperturb.hub import Pretrained
 from unperturb.modules import ask, evaluating
 from unperturb.registry import Registry
 from unperturb.runs import RunError, fit_weights, load_tensors, read_json, save_tensors, shortened, write_json
@@ -58,13 +59,16 @@ class Normalize(nn.Module):
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module, Pretrained):
     """A network behind its normalization: images `(N, C, H, W)` in [0, 1] -> logits `(N, K)`.
 
     spec: what rebuilds it (name, options, channels, size, classes, mean, std), JSON-able; None for a model that was
     wrapped, not built here: such a one gets its input in a dtype that it takes, and may write over it. A frozen one
     stays in eval mode whatever it is part of. differentiable: False where the net is known to give no gradient.
     """
+
+    kind = "Classifier"
+    _written = ("classifier.json", "model.safetensors")
 
     def __init__(self, normalize: nn.Module, net: nn.Module, spec: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -100,6 +104,9 @@ class Classifier(nn.Module):
     def train(self, mode: bool = True) -> Classifier:
         super().train(mode and not self.frozen)
         return self
+
+    def _save(self, folder: Path) -> None:
+        save_classifier(folder, self)
 
 
 def create_classifier(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,29 @@ class OnnxModel(nn.Module):
 def _open(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no ONNX file {path}")
+    runtime = onnxruntime_or_error(path)
+    here = runtime.get_available_providers()
+    return open_session(str(path), path, [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in here])
+
+
+def onnxruntime_or_error(path: object) -> Any:
+    """onnxruntime, to read or write `path`; raises `ImportError` that says how to install it."""
     try:
         import onnxruntime
     except ImportError as error:
         raise ImportError(
             f"{path} is read by onnxruntime, which is not installed: pip install 'unperturb[onnx]'"
         ) from error
-    options = onnxruntime.SessionOptions()
+    return onnxruntime
+
+
+def open_session(model: str | bytes, path: object, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
+    """An onnxruntime session of a file, or of its bytes, that `path` names to the user, with as many threads as torch
+    has; raises `ValueError` where onnxruntime cannot run it."""
+    runtime = onnxruntime_or_error(path)
+    options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # its default is every core, whatever torch was told
-    here = onnxruntime.get_available_providers()
-    providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in here]
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+        return runtime.InferenceSession(model, options, providers=list(providers))
     except Exception as error:  # onnxruntime has a dozen kinds, which are no kinds of one
         raise ValueError(f"{path} is no ONNX file that onnxruntime can run: {error}") from error

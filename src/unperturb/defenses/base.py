@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any, final
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unperturb import runs, zoo
 from unperturb.devices import SizeLimit, check_options
+from unperturb.hub import Pretrained
 from unperturb.modules import ask, evaluating
 from unperturb.registry import Registry
 from unperturb.validation import check_form, check_images
@@ -38,7 +39,7 @@ class Batch:
     step: int = 0
 
 
-class Defense(nn.Module):
+class Defense(nn.Module, Pretrained):
     """A purifier, possibly with detectors. A new one writes `purify`; called, it checks, purifies and clamps.
 
     differentiable: gradients flow through `purify`. random: two calls may differ. Both say what an attacker needs.
@@ -48,6 +49,8 @@ class Defense(nn.Module):
     takes for any other).
     """
 
+    kind = "Defense"
+    _written = ("defense.json", "model.safetensors")
     differentiable = True
     random = False
     learns_from_pairs = True
@@ -140,8 +143,11 @@ class Defense(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} is not trained")
 
+    def _save(self, folder: Path) -> None:
+        save_defense(folder, self, {} if self.outcome is None else {"outcome": asdict(self.outcome)})
 
-class Protected(nn.Module):
+
+class Protected(nn.Module, Pretrained):
     """A classifier behind a defense: one module from images to logits.
 
     classifier: any module from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`. Neither it nor the defense is
@@ -150,6 +156,9 @@ class Protected(nn.Module):
     Images that are not float `(N, C, H, W)`, or of channels that the defense does not purify, are refused. So are those
     that are not in [0, 1] or NaN: at the first call, and at each one without gradients (`torch.no_grad`).
     """
+
+    kind = "Protected"
+    _written = ("classifier", "defense")
 
     def __init__(self, classifier: nn.Module, defense: Defense) -> None:
         super().__init__()
@@ -190,6 +199,15 @@ class Protected(nn.Module):
         with evaluating(self.modules()):
             scores = self.defense.scores(images.clone(), lambda x: ask(self.classifier, x))
         return (scores > self.defense.thresholds.to(scores)).any(1)
+
+    def _save(self, folder: Path) -> None:
+        if not isinstance(self.classifier, Pretrained):
+            raise runs.RunError(
+                f"only a classifier of create_classifier rebuilds from a folder, not {_kind(self.classifier)}: save "
+                "the purifier alone, protected.defense.save_pretrained(folder)"
+            )
+        self.classifier.save_pretrained(folder / "classifier")
+        self.defense.save_pretrained(folder / "defense")
 
 
 def _kind(thing: object) -> str:

@@ -30,8 +30,8 @@ class TotalVariation(Defense):
         down = right = torch.zeros_like(images)  # the dual field p: one component per direction
         out = images
         for _ in range(self.steps):
-            along_down = F.pad(out.diff(dim=2), (0, 0, 0, 1))
-            along_right = F.pad(out.diff(dim=3), (0, 1))
+            along_down = F.pad(out[:, :, 1:] - out[:, :, :-1], (0, 0, 0, 1))
+            along_right = F.pad(out[..., 1:] - out[..., :-1], (0, 1))
             # The tiny constant keeps the root's gradient finite where an image is flat.
             length = (along_down.square() + along_right.square() + 1e-20).sqrt()
             shrink = 1 + 0.25 / self.weight * length
