@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -68,7 +69,7 @@ def test_the_undefended_net_stands_beside_it(found: up.Benchmark) -> None:
 
 def test_it_says_what_it_found(found: up.Benchmark) -> None:
     said = str(found)
-    assert "robust accuracy  50.0 %" in said
+    assert re.search(r"robust accuracy  50\.0 % \[.*\], attackers up to white box\n", said)
     assert "white box" in said
     assert "gray: 40 images of given" in said
     assert not [flag for flag in found.flags if flag.severity == "broken"], found.flags
@@ -122,6 +123,12 @@ def test_what_gives_no_gradient_is_asked_by_queries(images: tuple[Tensor, Tensor
     sent = [a for attackers in plan.attackers.values() for a in attackers]
     assert {a.knowledge for a in sent} == {"none", "black_box"}
     assert not [a for a in sent if a.attack.needs_gradient and a.knowledge != "none"]
+    found = up.benchmark(Hidden(), images, eps=EPS, budget="quick", n=12, quiet=True)
+    assert found.robust.tried == ("black_box",)
+    assert "attackers up to black box\n" in str(found)
+    assert "white box" not in str(found)
+    assert [(flag.name, flag.severity) for flag in found.flags][:1] == [("gradient-masked", "doubt")]
+    assert "Linf 0.1, black box" in found.card.markdown()
 
 
 @pytest.mark.parametrize(

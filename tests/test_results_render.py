@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 import re
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from made_rows import frame
+from made_runs import make_run
 from test_results_comparison import SIDE_BY_SIDE
 from test_results_tables import BARE, OURS, PGD, TINY
+from unperturb.cli import app
 from unperturb.intervals import wilson
 from unperturb.registry import UnknownNameError
 from unperturb.results import Results, accuracy_table, compare, compare_pair, comparison_table, names, render, table
@@ -208,6 +213,37 @@ def test_two_systems_and_their_test() -> None:
     text = compare_pair(masked, frame(a | {"gradients": 10, "knowledge": "white_box"}), 120)
     assert "BROKEN 3 gradient-masked, first a on digits" in text
     assert "BROKEN 3 gradient-masked, second a on digits" not in text
+
+
+def test_the_command_compares_the_systems_that_it_is_told(tmp_path: Path) -> None:
+    two = [str(make_run(tmp_path / str(n), n=n, samples=1)) for n in (20, 10)]
+
+    def said(*words: str) -> str:
+        done = CliRunner().invoke(app, ["compare", *words])
+        assert done.exit_code == 0, done.exception
+        return " ".join(done.output.split())
+
+    assert re.findall(r"conv on digits \(test\): .*?: ", said(*two)) == [
+        "conv on digits (test): ours (first) and ours (second): ",
+        "conv on digits (test): undefended (first) and undefended (second): ",  # other draws of it
+    ]
+    assert "undefended (first)" not in said(two[0], two[0])
+    assert "ours (first) and undefended (second): 20 images" in said(
+        two[0], two[0], "--system", "ours", "--system", "undefended"
+    )
+    for asked, wrong in ((["gone"], "no cell has system gone"), (["ours"] * 3, "not 3")):
+        done = CliRunner().invoke(app, ["compare", *two, *(word for name in asked for word in ("--system", name))])
+        assert re.search(wrong, str(done.exception))
+
+
+def test_names_stay_whole_where_a_recipe_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(app, ["show", "table2-mnist"]).output
+    about = [line for line in shown.partition("kind =")[0].splitlines() if line]
+    assert all(line.startswith("# ") and len(line) <= 80 and not line.endswith("-") for line in about)
+    assert "NAME-mnist" in shown
+    assert '\n  "runs/median-mnist",\n' in shown  # a long list has an entry a line
+    assert tomllib.loads(shown)["systems"][:2] == ["undefended", "runs/median-mnist"]
 
 
 def test_two_systems_of_the_whole_ladder_fit_a_narrow_terminal() -> None:

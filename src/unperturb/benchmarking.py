@@ -62,6 +62,7 @@ class Benchmark:
         return self.card.write(out)
 
     def __str__(self) -> str:
+        from unperturb.results.figures import attacker_title
         from unperturb.results.ladder_figure import ladder
         from unperturb.results.names import attacker_name, budget_name, norm_name
         from unperturb.results.render import flag_text, percent, percent_of
@@ -72,12 +73,13 @@ class Benchmark:
         judged = Judged.of(self.results, self.robust.block, self.system)
         budget = f"{norm_name(threat.norm)} {budget_name(float(threat.eps))}"
         lines = [f"{self.system}: {self.robust.n:,} images of {self.robust.block.dataset}, {budget}"]
-        lines.append(f"  robust accuracy  {percent_of(self.robust)}")
+        who = " and ".join(map(attacker_name, self.robust.tried))
+        lines.append(f"  robust accuracy  {percent_of(self.robust)}, attackers up to {who}")
         if self.robust.draws > 1:
             lines.append(f"  worst of {self.robust.draws} draws  {percent(self.robust.worst)}")
         for step in ladder(judged, threat.norm, float(threat.eps)):
             if step.tried:
-                name = attacker_name(step.knowledge)
+                name = attacker_title(step.knowledge, defended=judged.defended)
                 lines.append(f"  {name:15}  {percent(step.accuracy, step.low, step.high)}{self._by(step.knowledge)}")
         lines += [f"  {flag_text(flag)}" for flag in self.flags] or ["  no flag was raised"]
         return "\n".join(lines)
