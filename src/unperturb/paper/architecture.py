@@ -181,7 +181,8 @@ def architecture_figure(title: str, shape: Shape, networks: dict[str, nn.Module]
     talls = [LEVEL * len(_levels(of)) + 1.1 for of in drawn.values()]
     width = max(len(of) for of in drawn.values()) * (BOX + GAP) + 0.5
     width, height = max(width, 7.5), sum(talls) + 0.45
-    axes = Figure(figsize=(width, height), dpi=DPI).add_axes((0, 0, 1, 1))
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.set_axis_off()
@@ -192,7 +193,7 @@ def architecture_figure(title: str, shape: Shape, networks: dict[str, nn.Module]
         axes.text(0.2, top + 0.1, f"{name}, {count:,} parameters", fontsize=11.5, va="top", color="#333333")
         _line(axes, of, top + 0.55)
         top += tall
-    return axes.figure
+    return figure
 
 
 def _levels(of: Iterable[Box]) -> list[int]:

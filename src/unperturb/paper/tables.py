@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unperturb.results import render, tables
-from unperturb.results.names import CLEAN, attack_name, attack_rank, split_name
+from unperturb.results.names import CLEAN, attack_name, attack_rank, budget_name, split_name
 from unperturb.results.results import Results, records
 from unperturb.results.schema import cell_folder
 from unperturb.results.sheet import Sheet
@@ -90,7 +90,7 @@ def _keep(found: dict[tuple[str, str, str], _Entry], under: str, line: Mapping[s
 
 def _attack(line: Mapping[str, Any]) -> str:
     """`fgsm, eps 0.15`; a label may have ended in the budget already, to be told from another."""
-    eps = render.budget_name(line["eps"])
+    eps = budget_name(line["eps"])
     return attack_name(line["attack"].removesuffix(f"-{eps}") if eps else line["attack"], line["eps"])
 
 
