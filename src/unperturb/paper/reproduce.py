@@ -109,9 +109,9 @@ def reproduce(
     """Make the parts and pieces of the paper called `names` (default: all) in the folder `out`, with an index page.
 
     What is missing is trained into `runs/NAME` and evaluated there; what a run folder or the zoo has is used. A call
-    that was stopped goes on where it was. Other pieces of a part that take no further step are drawn too. n: images that
-    evaluations judge, in place of their own number. show: gets a line on each step. bar: opens a progress bar by its
-    title.
+    that was stopped goes on where it was. Other pieces of a part that take no further step are drawn too. n: images
+    that evaluations judge, in place of their own number. show: gets a line on each step. bar: opens a progress bar by
+    its title.
 
     A step that fails is told, and what does not need it still runs. Raises `UnknownNameError` or `RecipeError` before
     anything is computed.
