@@ -217,6 +217,10 @@ def test_the_digits_are_made_once_and_then_only_read(quick: Path, monkeypatch: p
     told = list(Plan.of(["digits"]).told("cpu"))
     assert [line.split()[0] for line in told] == ["done", "done", "done", "then", "in"]
 
+    # A part's page keeps the pieces that were not asked for again.
+    assert reproduce(["table1-digits"], out="out", device="cpu").failed == {}
+    assert files(quick / "out") == first
+
     # Another model under the same name is another evaluation, and what lacks rows is not done.
     plan = Plan.of(["table1-digits"])
     evaluation = plan.needed()[-1]

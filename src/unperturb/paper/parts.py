@@ -10,7 +10,6 @@ from importlib import resources
 from unperturb.registry import unknown
 
 TRAININGS = ("figure2", "curves")  # drawn from what was trained alone, or from nothing but the networks
-PROTOCOL = ("table1", "table3", "table4", "figure1", "distributions", "eps", "report")  # from the protocol's rows
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,10 @@ class Part:
     @property
     def pieces(self) -> dict[str, tuple[str, ...]]:
         """Every table and figure of the part with the evaluations that it is made from."""
-        protocol = dict.fromkeys([*PROTOCOL, self.figure], (self.protocol,))
-        return protocol | {"table2": self.beside} | dict.fromkeys(TRAININGS, ())
+        rows = (self.protocol,)
+        tables = {"table1": rows, "table2": self.beside, "table3": rows, "table4": rows}
+        figures = {"figure1": rows, "figure2": (), self.figure: rows}
+        return tables | figures | {"distributions": rows, "eps": rows, "curves": (), "report": rows}
 
 
 def parts() -> dict[str, Part]:

@@ -56,6 +56,11 @@ class Plan:
             return [step for step in self.steps.before(protocol.folder) if step.trains]
         return [self.steps.evaluation(name, self.n) for name in part.pieces[piece]]
 
+    def ready(self, part: Part, piece: str) -> bool:
+        """Whether every step that a piece takes is done."""
+        sources = self.sources(part, piece)
+        return all(step.done() for source in sources for step in self.steps.before(source.folder))
+
     def needed(self) -> list[Step]:
         """Every step, in order."""
         found: dict[str, Step] = {}
@@ -104,8 +109,9 @@ def reproduce(
     """Make the parts and pieces of the paper called `names` (default: all) in the folder `out`, with an index page.
 
     What is missing is trained into `runs/NAME` and evaluated there; what a run folder or the zoo has is used. A call
-    that was stopped goes on where it was. n: images that evaluations judge, in place of their own number. show: gets a
-    line on each step. bar: opens a progress bar by its title.
+    that was stopped goes on where it was. Other pieces of a part that take no further step are drawn too. n: images
+    that evaluations judge, in place of their own number. show: gets a line on each step. bar: opens a progress bar by
+    its title.
 
     A step that fails is told, and what does not need it still runs. Raises `UnknownNameError` or `RecipeError` before
     anything is computed.
@@ -146,8 +152,9 @@ def _do(step: Step, out: Path, times: dict[str, float], device: str, say: Show, 
 def _draw(
     plan: Plan, part: Part, pieces: list[str], out: Path, times: dict[str, float], done: Reproduction, say: Show
 ) -> None:
-    """Write what of a part can be drawn, and its page."""
+    """Write what of a part can be drawn, asked for or there for nothing, and its page."""
     made: list[Made] = []
+    pieces = [piece for piece in part.pieces if piece in pieces or plan.ready(part, piece)]
     for piece in pieces:
         sources = plan.sources(part, piece)
         if lacking := [step.folder for step in sources if step.folder in done.failed]:
