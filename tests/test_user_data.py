@@ -460,3 +460,11 @@ def test_a_set_of_a_loader_is_attacked_as_any_other() -> None:
 
 def linear(weights: Tensor, images: Tensor) -> Tensor:
     return images.flatten(1) @ weights
+
+
+def test_a_split_is_what_the_user_says_it_is() -> None:
+    images, labels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0])
+    assert as_image_set((images, labels)).split == "given"
+    assert as_image_set((images, labels), split="train").split == "train"
+    with pytest.raises(DataError, match="split 'training'; expected train, val, test or given"):
+        as_image_set((images, labels), split="training")

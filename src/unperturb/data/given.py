@@ -35,10 +35,11 @@ def as_image_set(
     *,
     class_names: Sequence[str] | None = None,
     name: str = "given",
+    split: str = "given",
     n: int | None = None,
     quantize: bool = False,
 ) -> ImageSet:
-    """Images and labels of yours as an `ImageSet`: split "given", numbered in the order in which they come.
+    """Images and labels of yours as an `ImageSet`, numbered in the order in which they come.
 
     data: a pair (images, labels) of tensors or NumPy arrays; a torch `Dataset` (or anything with a length whose items
     are pairs, or dicts such as {"image": ..., "label": ...}); a `DataLoader` that does not shuffle, whose batches are
@@ -46,7 +47,9 @@ def as_image_set(
     may also have their channels last, gray ones none. Labels are whole numbers `(N,)`.
     class_names: class k is the k-th, as the classifier's k-th logit (an `ImageSet` is renumbered by name). By default
     the `classes` of a data set that has them, else the numbers up to the highest label.
-    name: what tables call the data. n: take the first n images only; needed where an `IterableDataset` has no length.
+    name: what tables call the data. split: what they are for, "train", "val" or "test"; a training takes
+    "train" alone, and "given" is none of them. n: take the first n images only; needed where an `IterableDataset` has
+    no length.
     quantize: round images that are not 8-bit, which moves a pixel by 1/510 at most; `source` then says so.
 
     All is kept in memory, a byte per pixel and channel. Raises `TypeError` for what holds no images, `DataError` where
@@ -55,6 +58,8 @@ def as_image_set(
     """
     if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
         raise DataError(f"n {n!r}; expected a whole number, 1 or more")
+    if split not in ("given", "train", "val", "test"):
+        raise DataError(f"split {split!r}; expected train, val, test or given")
     if isinstance(data, ImageSet):
         kept = data if n is None or n >= len(data) else data.take(torch.arange(n))
         return kept if class_names is None else kept.with_class_names(class_names)
@@ -79,7 +84,7 @@ def as_image_set(
         index=torch.arange(len(numbers)),
         class_names=_names(class_names, data, int(numbers.max())),
         source=f"{name} (rounded to 8 bits)" if rounded else name,
-        split="given",
+        split=split,
     )
 
 
