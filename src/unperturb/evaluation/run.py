@@ -241,8 +241,8 @@ def run_plan(
     try:
         with named("a model, at a first look,"):
             _warn_near_chance(plan)
-            with opened(plan, out, recipe, about, resume=resume):
-                run_grid(plan, out, progress, cascading(plan.cascade) if plan.cascade else None)
+        with opened(plan, out, recipe, about, resume=resume):
+            run_grid(plan, out, progress, cascading(plan.cascade) if plan.cascade else None)
     except ModelError as error:
         error.add_note("What was finished is kept in the folder `out`, if you gave one: resume=True goes on there.")
         raise
@@ -270,9 +270,10 @@ def opened(
             )
         note = {f"data {plan.data.source}": plan.note} if plan.note else None
         runs.open_run(out, {**recipe, "fingerprints": _fingerprints(plan)}, resume=resume, about=note)
-        recognize(plan, out)
-        runs.write_json(out / "systems.json", about)
-        _probe(plan, out)
+        with named("a model, at a first look,"):
+            recognize(plan, out)
+            runs.write_json(out / "systems.json", about)
+            _probe(plan, out)
         yield
 
 
