@@ -15,7 +15,7 @@ from torch import nn
 from unperturb import runs, screen
 from unperturb.attackers import Attacker
 from unperturb.attacks.base import Attack
-from unperturb.config import EvaluationRecipe, read_recipe, snapshot
+from unperturb.config import EvaluationRecipe, snapshot
 from unperturb.data import ImageSet
 from unperturb.defenses.base import Defense
 from unperturb.devices import pick_device
@@ -29,6 +29,7 @@ from unperturb.evaluation.measure import predictions
 from unperturb.evaluation.plan import UNDEFENDED, Plan, Surrogate, attackers_in, by_name, defense_of, plan_of
 from unperturb.evaluation.probe import probe
 from unperturb.mistakes import ModelError, named
+from unperturb.recipe_files import read_recipe
 from unperturb.registry import unknown
 from unperturb.results import schema
 from unperturb.systems import System
