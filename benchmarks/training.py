@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from unperturb.classifiers import create_classifier, load_classifier
-from unperturb.config import read_recipe
 from unperturb.data import load_dataset
+from unperturb.recipe_files import read_recipe
 from unperturb.runs import RunError, environment, write_json
 from unperturb.training import jobs
 from unperturb.training.loop import train

@@ -297,3 +297,22 @@ def test_an_attack_of_ones_own_is_not_gone_on_with(digits: tuple[nn.Module, Imag
     attack_images(model, data, own, tmp_path / "adv", n=4, quiet=True)
     with pytest.raises(RunError, match="holds code of your own"):
         attack_images(model, data, own, tmp_path / "adv", n=4, resume=True, quiet=True)
+
+
+class Fails(nn.Module):
+    """After its first call."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 1:
+            raise LookupError("no more")
+        return images.flatten(1)[:, :10]
+
+
+def test_a_model_that_fails_is_named(digits: tuple[nn.Module, ImageSet], tmp_path: Path) -> None:
+    model, (_, data), attack = Fails(), digits, create_attack("fgsm", eps=EPS)
+    for what in ("'Fails', under FGSM with knowledge white_box,", "Fails, at a first look,"):
+        with pytest.raises(unperturb.ModelError, match=rf"^{what} failed: .*, line \d+: LookupError: no more$"):
+            attack_images(model, data, attack, tmp_path / "adv", n=2, resume=True, quiet=True)

@@ -18,14 +18,12 @@ from unperturb.config import (
     MixtureConfig,
     RecipeError,
     mixture,
-    read_recipe,
-    recipe_names,
-    recipe_sources,
     resolve,
     snapshot,
     uniform_range,
 )
 from unperturb.data import load_dataset
+from unperturb.recipe_files import read_recipe, recipe_names, recipe_sources
 from unperturb.threat_models import KNOWLEDGE
 
 CLASSIFIER: dict[str, Any] = {

@@ -14,9 +14,10 @@ import torch
 
 from unperturb import runs
 from unperturb.classifiers import create_classifier, load_classifier, save_classifier
-from unperturb.config import RecipeError, read_recipe, resolve
+from unperturb.config import RecipeError, resolve
 from unperturb.defenses import create_defense, load_defense, save_defense
 from unperturb.defenses.base import with_options
+from unperturb.recipe_files import read_recipe
 from unperturb.runs import RunError
 from unperturb.training import jobs, loop
 

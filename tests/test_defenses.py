@@ -16,7 +16,7 @@ from unperturb import runs
 from unperturb.attackers import Attacker
 from unperturb.attacks import create_attack
 from unperturb.classifiers import create_classifier
-from unperturb.config import read_recipe, resolve
+from unperturb.config import resolve
 from unperturb.data import Splits
 from unperturb.defenses import (
     Batch,
@@ -29,6 +29,7 @@ from unperturb.defenses import (
     with_options,
 )
 from unperturb.defenses.defense_gan import DefenseGAN
+from unperturb.recipe_files import read_recipe
 from unperturb.systems import System
 from unperturb.training import adversarial_batches, jobs
 

@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from unperturb import cli
 from unperturb.available import describe, recipes_page, to_toml
 from unperturb.classifiers import load_classifier
-from unperturb.config import read_recipe, recipe_names, resolve
+from unperturb.config import resolve
 from unperturb.defenses import defenses, load_defense
 from unperturb.devices import Speed
+from unperturb.recipe_files import read_recipe, recipe_names
 from unperturb.training.profiling import flop_per_image
 
 ROOT = Path(__file__).resolve().parent.parent

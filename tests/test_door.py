@@ -15,12 +15,13 @@ from unperturb.attacks import create_attack
 from unperturb.attacks.base import Attack
 from unperturb.benchmarking import benchmark
 from unperturb.classifiers import create_classifier, wrap
-from unperturb.config import RecipeError, read_recipe, resolve
+from unperturb.config import RecipeError, resolve
 from unperturb.data import ImageSet, Splits
 from unperturb.defenses import Defense, Protected, create_defense
 from unperturb.evaluation import adversarials, plan
 from unperturb.evaluation.plan import by_name, plan_of
 from unperturb.evaluation.run import evaluate
+from unperturb.recipe_files import read_recipe
 from unperturb.systems import System
 
 

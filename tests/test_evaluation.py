@@ -20,7 +20,7 @@ from unperturb.attacks import Attack, create_attack
 from unperturb.attacks.context import AttackContext
 from unperturb.attacks.losses import cross_entropy
 from unperturb.classifiers import create_classifier, save_classifier
-from unperturb.config import read_recipe, recipe_names, resolve
+from unperturb.config import resolve
 from unperturb.data import load_dataset
 from unperturb.defenses import Protected, create_defense, save_defense
 from unperturb.evaluation import adversarials
@@ -28,6 +28,7 @@ from unperturb.evaluation.adversarials import AdversarialStore
 from unperturb.evaluation.checks import attackers_of
 from unperturb.evaluation.plan import plan_of
 from unperturb.evaluation.run import evaluate, only, run_evaluation
+from unperturb.recipe_files import read_recipe, recipe_names
 from unperturb.registry import UnknownNameError
 from unperturb.results import samples, schema
 from unperturb.systems import System

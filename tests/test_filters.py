@@ -208,7 +208,7 @@ def test_each_filter_by_its_name_alone() -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "hgd", "denoised_smoothing"])
 def test_each_has_a_card_and_its_recipes(name: str) -> None:
-    from unperturb.config import read_recipe
+    from unperturb.recipe_files import read_recipe
 
     assert name in defenses
     card = Path(__file__).resolve().parent.parent / "docs" / "defenses" / f"{name}.md"

@@ -14,8 +14,9 @@ from torch import nn
 from unperturb import per_image_rng, runs
 from unperturb.attacks import create_attack
 from unperturb.classifiers import create_classifier, save_classifier
-from unperturb.config import Augmentation, read_recipe, resolve
+from unperturb.config import Augmentation, resolve
 from unperturb.data import Splits
+from unperturb.recipe_files import read_recipe
 from unperturb.training import jobs, loop
 from unperturb.training.adversarial_batches import Sampler
 from unperturb.training.objectives import (

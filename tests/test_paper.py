@@ -13,7 +13,6 @@ from torch import nn
 
 from made_runs import make_run
 from unperturb import cli
-from unperturb.config import read_recipe
 from unperturb.defenses.networks import discriminators, generators
 from unperturb.devices import Speed
 from unperturb.paper import steps
@@ -23,6 +22,7 @@ from unperturb.paper.parts import chosen, parts
 from unperturb.paper.reproduce import Plan, reproduce
 from unperturb.paper.steps import Step, Steps
 from unperturb.paper.tables import Judged, accuracy_by_attack, accuracy_by_system, likeness
+from unperturb.recipe_files import read_recipe
 from unperturb.registry import UnknownNameError
 from unperturb.results.sheet import as_latex, as_markdown
 from unperturb.results.tables import accuracy_table, quality_table

@@ -26,9 +26,9 @@ from typer.main import get_command
 
 import unperturb
 from unperturb import cli
-from unperturb.config import read_recipe
 from unperturb.data import DataError, load_dataset, pictures, tables
 from unperturb.data.pictures import Picture, decode, picture_size
+from unperturb.recipe_files import read_recipe
 
 PICTURE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 UPRIGHT = np.kron(np.arange(12, dtype=np.uint8).reshape(3, 4) * 20, np.ones((8, 8), np.uint8))  # 24 x 32

@@ -199,7 +199,7 @@ def run_plan(
     attack, target = plan.attacker(where)
     model = plan.system.model.to(where)
     what = f"{plan.system.name!r}, under {type(attack).__name__} with knowledge {plan.knowledge},"
-    with runs.lock(out), screen.shown("attacking", progress, quiet) as update, named(what):
+    with runs.lock(out), screen.shown("attacking", progress, quiet) as update:
         if resume and plan.attack.holds_own and (out / MANIFEST).exists():
             raise runs.RunError(
                 f"{out} cannot be gone on with: the attack holds code of your own, and whether it is that which the "
@@ -211,10 +211,11 @@ def run_plan(
             index = data.index[rows]
             if not all(i in kept for i in index.tolist()):
                 images, labels = data.batch(rows, where)
-                found = attack.solve(target, images, labels, index=index, seed=plan.seed, quantize=True)[0]
-                for i, picture in zip(index.tolist(), (found * 255).round().to(torch.uint8).cpu()):
-                    write_picture(out / picture_name(i), picture)
-                lines = _judge(out, model, images, labels, index, attack, plan.seed)
+                with named(what):
+                    found = attack.solve(target, images, labels, index=index, seed=plan.seed, quantize=True)[0]
+                    for i, picture in zip(index.tolist(), (found * 255).round().to(torch.uint8).cpu()):
+                        write_picture(out / picture_name(i), picture)
+                    lines = _judge(out, model, images, labels, index, attack, plan.seed)
                 kept |= {line.index: line for line in lines}
                 write_manifest(out, [kept[i] for i in data.index.tolist() if i in kept])
             if update is not None:
@@ -254,7 +255,7 @@ def _mark(model: nn.Module, data: ImageSet) -> str:
     weights = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor) and not t.is_quantized}
     place = next(iter(weights.values()), torch.empty(0)).device
     images, _ = data.batch(torch.arange(min(_LOOKED_AT, len(data))), place)
-    with frozen(model), torch.no_grad():
+    with frozen(model), torch.no_grad(), named(f"{type(model).__qualname__}, at a first look,"):
         weights["answers"] = classes_of(model(images))
     return f"{type(model).__qualname__} {runs.digest_of(weights)[:16]}"
 

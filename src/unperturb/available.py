@@ -17,9 +17,9 @@ def list_available() -> dict[str, dict[str, str]]:
     from unperturb import zoo
     from unperturb.attacks import attacks
     from unperturb.classifiers import classifiers
-    from unperturb.config import read_recipe, recipe_names
     from unperturb.data import NAMES
     from unperturb.defenses import defenses
+    from unperturb.recipe_files import read_recipe, recipe_names
     from unperturb.threat_models import KNOWLEDGE
 
     return {
@@ -68,7 +68,7 @@ def _phrase(text: str) -> str:
 
 def describe(name: str) -> str:
     """What a recipe, by name or path, says of itself: the comment that it, or else its base, begins with."""
-    from unperturb.config import recipe_sources, recipe_text
+    from unperturb.recipe_files import recipe_sources, recipe_text
 
     for source in recipe_sources(name):
         lines = recipe_text(source).splitlines()
@@ -83,7 +83,8 @@ def to_toml(recipe: Any, name: str | None = None, overrides: Sequence[str] = ())
 
     name: what it was read from, with `overrides`: a comment then says which keys come from which base.
     """
-    from unperturb.config import recipe_sources, snapshot
+    from unperturb.config import snapshot
+    from unperturb.recipe_files import recipe_sources
 
     sources = {} if name is None else recipe_sources(name)
     changed = [tuple(override.partition("=")[0].strip().split(".")) for override in overrides]

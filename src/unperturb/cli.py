@@ -208,7 +208,7 @@ def show(
 ) -> None:
     """Print a recipe whole, with what it is for and what it needs: a file to begin your own with."""
     from unperturb.available import VERBS, describe, to_toml
-    from unperturb.config import read_recipe
+    from unperturb.recipe_files import read_recipe
     from unperturb.screen import width
 
     resolved = read_recipe(recipe, overrides or [])
@@ -275,8 +275,8 @@ def train_classifier(
     dry_run: DryRun = False,
 ) -> None:
     """Train a classifier to protect."""
-    from unperturb.config import read_recipe
     from unperturb.data import load_dataset
+    from unperturb.recipe_files import read_recipe
     from unperturb.training import jobs
 
     _threads(threads)
@@ -321,8 +321,8 @@ def train(
 ) -> None:
     """Train a defense in front of trained classifiers."""
     from unperturb.classifiers import load_classifier
-    from unperturb.config import read_recipe
     from unperturb.data import load_dataset
+    from unperturb.recipe_files import read_recipe
     from unperturb.training import jobs
     from unperturb.unsaved import stand_ins
 
@@ -443,11 +443,11 @@ def evaluate(
     dry_run: DryRun = False,
 ) -> None:
     """Attack undefended and protected models as each attacker would; keep a row per image."""
-    from unperturb.config import read_recipe
     from unperturb.data import load_dataset
     from unperturb.evaluation.plan import estimate, plan_of
     from unperturb.evaluation.run import only, run_evaluation
     from unperturb.evaluation.surrogates import is_retrain
+    from unperturb.recipe_files import read_recipe
     from unperturb.results.render import table
     from unperturb.unsaved import stand_ins
 

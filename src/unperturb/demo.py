@@ -39,9 +39,9 @@ def run_demo(
     What an earlier run left in `out` is replaced, if it is a demo's. bar: called with the name of each stage, gives its
     progress bar (default: `unperturb.screen.bar`). show: gets a sentence per stage.
     """
-    from unperturb.config import read_recipe
     from unperturb.data import load_dataset
     from unperturb.evaluation.run import run_evaluation
+    from unperturb.recipe_files import read_recipe
     from unperturb.results.page import write_report
     from unperturb.results.render import table
     from unperturb.screen import bar as own_bar

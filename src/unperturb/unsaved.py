@@ -19,11 +19,11 @@ from torch import nn
 from unperturb import zoo
 from unperturb.classifiers import Classifier, classifiers, create_classifier, load_classifier, wrap
 from unperturb.classifiers.wrapped import AnswerError
-from unperturb.config import read_recipe
 from unperturb.data import ImageSet
 from unperturb.data.sets import shape_words
 from unperturb.defenses import create_defense, load_defense
 from unperturb.mistakes import where
+from unperturb.recipe_files import read_recipe
 
 # A user's own -------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Container
 from pathlib import Path
 
-from unperturb.config import read_recipe, recipe_names
+from unperturb.recipe_files import read_recipe, recipe_names
 from unperturb.registry import unknown
 
 PREFIX = "zoo:"

@@ -16,7 +16,7 @@ from torch import nn
 from unperturb import runs, screen
 from unperturb.attackers import Attacker
 from unperturb.attacks.base import Attack
-from unperturb.config import EvaluationRecipe, read_recipe, snapshot
+from unperturb.config import EvaluationRecipe, snapshot
 from unperturb.data import ImageSet
 from unperturb.defenses.base import Defense
 from unperturb.devices import pick_device
@@ -31,6 +31,7 @@ from unperturb.evaluation.plan import UNDEFENDED, Plan, attackers_in, by_name, d
 from unperturb.evaluation.probe import probe
 from unperturb.evaluation.surrogates import Retrained, Surrogate, retrained, surrogates_of
 from unperturb.mistakes import ModelError, named
+from unperturb.recipe_files import read_recipe
 from unperturb.registry import unknown
 from unperturb.results import schema
 from unperturb.systems import System
@@ -234,10 +235,10 @@ def run_plan(
     try:
         with named("a model, at a first look,"):
             _warn_near_chance(plan)
-            with opened(plan, out, recipe, about, resume=resume):
-                if trainings:
-                    plan = replace(plan, retrained=_trained(plan, trainings, out, progress))
-                run_grid(plan, out, progress, cascading(plan.cascade) if plan.cascade else None)
+        with opened(plan, out, recipe, about, resume=resume):
+            if trainings:
+                plan = replace(plan, retrained=_trained(plan, trainings, out, progress))
+            run_grid(plan, out, progress, cascading(plan.cascade) if plan.cascade else None)
     except ModelError as error:
         error.add_note("What was finished is kept in the folder `out`, if you gave one: resume=True goes on there.")
         raise
@@ -292,9 +293,10 @@ def opened(
             )
         note = {f"data {plan.data.source}": plan.note} if plan.note else None
         runs.open_run(out, {**recipe, "fingerprints": fingerprints(plan)}, resume=resume, about=note)
-        recognize(plan, out)
-        runs.write_json(out / "systems.json", about)
-        _probe(plan, out)
+        with named("a model, at a first look,"):
+            recognize(plan, out)
+            runs.write_json(out / "systems.json", about)
+            _probe(plan, out)
         yield
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from unperturb import runs, zoo
 from unperturb.classifiers import classifiers, load_classifier
-from unperturb.config import read_recipe, snapshot
+from unperturb.config import snapshot
 from unperturb.data import load_dataset
 from unperturb.devices import pick_device, probe
 from unperturb.evaluation.plan import estimate as estimate_evaluation
 from unperturb.evaluation.plan import plan_of
 from unperturb.evaluation.run import fingerprints, run_evaluation
+from unperturb.recipe_files import read_recipe
 from unperturb.training import jobs
 from unperturb.unsaved import stand_ins
 

@@ -17,11 +17,12 @@ from unperturb import runs, screen
 from unperturb.attackers import Attacker
 from unperturb.attacks.base import attacks
 from unperturb.classifiers import Classifier, create_classifier, fused_copy, load_classifier, save_classifier
-from unperturb.config import ClassifierRecipe, DefenseRecipe, Training, read_recipe, snapshot
+from unperturb.config import ClassifierRecipe, DefenseRecipe, Training, snapshot
 from unperturb.data import ImageSet, Splits, load_dataset
 from unperturb.defenses.base import Defense, create_defense, load_defense, save_defense
 from unperturb.devices import pick_device, probe
 from unperturb.modules import classes_of
+from unperturb.recipe_files import read_recipe
 from unperturb.runs import Outcome
 from unperturb.systems import System
 from unperturb.training.adversarial_batches import AdversarialBatches, Sampler, attacked, hardest
