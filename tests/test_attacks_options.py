@@ -89,7 +89,9 @@ def far(x: Tensor, images: Tensor, norm: str) -> Tensor:
 
 
 def test_which_attacks_begin_where_they_are_told() -> None:
-    assert STARTING == ["apgd", "apgd-t", "autoattack", "fab-t", "mim", "ni_fgsm", "pgd", "rays", "square"]
+    iterated = ["mim", "ni_fgsm", "pgd"]
+    others = ["apgd", "apgd-t", "autoattack", "fab-t", "rays", "square"]
+    assert sorted(iterated + others) == STARTING
 
 
 @both_norms
@@ -215,7 +217,8 @@ def test_what_is_no_start() -> None:
 
 
 def test_which_attacks_keep_pixels_as_they_are() -> None:
-    assert MASKING == ["apgd", "apgd-t", "fgsm", "mim", "ni_fgsm", "pgd"]
+    iterated = ["mim", "ni_fgsm", "pgd"]
+    assert sorted(["apgd", "apgd-t", "fgsm", *iterated]) == MASKING
 
 
 @both_norms
