@@ -40,6 +40,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cw": ({"steps": 4, "search_steps": 2}, {"steps": 8}),
     "ddn": ({"steps": 4}, {"steps": 8}),
     "fmn": ({"steps": 4}, {"steps": 8}),
+    "ead": ({"steps": 4, "search_steps": 2}, {"steps": 8}),
     "jsma": ({"gamma": 0.01}, {"gamma": 0.02}),
     "apgd": ({"eps": 0.1, "steps": 4}, {"steps": 8}),
     "apgd-t": ({"eps": 0.1, "steps": 4, "target_classes": 2}, {"steps": 8}),
