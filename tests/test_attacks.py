@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "patch": {"area": 0.1, "steps": 4, "rotation": 20.0, "scale": (0.8, 1.1)},
     "pgd": {"eps": 0.1, "steps": 4, "restarts": 2},
     "rays": {"queries": 30},
+    "sparse_rs": {"pixels": 2, "queries": 12},
     "square": {"eps": 0.1, "queries": 12},
 }
 CLASSES = 4
@@ -528,7 +529,7 @@ def test_what_falls_at_a_random_model_falls_again(name: str, options: dict[str, 
 # What a model may do inside, and what an attacker may put around it --------------------------------------------------
 
 BY_GRADIENT = [
-    (name, norm) for name, norm in CASES if name not in ("noise", "rays", "square")
+    (name, norm) for name, norm in CASES if name not in ("noise", "rays", "sparse_rs", "square")
 ]
 every_gradient_attack = pytest.mark.parametrize(
     ("name", "norm"), BY_GRADIENT, ids=[f"{name}-{norm}" if norm else name for name, norm in BY_GRADIENT]

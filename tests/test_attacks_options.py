@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "patch": {"area": 0.1, "steps": 4},
     "pgd": {"steps": 4, "restarts": 2},
     "rays": {"queries": 30},
+    "sparse_rs": {"queries": 12},
     "square": {"queries": 12},
 }
 BALLS = [name for name in attacks if issubclass(attacks[name], BallAttack)]  # type: ignore[arg-type]

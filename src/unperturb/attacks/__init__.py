@@ -18,6 +18,7 @@ from unperturb.attacks import (
     patch,
     pgd,
     rays,
+    sparse_rs,
     square,
 )
 from unperturb.attacks.base import Attack, AttackResult, attacks, create_attack
@@ -47,6 +48,7 @@ __all__ = [
     "patch",
     "pgd",
     "rays",
+    "sparse_rs",
     "square",
     "wrap_attack",
 ]
