@@ -31,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cw": {"steps": 12, "search_steps": 2},
     "ddn": {"steps": 12},
     "deepfool": {"steps": 8},
+    "di_fgsm": {"eps": 0.1, "steps": 4},
     "ead": {"steps": 12, "search_steps": 3},
     "fab-t": {"steps": 4, "target_classes": 2, "restarts": 2},
     "fgsm": {"eps": 0.1},
@@ -589,7 +590,7 @@ def test_every_adapter_fits_every_gradient_attack(name: str, norm: str | None) -
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize(
-    "name", ["pgd", "mim", "apgd", "apgd-t", "ddn", "fmn", "ead", "patch"]
+    "name", ["pgd", "mim", "di_fgsm", "apgd", "apgd-t", "ddn", "fmn", "ead", "patch"]
 )
 def test_no_step_waits_for_the_device(name: str, norm: str) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode

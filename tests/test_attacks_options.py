@@ -28,6 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "cw": {"steps": 12, "search_steps": 2},
     "ddn": {"steps": 12},
     "deepfool": {"steps": 8},
+    "di_fgsm": {"steps": 4},
     "fab-t": {"steps": 4, "target_classes": 2, "restarts": 2},
     "mim": {"steps": 4},
     "ni_fgsm": {"steps": 4},
@@ -90,7 +91,7 @@ def far(x: Tensor, images: Tensor, norm: str) -> Tensor:
 
 
 def test_which_attacks_begin_where_they_are_told() -> None:
-    iterated = ["mim", "ni_fgsm", "pgd"]
+    iterated = ["di_fgsm", "mim", "ni_fgsm", "pgd"]
     others = ["apgd", "apgd-t", "autoattack", "fab-t", "rays", "square"]
     assert sorted(iterated + others) == STARTING
 
@@ -218,7 +219,7 @@ def test_what_is_no_start() -> None:
 
 
 def test_which_attacks_keep_pixels_as_they_are() -> None:
-    iterated = ["mim", "ni_fgsm", "pgd"]
+    iterated = ["di_fgsm", "mim", "ni_fgsm", "pgd"]
     assert sorted(["apgd", "apgd-t", "fgsm", *iterated]) == MASKING
 
 
@@ -241,7 +242,7 @@ def test_masked_pixels_never_change(name: str, norm: str, eps: float) -> None:
         assert int(result.zero_gradients.sum()) == 0  # a mask says nothing of the model
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "ni_fgsm", "apgd"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "di_fgsm", "ni_fgsm", "apgd"])
 def test_the_optimum_of_a_linear_model_under_a_mask(name: str) -> None:
     weight = torch.randn(64, generator=torch.Generator().manual_seed(0))
 
@@ -382,7 +383,7 @@ def plain_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.double(), labels, reduction="none")
 
 
-OWN = ["apgd", "fgsm", "mim", "ni_fgsm", "noise", "patch", "pgd"]
+OWN = ["apgd", "di_fgsm", "fgsm", "mim", "ni_fgsm", "noise", "patch", "pgd"]
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -82,6 +82,7 @@ ORDER = {
 # An arrow from one sibling to another: a cascade is made of its members, and what is wrapped may be a file.
 FAMILIES = {
     ("attacks", "autoattack"): {"apgd", "fab", "square"},
+    ("attacks", "difgsm"): {"mim"},
     ("attacks", "fab"): {"apgd"},
     ("attacks", "nifgsm"): {"mim"},
     ("classifiers", "wrapped"): {"onnx_file"},
