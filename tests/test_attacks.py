@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "patch": {"area": 0.1, "steps": 4, "rotation": 20.0, "scale": (0.8, 1.1)},
     "pgd": {"eps": 0.1, "steps": 4, "restarts": 2},
     "rays": {"queries": 30},
+    "si_ni_fgsm": {"eps": 0.1, "steps": 4, "copies": 2},
     "sparse_rs": {"pixels": 2, "queries": 12},
     "square": {"eps": 0.1, "queries": 12},
 }
@@ -590,7 +591,7 @@ def test_every_adapter_fits_every_gradient_attack(name: str, norm: str | None) -
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize(
-    "name", ["pgd", "mim", "di_fgsm", "apgd", "apgd-t", "ddn", "fmn", "ead", "patch"]
+    "name", ["pgd", "mim", "di_fgsm", "si_ni_fgsm", "apgd", "apgd-t", "ddn", "fmn", "ead", "patch"]
 )
 def test_no_step_waits_for_the_device(name: str, norm: str) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode

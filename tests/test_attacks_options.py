@@ -35,6 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "patch": {"area": 0.1, "steps": 4},
     "pgd": {"steps": 4, "restarts": 2},
     "rays": {"queries": 30},
+    "si_ni_fgsm": {"steps": 4, "copies": 2},
     "sparse_rs": {"queries": 12},
     "square": {"queries": 12},
 }
@@ -91,7 +92,7 @@ def far(x: Tensor, images: Tensor, norm: str) -> Tensor:
 
 
 def test_which_attacks_begin_where_they_are_told() -> None:
-    iterated = ["di_fgsm", "mim", "ni_fgsm", "pgd"]
+    iterated = ["di_fgsm", "mim", "ni_fgsm", "pgd", "si_ni_fgsm"]
     others = ["apgd", "apgd-t", "autoattack", "fab-t", "rays", "square"]
     assert sorted(iterated + others) == STARTING
 
@@ -219,7 +220,7 @@ def test_what_is_no_start() -> None:
 
 
 def test_which_attacks_keep_pixels_as_they_are() -> None:
-    iterated = ["di_fgsm", "mim", "ni_fgsm", "pgd"]
+    iterated = ["di_fgsm", "mim", "ni_fgsm", "pgd", "si_ni_fgsm"]
     assert sorted(["apgd", "apgd-t", "fgsm", *iterated]) == MASKING
 
 
@@ -242,7 +243,7 @@ def test_masked_pixels_never_change(name: str, norm: str, eps: float) -> None:
         assert int(result.zero_gradients.sum()) == 0  # a mask says nothing of the model
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "di_fgsm", "ni_fgsm", "apgd"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "di_fgsm", "ni_fgsm", "si_ni_fgsm", "apgd"])
 def test_the_optimum_of_a_linear_model_under_a_mask(name: str) -> None:
     weight = torch.randn(64, generator=torch.Generator().manual_seed(0))
 
@@ -383,7 +384,7 @@ def plain_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.double(), labels, reduction="none")
 
 
-OWN = ["apgd", "di_fgsm", "fgsm", "mim", "ni_fgsm", "noise", "patch", "pgd"]
+OWN = ["apgd", "di_fgsm", "fgsm", "mim", "ni_fgsm", "noise", "patch", "pgd", "si_ni_fgsm"]
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -85,6 +85,7 @@ FAMILIES = {
     ("attacks", "difgsm"): {"mim"},
     ("attacks", "fab"): {"apgd"},
     ("attacks", "nifgsm"): {"mim"},
+    ("attacks", "sinifgsm"): {"nifgsm"},
     ("classifiers", "wrapped"): {"onnx_file"},
 }
 FORBIDDEN = {"results": {"torch"}, "intervals": {"torch"}, "threat_models": {"torch"}}

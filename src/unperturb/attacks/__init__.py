@@ -19,6 +19,7 @@ from unperturb.attacks import (
     patch,
     pgd,
     rays,
+    sinifgsm,
     sparse_rs,
     square,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "patch",
     "pgd",
     "rays",
+    "sinifgsm",
     "sparse_rs",
     "square",
     "wrap_attack",
