@@ -38,6 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ni_fgsm": ({"eps": 0.1, "steps": 4}, {"steps": 8}),
     "di_fgsm": ({"eps": 0.1, "steps": 4}, {"steps": 8}),
     "si_ni_fgsm": ({"eps": 0.1, "steps": 4, "copies": 2}, {"steps": 8}),
+    "vmi_fgsm": ({"eps": 0.1, "steps": 4, "samples": 2}, {"steps": 8}),
     "deepfool": ({"steps": 3}, {"steps": 6}),
     "cw": ({"steps": 4, "search_steps": 2}, {"steps": 8}),
     "ddn": ({"steps": 4}, {"steps": 8}),

@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "si_ni_fgsm": {"eps": 0.1, "steps": 4, "copies": 2},
     "sparse_rs": {"pixels": 2, "queries": 12},
     "square": {"eps": 0.1, "queries": 12},
+    "vmi_fgsm": {"eps": 0.1, "steps": 4, "samples": 2},
 }
 CLASSES = 4
 
@@ -591,7 +592,7 @@ def test_every_adapter_fits_every_gradient_attack(name: str, norm: str | None) -
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize(
-    "name", ["pgd", "mim", "di_fgsm", "si_ni_fgsm", "apgd", "apgd-t", "ddn", "fmn", "ead", "patch"]
+    "name", ["pgd", "mim", "di_fgsm", "si_ni_fgsm", "vmi_fgsm", "apgd", "apgd-t", "ddn", "fmn", "ead", "patch"]
 )
 def test_no_step_waits_for_the_device(name: str, norm: str) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -38,6 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "si_ni_fgsm": {"steps": 4, "copies": 2},
     "sparse_rs": {"queries": 12},
     "square": {"queries": 12},
+    "vmi_fgsm": {"steps": 4, "samples": 2},
 }
 BALLS = [name for name in attacks if issubclass(attacks[name], BallAttack)]  # type: ignore[arg-type]
 STARTING = [name for name in attacks if attacks[name].uses_start]  # type: ignore[attr-defined]
@@ -92,7 +93,7 @@ def far(x: Tensor, images: Tensor, norm: str) -> Tensor:
 
 
 def test_which_attacks_begin_where_they_are_told() -> None:
-    iterated = ["di_fgsm", "mim", "ni_fgsm", "pgd", "si_ni_fgsm"]
+    iterated = ["di_fgsm", "mim", "ni_fgsm", "pgd", "si_ni_fgsm", "vmi_fgsm"]
     others = ["apgd", "apgd-t", "autoattack", "fab-t", "rays", "square"]
     assert sorted(iterated + others) == STARTING
 
@@ -220,7 +221,7 @@ def test_what_is_no_start() -> None:
 
 
 def test_which_attacks_keep_pixels_as_they_are() -> None:
-    iterated = ["di_fgsm", "mim", "ni_fgsm", "pgd", "si_ni_fgsm"]
+    iterated = ["di_fgsm", "mim", "ni_fgsm", "pgd", "si_ni_fgsm", "vmi_fgsm"]
     assert sorted(["apgd", "apgd-t", "fgsm", *iterated]) == MASKING
 
 
@@ -243,7 +244,7 @@ def test_masked_pixels_never_change(name: str, norm: str, eps: float) -> None:
         assert int(result.zero_gradients.sum()) == 0  # a mask says nothing of the model
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "di_fgsm", "ni_fgsm", "si_ni_fgsm", "apgd"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "di_fgsm", "ni_fgsm", "si_ni_fgsm", "vmi_fgsm", "apgd"])
 def test_the_optimum_of_a_linear_model_under_a_mask(name: str) -> None:
     weight = torch.randn(64, generator=torch.Generator().manual_seed(0))
 
@@ -384,7 +385,7 @@ def plain_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.double(), labels, reduction="none")
 
 
-OWN = ["apgd", "di_fgsm", "fgsm", "mim", "ni_fgsm", "noise", "patch", "pgd", "si_ni_fgsm"]
+OWN = ["apgd", "di_fgsm", "fgsm", "mim", "ni_fgsm", "noise", "patch", "pgd", "si_ni_fgsm", "vmi_fgsm"]
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -86,6 +86,7 @@ FAMILIES = {
     ("attacks", "fab"): {"apgd"},
     ("attacks", "nifgsm"): {"mim"},
     ("attacks", "sinifgsm"): {"nifgsm"},
+    ("attacks", "vmifgsm"): {"mim"},
     ("classifiers", "wrapped"): {"onnx_file"},
 }
 FORBIDDEN = {"results": {"torch"}, "intervals": {"torch"}, "threat_models": {"torch"}}

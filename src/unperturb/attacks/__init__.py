@@ -22,6 +22,7 @@ from unperturb.attacks import (
     sinifgsm,
     sparse_rs,
     square,
+    vmifgsm,
 )
 from unperturb.attacks.base import Attack, AttackResult, attacks, create_attack
 from unperturb.attacks.foreign import wrap_attack
@@ -54,5 +55,6 @@ __all__ = [
     "sinifgsm",
     "sparse_rs",
     "square",
+    "vmifgsm",
     "wrap_attack",
 ]
