@@ -52,6 +52,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "autoattack": ({"eps": 0.01, "steps": 3, "target_classes": 2, "queries": 6}, {"steps": 6, "queries": 12}),
     "sparse_rs": ({"queries": 6}, {"queries": 12}),
     "rays": ({"queries": 6}, {"queries": 12}),
+    "hop_skip_jump": ({"queries": 100, "evaluations": 10}, {"queries": 200}),
     "patch": ({"steps": 3}, {"steps": 6}),
     "noise": ({"eps": 0.1, "num_trials": 2}, {"num_trials": 4}),
 }

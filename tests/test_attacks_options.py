@@ -30,6 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "deepfool": {"steps": 8},
     "di_fgsm": {"steps": 4},
     "fab-t": {"steps": 4, "target_classes": 2, "restarts": 2},
+    "hop_skip_jump": {"queries": 120, "evaluations": 10},
     "mim": {"steps": 4},
     "ni_fgsm": {"steps": 4},
     "patch": {"area": 0.1, "steps": 4},
@@ -94,7 +95,7 @@ def far(x: Tensor, images: Tensor, norm: str) -> Tensor:
 
 def test_which_attacks_begin_where_they_are_told() -> None:
     iterated = ["di_fgsm", "mim", "ni_fgsm", "pgd", "si_ni_fgsm", "vmi_fgsm"]
-    others = ["apgd", "apgd-t", "autoattack", "fab-t", "rays", "square"]
+    others = ["apgd", "apgd-t", "autoattack", "fab-t", "hop_skip_jump", "rays", "square"]
     assert sorted(iterated + others) == STARTING
 
 
