@@ -282,7 +282,7 @@ def _traced(model: nn.Module, images: Tensor, kind: str) -> bytes:
     output = "purified" if kind == "purifier" else "logits"
     example = images if len(images) == 2 else torch.cat([images, images])
     # Before torch 2.5 there was no other exporter to choose.
-    classic = {"dynamo": False} if "dynamo" in signature(torch.onnx.export).parameters else {}
+    classic: dict[str, Any] = {"dynamo": False} if "dynamo" in signature(torch.onnx.export).parameters else {}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _quiet_stdout():
         warnings.simplefilter("ignore")  # that another exporter is newer, and of checks on images, which it leaves out
         file = Path(folder) / "traced.onnx"
@@ -357,7 +357,7 @@ def _quantized(data: bytes, images: Tensor, path: Path) -> bytes:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.left = iter(images.split(32))
 

@@ -107,7 +107,7 @@ def _where(error: BaseException) -> str:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    if path.suffix != ".safetensors" and torch.__version__ < (2, 6):
+    if path.suffix != ".safetensors" and torch.__version__ < "2.6":
         raise ValueError(
             f"{path} is not opened: up to torch 2.5 a saved state_dict may run code (CVE-2025-32434), and this is "
             f"torch {torch.__version__}; save it as safetensors, or install torch 2.6 or newer"
