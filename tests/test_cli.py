@@ -111,7 +111,7 @@ def test_a_dry_run_is_told_as_what_it_does(monkeypatch: pytest.MonkeyPatch) -> N
         for verb in VERBS
     }
     with_recipe = {verb for verb, text in said.items() if "Show the resolved recipe and its cost" in text}
-    assert with_recipe == {"train", "train-classifier", "evaluate"}
+    assert with_recipe == {"train", "train-classifier", "evaluate", "reproduce"}
     without = {verb for verb, text in said.items() if "Check model and data, tell what it would cost here" in text}
     assert without == {"attack", "benchmark"}
 

@@ -223,7 +223,7 @@ def test_nobody_begins_at_what_only_others_could_find(
 def test_a_run_goes_on_by_its_own_cascade_alone(data: ImageSet, tmp_path: Path) -> None:
     systems = [System("half", Linear(), Half())]
     run(tmp_path / "run", data, systems, Cascade(THREAT, doubted=4))
-    with pytest.raises(runs.RunError, match=r"another run \(it differs in cascade\.doubted\)"):
+    with pytest.raises(runs.RunError, match=r"another run: cascade\.doubted was 4 and is 8 now"):
         run(tmp_path / "run", data, systems, Cascade(THREAT, doubted=8), resume=True)
 
 

@@ -314,7 +314,7 @@ PACKAGE = {
         (
             "training/adversarial_batches.py",
             "from unperturb.evaluation import grid",
-            "imports evaluation.grid: up, from layer 9 to 10",
+            "imports evaluation: up, from layer 9 to 10",
         ),
         ("utils.py", "from unperturb import per_image_rng", "utils has no layer"),
     ],

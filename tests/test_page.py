@@ -146,8 +146,8 @@ def test_each_line_says_how_many_images_it_is_of(tmp_path: Path) -> None:
     table = pd.read_csv(found["tables/robust.csv"])
     assert set(zip(table["system"], table["n"])) == {("undefended", 4), ("ours", 4), ("few", 2)}
     text = front(found["page"].read_text(encoding="utf-8"))
-    (line,) = (line for line in text.split("<tr>") if ">few<" in line)
-    assert re.findall(r"\], n (\d+)", line) == ["4", "2", "2"]  # the undefended one beside it saw four
+    sizes = [re.findall(r"\], n (\d+)", line) for line in text.split("<tr>") if ">few<" in line]
+    assert ["4", "2", "2"] in sizes  # the undefended one beside it saw four
     assert "| few | 2 |" in found["tables/robust.md"].read_text(encoding="utf-8")
     assert "50.0 [9.5, 90.5] n 2" in found["tables/comparison.md"].read_text(encoding="utf-8")
 

@@ -142,9 +142,8 @@ def test_rows_verdict_and_card_say_how_long_the_surrogate_was_trained_and_it_cou
     assert set(rows[rows["knowledge"] != "gray_box"]["surrogate"]) == {""}
     assert f"(retrained, 4 of {STEPS} steps)" in str(found)
     written = found.write_card(tmp_path / "card")
-    assert len(written) == 3
-    for card in written.values():
-        assert f"retrained, 4 of {STEPS} steps" in card.read_text()
+    for kind in ("html", "md", "json"):
+        assert f"retrained, 4 of {STEPS} steps" in written[kind].read_text(), kind
 
     def left(*kinds: str) -> float:
         seen = rows[rows["knowledge"].isin(kinds) & (rows["system"] == "ours")]
@@ -232,7 +231,7 @@ def test_a_resumed_run_trains_nothing_again(
     rows = up.read_rows(out)
     with pytest.raises(runs.RunError, match="already holds this run; go on with --resume"):
         attacked(ours, tiny_digits, out)
-    with pytest.raises(runs.RunError, match=r"another run \(it differs in .*steps"):
+    with pytest.raises(runs.RunError, match=r"another run: .*steps"):
         attacked(ours, tiny_digits, out, "retrain:5", resume=True)
     gone = sorted(out.glob("rows/*gray_box*/*.parquet"))
     assert gone
@@ -407,6 +406,6 @@ def test_a_net_that_gives_no_gradient_trains_nothing(
         benchmark_plan(hidden, tiny_digits.test, surrogate_defense="retrain", **OPTIONS)
     fgsm = up.create_attack("fgsm", eps=0.1)
     options: dict[str, Any] = {"n": 2, "device": "cpu", "quiet": True, "surrogate_defense": "retrain"}
-    with pytest.raises(ValueError, match="cannot be trained in front of this classifier"):
+    with pytest.raises(ValueError, match="gives no gradient"):
         up.evaluate(tiny_digits.test, {"ours": hidden}, [fgsm], ["gray_box"], out=tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()

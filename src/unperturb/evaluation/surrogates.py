@@ -88,6 +88,11 @@ class Retrained(Surrogate):
 
     def cost(self, device: str) -> jobs.Cost:
         """What training it would take. Raises `ValueError` where it cannot be trained in front of its classifiers."""
+        if not all(getattr(classifier, "differentiable", True) for classifier in self.classifiers):
+            raise ValueError(
+                f"{RETRAIN}: the purifier of {self.system} cannot be trained in front of this classifier, which gives "
+                "no gradient"
+            )
         costs = []
         for recipe, data in self.trainings:
             fresh = recipe.model_copy(update={"start": None})  # whose weights do not change what a step costs
