@@ -307,7 +307,7 @@ PACKAGE = {
         (
             "training/adversarial_batches.py",
             "from unperturb.evaluation import grid",
-            "imports evaluation.grid: up, from layer 6 to 7",
+            "imports evaluation: up, from layer 6 to 7",
         ),
         ("utils.py", "from unperturb import per_image_rng", "utils has no layer"),
     ],
