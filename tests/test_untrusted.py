@@ -142,7 +142,7 @@ def test_an_onnx_file(planted: bytes, tmp_path: Path) -> None:
 
 
 def test_a_recipe(planted: bytes, tmp_path: Path) -> None:
-    from unperturb.config import read_recipe
+    from unperturb.recipe_files import read_recipe
 
     (tmp_path / "mine.toml").write_bytes(planted)
     with pytest.raises(RecipeError, match=r"mine\.toml"):
