@@ -68,8 +68,7 @@ class EAD(MinimalAttack):
         for step in range(self.steps):
             point, logits = context.forward(ahead)
             values = logits.detach()
-            lead, fooled = self._judge(context, ahead, values, best)
-            hit |= fooled
+            lead, _ = self._judge(context, ahead, values, best)
             pull = torch.where(lead < 0, -const if context.targeted else const, 0.0)[:, None]
             rival = values.scatter(1, labels, -torch.inf).argmax(1, keepdim=True)
             weights = torch.zeros_like(values).scatter_(1, rival, -pull).scatter_(1, labels, pull)
