@@ -91,13 +91,17 @@ def test_its_gradient_goes_through_the_resizing() -> None:
     model, (images, labels) = digit_net(), inner(12)
     index, alpha = torch.arange(12), 0.01
     recording = Recording(model)
-    attack = create_attack("di_fgsm", eps=EPS, alpha=alpha, steps=1, diversity_prob=1.0)
+    attack = create_attack("di_fgsm", eps=EPS, alpha=alpha, steps=2, decay=0.0, diversity_prob=1.0)
     attack(recording, images, labels, seed=3)
-    draws = per_image_rng.uniform(3, index, _DRAWS, (4,))
-    g = slope(lambda x: model(resized(x, draws[:, :3], 0.9)), images, labels)
-    far = g.abs() > 1e-6 * g.abs().amax()
+    assert torch.equal(recording.shown[0], images)  # so that a start is seen as it is
+    first = slope(model, images, labels)
+    x = images + alpha * first.sign()
+    draws = per_image_rng.uniform(3, index, _DRAWS + 1, (4,))
+    second = slope(lambda x: model(resized(x, draws[:, :3], 0.9)), x, labels)
+    clear = (first.abs() > 1e-6) & (second.abs() > 1e-5 * second.abs().amax())
     moved = recording.shown[-1] - images
-    torch.testing.assert_close(moved[far], alpha * g.sign()[far], rtol=0, atol=1e-6)
+    torch.testing.assert_close(moved[clear], alpha * (first.sign() + second.sign())[clear], rtol=0, atol=1e-6)
+    assert bool((first.sign() != second.sign())[clear].any())
 
 
 # SI-NI-FGSM ----------------------------------------------------------------------------------------------------------

@@ -45,9 +45,10 @@ class DIFGSM(MIM):
     """MIM whose gradient is that of the image made a little smaller and padded at random, for attacks that are to
     transfer to another model.
 
-    resize_rate: the least new side, as a share of the old one. diversity_prob: how often, in each step and for each
-    image, the gradient is that of the resized image. Points at which the model was shown the resized image alone are
-    not known by their loss; the last one is always looked at as it is. With decay 0 it has no momentum.
+    resize_rate: the least new side, as a share of the old one. diversity_prob: how often, in each step but the first
+    and for each image, the gradient is that of the resized image. Of a point at which the model was shown the resized
+    image alone the loss is not known; the first and the last one are looked at as they are. With decay 0 it has no
+    momentum.
 
     Raises `ValueError` for a share outside of its range.
 
@@ -68,7 +69,7 @@ class DIFGSM(MIM):
 
         def look(point: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
             draws = per_image_rng.uniform(context.seed, context.index, _DRAWS + restart * self.steps + step, (4,))
-            plain = draws[:, 3] >= self.diversity_prob
+            plain = draws[:, 3] >= (self.diversity_prob if step else 0.0)
             with torch.enable_grad():
                 x = point.detach().requires_grad_()
                 shown = torch.where(column(plain, x), x, resized(x, draws[:, :3], self.resize_rate))
