@@ -98,7 +98,7 @@ class Ensemble(nn.Module):
 
     Raises `ValueError` for no classifier at all, and on a call where they differ in the shape of their logits.
 
-    Source: Dong et al. 2018, equation (9), the ensemble in logits, with equal weights.
+    Source: Dong et al. 2018, section 3.3, the ensemble in logits, with equal weights.
     """
 
     def __init__(self, *models: nn.Module) -> None:

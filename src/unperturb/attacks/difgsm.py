@@ -52,7 +52,7 @@ class DIFGSM(MIM):
 
     Raises `ValueError` for a share outside of its range.
 
-    Source: Xie et al. 2019, equations (4) and (6), resized as in torchattacks: theirs are larger than the image, which
+    Source: Xie et al. 2019, M-DI2-FGSM, resized as in torchattacks: theirs are larger than the image, which
     a model for one size does not take.
     """
 

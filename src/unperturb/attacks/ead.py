@@ -30,8 +30,8 @@ class EAD(MinimalAttack):
 
     Raises `ValueError` for another decision and for settings out of range.
 
-    Source: Chen et al. 2018, equations (4)-(7) and algorithm 1. Not theirs: the extrapolated point is cut to [0, 1],
-    and judged too. The threshold is beta whatever the step, as in equation (7), so a shorter step draws more to zero.
+    Source: Chen et al. 2018, algorithm 1. Not theirs: the extrapolated point is cut to [0, 1],
+    and judged too. The threshold is beta whatever the step, as theirs, so a shorter step draws more to zero.
     """
 
     decision: Literal["elastic_net", "l1"] = "elastic_net"

@@ -27,28 +27,32 @@ def size_of(delta: Tensor, norm: MinimalNorm) -> Tensor:
 
 
 def project(x: Tensor, images: Tensor, radius: Tensor, norm: MinimalNorm) -> Tensor:
-    """`x` brought into [0, 1] and the ball of each image's `radius` `(N,)` around it: in L2 and Linf the nearest point
-    of both, in L1 and L0 the nearest of the ball, cut to [0, 1]."""
+    """The point of (ball of each image's `radius` `(N,)` around `images`) and [0, 1] that is nearest to `x`."""
     if norm == "l2" or norm == "linf":
         return project_(x, images, radius, norm)
-    delta = x.clamp(0, 1) - images
+    cut = x.clamp(0, 1)
     if norm == "l1":
-        threshold = column(_l1_threshold(delta.abs().flatten(1), radius), delta)
-        return (images + delta.sign() * (delta.abs() - threshold).clamp_(min=0)).clamp_(0, 1)
-    order = delta.square().sum(1).flatten(1).argsort(1, descending=True)
+        delta, room = (x - images).flatten(1), (cut - images).flatten(1).abs()
+        moved = delta.sign() * _shortened(delta.abs(), room, radius)
+        return (images + moved.reshape_as(images)).clamp_(0, 1)
+    # What keeping a place saves of the squared distance: all of it, less what is cut off.
+    gain = ((x - images).square() - (x - cut).square()).sum(1).flatten(1)
+    order = gain.argsort(1, descending=True)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     rank = torch.zeros_like(order).scatter_(1, order, places)
-    return torch.where((rank < radius[:, None]).reshape_as(delta[:, :1]), x.clamp(0, 1), images)
+    return torch.where((rank < radius[:, None]).reshape_as(x[:, :1]), cut, images)
 
 
-def _l1_threshold(size: Tensor, radius: Tensor) -> Tensor:
-    """By how much all of `size` `(N, D)` must fall, and stop at zero, for a sum of `radius`, `(N,)` (Duchi et al. 2008,
-    figure 1)."""
-    ordered = size.sort(dim=1, descending=True).values
-    over = ordered.cumsum(1) - radius[:, None]
-    count = torch.arange(1, size.shape[1] + 1, device=size.device)
-    last = (ordered * count > over).sum(1).clamp(min=1)
-    return (over.gather(1, last[:, None] - 1).squeeze(1) / last).clamp(min=0)
+def _shortened(size: Tensor, room: Tensor, radius: Tensor) -> Tensor:
+    """`size` `(N, D)` less one number per image, no value below zero or above its `room`, so that the sum is at most
+    `radius` `(N,)`; the number by bisection."""
+    low, high = torch.zeros_like(radius), size.amax(1)
+    low = torch.where(room.sum(1) > radius, low, -torch.inf)  # inside the ball nothing is taken
+    for _ in range(24):
+        middle = (low + high) / 2
+        over = torch.minimum((size - middle[:, None]).clamp(min=0), room).sum(1) > radius
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    return torch.minimum((size - high[:, None]).clamp(min=0), room)
 
 
 @attacks.register("fmn")
@@ -64,10 +68,9 @@ class FMN(MinimalAttack):
 
     Raises `ValueError` for another norm and for settings out of range.
 
-    Source: Pintor et al. 2021, algorithm 1: its equation (5) for the radius before the first success, its section 2.1
-    for the projections. Not theirs: before the first success the ball is larger by gamma at least than where the image
-    stands, for where the box holds pixels back the boundary seems nearer than it is; the projection is onto ball and
-    [0, 1] together; the last point is looked at too; L0 counts places, not values.
+    Source: Pintor et al. 2021, algorithm 1. Not theirs: before the first success the ball is larger by gamma at least
+    than where the image stands, for where the box holds pixels back the boundary seems nearer than it is; the
+    projection is onto ball and [0, 1] together; the last point is looked at too; L0 counts places, not values.
     """
 
     norm: MinimalNorm = "l2"

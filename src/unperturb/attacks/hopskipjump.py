@@ -35,8 +35,8 @@ class HopSkipJump(MinimalAttack):
 
     Raises `ValueError` for settings out of range.
 
-    Source: Chen, Jordan & Wainwright 2020, algorithms 1 and 2 and equations (9)-(16). Not theirs: of the random images
-    three of four are coarse, in blocks.
+    Source: Chen, Jordan & Wainwright 2020, algorithms 1 and 2, with the mean decision as a baseline. Not theirs: of the
+    random images three of four are coarse, in blocks.
     """
 
     needs_gradient: ClassVar[bool] = False

@@ -23,7 +23,7 @@ class SINIFGSM(NIFGSM):
 
     Raises `ValueError` for fewer than one.
 
-    Source: Lin et al. 2020, equation (8) and algorithm 1.
+    Source: Lin et al. 2020, algorithm 1 with its scale copies.
     """
 
     copies: int = 5

@@ -34,7 +34,7 @@ class SparseRS(Attack):
 
     Raises `ValueError` for settings out of range.
 
-    Source: Croce et al. 2022, "Sparse-RS", algorithm 1 and section "L0-bounded attacks", with their schedule. Not
+    Source: Croce et al. 2022, "Sparse-RS", algorithm 1 for L0, with the schedule of their code. Not
     theirs: where one pixel alone is exchanged, its colors are drawn like all others, without another query for them.
     """
 

@@ -26,7 +26,7 @@ class VMIFGSM(MIM):
 
     Raises `ValueError` for fewer than one neighbor or a distance that is not positive.
 
-    Source: Wang & He 2021, equations (5)-(6) and algorithm 1. Not theirs: L2, and neighbors lie in [0, 1].
+    Source: Wang & He 2021, algorithm 1. Not theirs: L2, and neighbors lie in [0, 1].
     """
 
     samples: int = 5
