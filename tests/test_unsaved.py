@@ -207,6 +207,8 @@ def test_what_is_missing_and_what_stands_in_for_it(
     here: Path, tiny_digits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("unperturb.zoo.folders", dict)
+    (here / "runs" / "digits-convnet").mkdir(parents=True)
+    (here / "runs" / "digits-convnet" / "checkpoint.safetensors").touch()  # begun, and no classifier yet
     entries = [
         "none",
         "median",

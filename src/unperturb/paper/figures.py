@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-SPREAD = {"psnr": ("PSNR, dB (what lies beyond is in the last bar)", None), "ssim": ("SSIM", (0.0, 1.0))}
+SPREAD = {"psnr": ("PSNR, dB (what lies beyond is in the outer bars)", None), "ssim": ("SSIM", (0.0, 1.0))}
 CURVES = 24  # panels of trainings that a figure has room for
 
 

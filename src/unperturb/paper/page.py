@@ -1,4 +1,4 @@
-"""The pages of a reproduction: one per part, where each entry of a table leads to its rows, and an index of them."""
+"""The pages of a reproduction: one per part, whose tables lead to the rows behind them, and an index."""
 
 from __future__ import annotations
 
