@@ -296,6 +296,18 @@ def test_there_is_a_ladder_for_each_block() -> None:
     assert any("mnist" in t and "Linf 0.1" in t for t in texts(figure))
 
 
+def test_systems_judged_on_the_first_images_of_another_share_its_panel() -> None:
+    few = [{**one, "system": name} for one, name in zip(TINY, ("undefended", "slow"))]
+    few = [{k: v[:2] if isinstance(v, list) else v for k, v in one.items()} | {"split": "test:2@0"} for one in few]
+    parts = [*({**one, "split": "test:4@0"} for one in TINY), *few]
+    (axes,) = ladder_figure(Results(frame(*parts))).axes
+    said = [t.get_text() for t in axes.texts]
+    assert sum(t.startswith("undefended") for t in said) == 1
+    assert any(t.startswith("slow") and "n 2" in t for t in said)
+    other = [{**one, "split": one["split"].replace("@0", "@1")} for one in few]  # another order: other images
+    assert len(ladder_figure(Results(frame(*parts[: len(TINY)], *other))).axes) == 2
+
+
 # Against eps --------------------------------------------------------------------------------------------------------
 
 

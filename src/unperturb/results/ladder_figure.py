@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,14 +83,15 @@ def every_block(results: Results) -> dict[Block, list[Judged]]:
 def ladder_figure(results: Results, eps: float | str | None = None, *, norm: Any = None, width: float = 9.6) -> Figure:
     """Accuracy falling step by step as the attacker knows more (`ladder`): a panel per block, a line per system, its
     name and what is left at its end; thin bars are 95 % Wilson intervals. A mark stands where that kind of knowledge
-    was tried on the system.
+    was tried on the system. Blocks of which one has the first so many images of another's order share a panel; what
+    was judged on fewer says so.
 
     eps, norm: the budget; by default that of most cells of the block. width: inches; below 6 for a narrow screen.
     """
     threat = None if eps is None else ThreatModel(norm or "linf", eps)
     results = results.readable(28)
     panels = []
-    for block, systems in every_block(results).items():
+    for block, systems in _side_by_side(every_block(results)).items():
         given = [b for b in results.budgets(block) if norm in (None, b[0])]
         budget = (threat.norm, float(threat.eps)) if threat else given[0] if given else (norm or "linf", 1.0)
         steps = {one.system: ladder(one, *budget) for one in systems}
@@ -102,6 +104,17 @@ def ladder_figure(results: Results, eps: float | str | None = None, *, norm: Any
         _titled(axes, title, "accuracy under all attacks up to this step, %")
         _ladder(axes, steps, bare, sizes)
     return figure
+
+
+def _side_by_side(blocks: Mapping[Block, list[Judged]]) -> dict[Block, list[Judged]]:
+    """`blocks` without those that have the first images of a larger one's fixed order, `test:100@0` of `test:1000@0`:
+    their systems stand beside the larger one's, where it has not judged them itself."""
+    order = {block: block._replace(split=re.sub(r":\d+@", "@", block.split)) for block in blocks}
+    found: dict[Block, list[Judged]] = {}
+    for block in sorted(blocks, key=lambda block: -max((len(one.index) for one in blocks[block]), default=0)):
+        mine = found.setdefault(next((larger for larger in found if order[larger] == order[block]), block), [])
+        mine += [one for one in blocks[block] if one.system not in {other.system for other in mine}]
+    return {block: found[block] for block in blocks if block in found}
 
 
 def _ladder(axes: Any, systems: dict[str, list[Step]], bare: Sequence[str], sizes: Mapping[str, str]) -> None:
