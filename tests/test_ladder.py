@@ -128,6 +128,12 @@ def test_random_systems_meet_other_attackers_than_the_rest(data: ImageSet) -> No
     assert met["net"] - met["noisy"] == {"apgd-t", "fab-t", "rays-1000"}
 
 
+def test_a_random_system_of_two_classes_meets_the_margin(data: ImageSet) -> None:
+    images, labels = data.batch(torch.arange(8))
+    found = up.benchmark(up.Protected(Linear(), Noisy()), (images, labels), eps=0.1, budget="quick", quiet=True)
+    assert "apgd-margin" in set(found.results.cells["attack"])
+
+
 def test_a_cascade_leaves_what_no_perturbation_turns(data: ImageSet, tmp_path: Path) -> None:
     net = Linear()
     systems = [System("net", net), System("half", net, Half())]
@@ -240,6 +246,18 @@ def test_some_attacks_are_made_on_every_image_all_the_same(data: ImageSet, tmp_p
     kept = rows.groupby("attack")["made_by"].agg(lambda names: (names != "").sum())
     assert kept["noise"] == kept["apgd-ce"] == 0
     assert kept["apgd-t"] > 0
+
+
+def test_who_does_not_look_brings_the_same_images_to_every_defended_system(data: ImageSet, tmp_path: Path) -> None:
+    net = Linear()
+    systems = [System("half", net, Half()), System("noisy", net, Noisy())]
+    plan = Plan(data, systems, ladder(THREAT, "quick", classes=2), samples=0)
+    plan = replace(plan, cascade=Cascade(THREAT, doubted=0))
+    rows = run_in_hand(plan, tmp_path / "run", quiet=True).query("attack == 'pgd-50' and knowledge == 'oblivious'")
+    made = {name: of.query("draw == 0").set_index("index") for name, of in rows.groupby("system")}
+    assert (made["half"]["made_by"] == "").all()
+    assert made["half"]["l2"].equals(made["noisy"]["l2"])
+    assert made["half"]["pred_adv"].equals(made["noisy"]["pred_adv"])
 
 
 def test_a_cascade_that_was_stopped_goes_on_to_the_same_rows(data: ImageSet, tmp_path: Path) -> None:

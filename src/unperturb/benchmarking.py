@@ -180,6 +180,7 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
     attackers = ladder(
         threat,
         options.get("budget", "standard"),
+        classes=images.classes,
         transfer="transfer" in surrogates,
         gray_box="gray_box" in surrogates or is_retrain(own),
         hidden=hidden,

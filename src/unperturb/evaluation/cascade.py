@@ -17,6 +17,10 @@ from unperturb.threat_models import KNOWLEDGE, ThreatModel
 # knows no more than they do, so that what each kind of knowledge is worth is known of all images.
 LAST = "black_box"
 
+# Who does not look at a defended system brings the same images to all: made on every image, from the attack's own
+# start, they are made once.
+SHARED = ("transfer", "oblivious")
+
 
 @dataclass
 class Broken:
@@ -77,7 +81,9 @@ def cascading(cascade: Cascade) -> Each:
 
 def _go_on(work: Work, cell: Cell, shard: Shard, cascade: Cascade, standing: Standing) -> None:
     """Write one shard of `cell`, its attack made on what is `standing`, and take from that what it breaks."""
-    knowledge, whole = cell.attacker.knowledge, cell.label in cascade.whole
+    knowledge = cell.attacker.knowledge
+    shared = knowledge in SHARED and not cell.system.undefended
+    whole = shared or cell.label in cascade.whole
     doubted = shard.rows < cascade.doubted
     attacked = torch.ones_like(doubted)
     before, made_by = shard.images.clone(), [("", "")] * len(doubted)

@@ -57,6 +57,7 @@ def ladder(
     threat: ThreatModel,
     budget: str = "standard",
     *,
+    classes: int | None = None,
     transfer: bool = False,
     gray_box: bool = False,
     hidden: Collection[str] = (),
@@ -64,11 +65,11 @@ def ladder(
     """Attackers by the labels of their attacks, the weakest and cheapest first, as `Plan.attackers` has them.
 
     Noise; transfer from another classifier; on the undefended classifier; through a purifier of the attacker's own;
-    BPDA; the white box (APGD on cross-entropy, APGD-T, FAB-T, or APGD on DLR where the system is random: gradients
-    through everything); Square and, with decisions only, RayS through the whole. No stage is of more knowledge than
+    BPDA; the white box (APGD on cross-entropy, APGD-T, FAB-T, or APGD on DLR where the system is random, on the margin
+    of two classes, which have no DLR: gradients through everything); Square and, with decisions only, RayS through the whole. No stage is of more knowledge than
     `threat` admits.
 
-    threat: its norm, `"linf"` or `"l2"`, and eps are every attacker's. transfer, gray_box: whether there is a
+    threat: its norm, `"linf"` or `"l2"`, and eps are every attacker's. classes: of the data. transfer, gray_box: whether there is a
     surrogate. hidden: kinds of knowledge that meet no gradient, as in an ONNX file: attacks that need one are left out.
 
     Raises `ValueError` for a norm without a ladder, `UnknownNameError` for another budget.
@@ -91,7 +92,8 @@ def ladder(
     add("noise", "none", name="noise", **ball)
     add(f"pgd-{own.steps}", *elsewhere, name="pgd", **ball, steps=own.steps)
     add("apgd-ce", "white_box", name="apgd", **apgd)
-    add("apgd-dlr", "white_box", name="apgd", **apgd, loss="dlr", randomness=True)
+    loss = "margin" if classes == 2 else "dlr"
+    add(f"apgd-{loss}", "white_box", name="apgd", **apgd, loss=loss, randomness=True)
     add("apgd-t", "white_box", name="apgd-t", **many, randomness=False)
     if own.fab_classes:
         add("fab-t", "white_box", name="fab-t", **fab, randomness=False)

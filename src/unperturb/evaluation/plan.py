@@ -90,7 +90,7 @@ class Cascade:
     threat: what breaks an image: an answer that is wrong in every draw, at most eps away in its norm. doubted: so many
     images, the first, are attacked by everyone, broken or not, as if nobody had come before: what each attacker is
     worth alone shows whether one who knows more does worse, which is how a hidden gradient shows. whole: labels of
-    attacks that are made on every image all the same.
+    attacks that are made on every image all the same, as those are that look at no defense.
     """
 
     threat: ThreatModel
@@ -297,18 +297,18 @@ def plan_of(recipe: EvaluationRecipe, device: str = "auto", models: Mapping[str,
     def surrogate(entry: str, load: Callable[[str], nn.Module]) -> Surrogate:
         return Surrogate(name_of(entry, recipe.dataset), load(entry))
 
+    named = by_name(recipe.systems, recipe.dataset)
+    splits = load_dataset(**recipe.data_options)
+    data = subset(splits.test if recipe.split == "test" else splits.val, recipe.n)
     attackers, cascade = attackers_in(recipe), None
     if recipe.ladder is not None:
         threat = ThreatModel(recipe.ladder.norm, recipe.ladder.eps, recipe.ladder.knowledge)
         cascade = Cascade(threat, recipe.ladder.doubted, whole=tuple(attackers))
-        transfer, gray_box = bool(recipe.surrogate), bool(recipe.surrogate_defense)
-        for label, sent in ladder(threat, recipe.ladder.budget, transfer=transfer, gray_box=gray_box).items():
+        own = {"transfer": bool(recipe.surrogate), "gray_box": bool(recipe.surrogate_defense)}
+        for label, sent in ladder(threat, recipe.ladder.budget, classes=data.classes, **own).items():
             if label in attackers:
                 raise ValueError(f"an attack of the ladder is called {label!r} too; give the recipe's a label")
             attackers[label] = sent
-    named = by_name(recipe.systems, recipe.dataset)
-    splits = load_dataset(**recipe.data_options)
-    data = subset(splits.test if recipe.split == "test" else splits.val, recipe.n)
     classifiers = {name: classifier(entry) for name, entry in by_name(recipe.classifiers, recipe.dataset).items()}
     parts = {name: None if entry == UNDEFENDED else part(entry) for name, entry in named.items()}
     made_on = {}
