@@ -65,12 +65,13 @@ def ladder(
     """Attackers by the labels of their attacks, the weakest and cheapest first, as `Plan.attackers` has them.
 
     Noise; transfer from another classifier; on the undefended classifier; through a purifier of the attacker's own;
-    BPDA; the white box (APGD on cross-entropy, APGD-T, FAB-T, or APGD on DLR where the system is random, on the margin
-    of two classes, which have no DLR: gradients through everything); Square and, with decisions only, RayS through the whole. No stage is of more knowledge than
-    `threat` admits.
+    BPDA; the white box (gradients through everything: APGD on cross-entropy, APGD-T, FAB-T, or APGD on DLR where the
+    system is random, on the margin where there are two classes, which have no DLR); Square and, with decisions only,
+    RayS through the whole. No stage is of more knowledge than `threat` admits.
 
-    threat: its norm, `"linf"` or `"l2"`, and eps are every attacker's. classes: of the data. transfer, gray_box: whether there is a
-    surrogate. hidden: kinds of knowledge that meet no gradient, as in an ONNX file: attacks that need one are left out.
+    threat: its norm, `"linf"` or `"l2"`, and eps are every attacker's. classes: of the data. transfer, gray_box:
+    whether there is a surrogate. hidden: kinds of knowledge that meet no gradient, as in an ONNX file: attacks that
+    need one are left out.
 
     Raises `ValueError` for a norm without a ladder, `UnknownNameError` for another budget.
     """
