@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from types import FrameType
 from typing import Annotated
 
@@ -49,11 +50,12 @@ def _program(
     pass
 
 
+# In the order of the help.
+_VERBS: list[Callable[..., None]] = [show, prepare, train_classifier, train, attack, evaluate, benchmark]
+_VERBS += [export, compare, report, reproduce, cache]
 app.command()(demo)
-app.command(name="list")(list_things)
-for _verb in (show, prepare, train_classifier, train, attack, evaluate, benchmark):
-    app.command()(_verb)
-for _verb in (export, compare, report, reproduce, cache):
+app.command(name="list")(list_things)  # `list` itself is Python's
+for _verb in _VERBS:
     app.command()(_verb)
 
 
