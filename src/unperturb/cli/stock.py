@@ -79,11 +79,13 @@ def _lines(text: str, room: int) -> list[str]:
 def _needs(recipe: Any) -> list[str]:
     """A line on each run folder that a recipe names: there, or how to come by it."""
     from unperturb.classifiers import classifiers
+    from unperturb.evaluation.surrogates import is_retrain
     from unperturb.unsaved import missing
     from unperturb.zoo import how_to_make
 
     entries = [*getattr(recipe, "classifiers", []), *getattr(recipe, "systems", [])]
     entries += [getattr(recipe, key, None) for key in ("surrogate", "surrogate_defense", "start")]
+    entries = [e for e in entries if not is_retrain(e)]  # no folder: the attacker trains it in the run
     entries.append(recipe.objective.options.get("teacher") if recipe.kind == "classifier" else None)
     lines = []
     for entry in dict.fromkeys(e for e in entries if e and e != "undefended"):
