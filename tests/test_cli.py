@@ -272,11 +272,20 @@ def test_a_dry_run_says_what_is_missing_and_how_to_make_it(here: Path) -> None:
     assert not (here / "runs").exists()
 
 
+@pytest.mark.parametrize("retrain", ["retrain", "retrain:20"])
+def test_an_attacker_who_trains_is_no_folder_that_is_there(here: Path, retrain: str) -> None:
+    shown = called("show", "compare-digits", "--set", f"surrogate_defense={retrain}", "--set", 'systems=["jpeg"]')
+    assert f'surrogate_defense = "{retrain}"' in shown
+    assert "there: jpeg" in shown
+    assert "there: retrain" not in shown
+
+
 def test_a_classifier_of_ones_own(here: Path) -> None:
     """Trained in front of and judged, by its import path alone."""
     own = ["--classifier", "own_net:net", "--mean", "0.1", "--std", "0.3"]
     assert "cost: " in called(*FILTER, *own, "--dry-run")
     assert "nothing to learn; validation: clean" in called(*FILTER, *own)
+    assert json.loads((here / "runs/median-digits/recipe.json").read_text())["classifiers"] == ["in hand: own_net:net"]
     judged = ["evaluate", "compare-digits", *own, *QUICK, "--n", "6", "--attack", "fgsm", "--out", "runs/judged"]
     shown = called(*judged, "--set", 'systems=["undefended", "runs/median-digits"]')
     assert "own_net:net on digits (6 of test): accuracy" in shown

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from unperturb import runs
 from unperturb.attacks import create_attack
-from unperturb.classifiers import create_classifier, load_classifier, save_classifier
+from unperturb.classifiers import create_classifier, load_classifier, save_classifier, wrap
 from unperturb.config import (
     AdversarialBatchesConfig,
     Augmentation,
@@ -824,6 +824,19 @@ class Own(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layer(images.flatten(1))
+
+
+def by_function(images: Tensor) -> Tensor:
+    return torch.zeros(len(images), 10) + images.flatten(1).sum(1, keepdim=True)
+
+
+def test_a_wrapped_classifier_goes_by_the_name_of_what_was_wrapped(data: Splits) -> None:
+    recipe = resolve({**defense_recipe().model_dump(mode="json"), "defense": {"name": "jpeg", "quality": 30}})
+    other = data.with_class_names([str(9 - k) for k in range(10)])
+    assert (wrap(Own()).called, wrap(wrap(by_function)).called) == ("Own", "by_function")
+    wrong = wrap(Own(), mean=[0.1] * 3, std=[0.1] * 3)
+    with pytest.raises(ValueError, match=r"the classifier of 'Own' takes images of 3 channels"):
+        jobs.defense_task(recipe, other, [wrong])
 
 
 def test_what_was_used_is_what_is_kept(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:

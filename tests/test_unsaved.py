@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from unperturb.benchmarking import model_from
 from unperturb.data import Splits, load_dataset
-from unperturb.defenses import Defense
+from unperturb.defenses import Defense, Protected
 from unperturb.systems import System
 from unperturb.unsaved import import_classifier, import_object, is_import_path, missing, stand_ins
 
@@ -51,6 +51,11 @@ class Broken(Linear):
     def __init__(self):
         super().__init__()
         nn.Linear(64, self.klasses)
+"""
+WHOLE = """
+from unperturb import Protected, System, create_defense
+whole = Protected(made, create_defense('median'))
+system = System('mine', made)
 """
 
 
@@ -194,6 +199,34 @@ def test_a_system_of_ones_own_is_taken_as_it_is(here: Path, tiny_digits: Splits)
         assert judged.name == "mine"
     with pytest.raises(ValueError, match=r"deployed\.py:system gives a System, which cannot be called"):
         import_classifier("deployed.py:system", tiny_digits.train)
+
+
+def test_weights_go_into_a_protected_model_of_ones_own(here: Path, tiny_digits: Splits) -> None:
+    (here / "deployed.py").write_text(NET + WHOLE)
+    fresh = model_from("deployed.py:whole", tiny_digits.test)
+    assert isinstance(fresh, Protected)
+    other = {name: tensor + 1 for name, tensor in fresh.state_dict().items()}
+    torch.save(other, "other.pt")
+    loaded = model_from("deployed.py:whole", tiny_digits.test, weights=Path("other.pt"))
+    assert isinstance(loaded, Protected)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in loaded.state_dict().items())
+    torch.save({"layer": torch.ones(1)}, "wrong.pt")
+    with pytest.raises(ValueError, match=r"wrong\.pt does not hold the weights of this model"):
+        model_from("deployed.py:whole", tiny_digits.test, weights=Path("wrong.pt"))
+
+
+def test_what_a_model_cannot_take_is_refused_and_not_left_out(here: Path, tiny_digits: Splits) -> None:
+    (here / "deployed.py").write_text(NET + WHOLE)
+    weights, numbers = Path("other.pt"), {"mean": [0.1], "std": [0.1]}
+    for entry, options, said in (
+        ("deployed.py:whole", numbers, r"deployed\.py:whole is a Protected, .*: leave out --mean, --std"),
+        ("deployed.py:system", {"weights": weights}, r"deployed\.py:system is a System, .*: leave out --weights"),
+        ("zoo:mnist-lenet5", {"weights": weights}, r"zoo:mnist-lenet5 .*: leave out --weights"),
+        ("zoo:mnist-lenet5", numbers, r"zoo:mnist-lenet5 .*: leave out --mean, --std"),
+        ("net.onnx", {"weights": weights}, r"net\.onnx .*: leave out --weights"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model_from(entry, tiny_digits.test, **options)
 
 
 def test_what_is_an_import_path(here: Path) -> None:

@@ -211,21 +211,34 @@ def model_from(
     """The model that a command names: a run folder, `zoo:NAME`, an ONNX file, or `module:object`, which may be a
     `Protected` or a `System` too; behind the defense of that run folder or name, if any.
 
-    weights, mean, std: of a model of one's own (`unperturb.unsaved.import_classifier`). Raises `ValueError` or
+    weights, mean, std: of a model of one's own (`unperturb.unsaved.import_classifier`); a `Protected` takes weights, an
+    ONNX file mean and std, and what is given to a model that does not take it is refused. Raises `ValueError` or
     `RunError`, which say what is wrong.
     """
     from unperturb.classifiers import load_classifier, wrap
     from unperturb.defenses import Protected, load_defense
     from unperturb.systems import System
-    from unperturb.unsaved import import_classifier, import_object, is_import_path
+    from unperturb.unsaved import import_classifier, import_object, is_import_path, load_weights
+
+    def refuse(what: str, **given: object) -> None:
+        if unused := [f"--{option}" for option, value in given.items() if value is not None]:
+            raise ValueError(f"{entry} is {what}: leave out {', '.join(unused)}")
 
     if is_import_path(entry):
         model = import_object(entry)
-        if not isinstance(model, System | Protected):
+        if isinstance(model, System):
+            refuse("a System, which is judged as it is", weights=weights, mean=mean, std=std)
+        elif isinstance(model, Protected):
+            refuse("a Protected, whose classifier normalizes its own input", mean=mean, std=std)
+            if weights is not None:
+                load_weights(model, weights)
+        else:
             model = import_classifier(entry, data, weights=weights, mean=mean, std=std)
     elif entry.endswith(".onnx"):
+        refuse("an ONNX file, which holds its weights", weights=weights)
         model = wrap(entry, mean, std)
     else:
+        refuse("no model of your own (module:object)", weights=weights, mean=mean, std=std)
         model = load_classifier(entry)
     return model if defense is None else Protected(model, load_defense(defense))
 

@@ -65,13 +65,15 @@ def import_classifier(
     if weights is not None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"{path} is a {type(model).__name__}: only a torch.nn.Module can be given weights")
-        _load_weights(model, Path(weights))
+        load_weights(model, Path(weights))
     channels, height, width = data.shape
     size = height if height == width else None
     try:
-        return wrap(model, mean, std, size=size, channels=channels, classes=data.classes)
+        classifier = wrap(model, mean, std, size=size, channels=channels, classes=data.classes)
     except (TypeError, ValueError) as error:
         raise ValueError(_refused(path, model, data, error)) from error
+    classifier.called = path
+    return classifier
 
 
 def _refused(path: str, model: object, data: ImageSet, error: Exception) -> str:
@@ -166,7 +168,9 @@ def _run(file: Path) -> ModuleType:
     return module
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file, or one of `torch.save(model.state_dict())`, which is read as tensors alone. Raises
+    `ValueError` where it is not there, unreadable, or not of this model."""
     if path.suffix != ".safetensors" and torch.__version__ < "2.6":
         raise ValueError(
             f"{path} is not opened: up to torch 2.5 a saved state_dict may run code (CVE-2025-32434), and this is "

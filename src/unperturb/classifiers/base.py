@@ -64,7 +64,8 @@ class Classifier(nn.Module, Pretrained):
 
     spec: what rebuilds it (name, options, channels, size, classes, mean, std), JSON-able; None for a model that was
     wrapped, not built here: such a one gets its input in a dtype that it takes, and may write over it. A frozen one
-    stays in eval mode whatever it is part of. differentiable: False where the net is known to give no gradient.
+    stays in eval mode whatever it is part of. differentiable: False where the net is known to give no gradient. called:
+    its family, or the class, function or file that was wrapped: what messages and run folders call it.
     """
 
     kind = "Classifier"
@@ -77,6 +78,7 @@ class Classifier(nn.Module, Pretrained):
         self.spec = None if spec is None else dict(spec)
         self.frozen = False
         self.differentiable = True
+        self.called: str = type(net).__qualname__ if spec is None else spec["name"]
 
     @property
     def takes(self) -> tuple[int | None, int | None, int | None]:

@@ -104,6 +104,7 @@ def wrap(
     net = _module_of(model)
     classifier = Classifier(normalize, Answers(net, logits, binary)).freeze()
     classifier.differentiable = getattr(net, "differentiable", True)
+    classifier.called = _name_of(model)
     weights = (p for m in modules_of(net) for p in m.parameters(recurse=False))
     at = next((p for p in weights if p.is_floating_point()), torch.zeros(()))
     normalize.to(at.device)
@@ -113,6 +114,15 @@ def wrap(
         _check_answers(classifier, images, classes)
         classifier.differentiable = _gives_gradient(classifier, images)
     return classifier
+
+
+def _name_of(model: object) -> str:
+    """What its user calls it."""
+    if isinstance(model, Classifier):
+        return model.called
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    return getattr(model, "__qualname__", type(model).__qualname__)
 
 
 def _module_of(model: object) -> nn.Module:

@@ -24,7 +24,7 @@ _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.Size)
 _KNOWN = ("torch.nn.modules.", "torch.nn.functional.", "torch._C._nn.", "unperturb.")
 _INTERNAL = frozenset(vars(nn.Module()))
 _HOOKS = frozenset(k for k in _INTERNAL if k.endswith("hooks") and ("forward" in k or "backward" in k))
-_BESIDE = frozenset({"outcome", "folder", "frozen"})  # of its training and where it lies: not what is computed
+_BESIDE = frozenset({"outcome", "folder", "frozen", "called"})  # its training, place and name: not what is computed
 _WRITERS = ("torch", "unperturb", "contextlib", "dataclasses", "reprlib")  # the last two: what a dataclass is given
 _MAKERS = (
     *("attacks", "classifiers", "defenses"),

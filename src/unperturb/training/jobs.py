@@ -362,10 +362,8 @@ def _to_protect(
 
 
 def _called(classifier: nn.Module) -> str:
-    """The name of a classifier's family, or of the class that a user wrote."""
-    if isinstance(classifier, Classifier):
-        return classifier.spec["name"] if classifier.spec else type(classifier.net).__qualname__
-    return type(classifier).__qualname__
+    """The name of a classifier's family, or of what a user wrote."""
+    return classifier.called if isinstance(classifier, Classifier) else type(classifier).__qualname__
 
 
 def _untrained(validate: Validate, out: Path) -> Outcome:
