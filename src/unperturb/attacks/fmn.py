@@ -63,14 +63,15 @@ class FMN(MinimalAttack):
 
     norm: `"l2"`, `"linf"`, `"l1"` or `"l0"` (pixels; all channels of a place are one). steps: forward+backward passes.
     alpha: the first step, its L2 length in pixel units; it falls to a hundredth by cosine. gamma: the share by which
-    the radius changes per step, falling to 0.001. The smallest success met is returned, the original where there was
-    none.
+    the radius changes per step, falling to 0.001, and by which the step grows while there was no success yet. The
+    smallest success met is returned, the original where there was none.
 
     Raises `ValueError` for another norm and for settings out of range.
 
     Source: Pintor et al. 2021, algorithm 1. Not theirs: before the first success the ball is larger by gamma at least
-    than where the image stands, for where the box holds pixels back the boundary seems nearer than it is; the
-    projection is onto ball and [0, 1] together; the last point is looked at too; L0 counts places, not values.
+    than where the image stands, for where the box holds pixels back the boundary seems nearer than it is, and the step
+    grows, for a short one may stay on a hill of the margin in a ball of any size; the projection is onto ball and
+    [0, 1] together; the last point is looked at too; L0 counts places, not values.
     """
 
     norm: MinimalNorm = "l2"
@@ -89,6 +90,7 @@ class FMN(MinimalAttack):
         best, x = Best(images), images
         farthest = size_of(torch.maximum(images, 1 - images), self.norm)
         radius = torch.full_like(farthest, 0.0 if self.norm != "l0" else 1.0)
+        across, longest = math.sqrt(images[0].numel()), torch.full_like(farthest, self.alpha)
         for step in range(self.steps):
             lead, gradient, logits = context.gradient(x, margin)
             fooled, size = context.clearly_fooled(logits), size_of(x - images, self.norm)
@@ -96,7 +98,8 @@ class FMN(MinimalAttack):
             falling = (1 + math.cos(math.pi * step / self.steps)) / 2
             gamma = 0.001 + (self.gamma - 0.001) * falling
             radius = torch.minimum(self._radius(radius, gamma, fooled, best, size, lead, gradient), farthest)
-            length = self.alpha * (0.01 + 0.99 * falling)
+            length = torch.where(best.value > -torch.inf, self.alpha * (0.01 + 0.99 * falling), longest)
+            longest = torch.where(longest < across, longest * (1 + self.gamma), longest)
             moved = x + gradient * column(length / l2_norm(gradient).clamp(min=1e-30), gradient)
             x = project(moved, images, radius, self.norm)
         fooled = context.clearly_fooled(context.logits(x))
