@@ -31,7 +31,8 @@ from unperturb.systems import System
 ROOT = Path(__file__).resolve().parent.parent
 N = 100
 EPS = 0.3
-MINIMAL = [kind for kind in map(attacks.__getitem__, attacks) if issubclass(kind, MinimalAttack)]  # type: ignore[arg-type]
+KINDS: list[Any] = [attacks[name] for name in attacks]
+MINIMAL = [kind for kind in KINDS if issubclass(kind, MinimalAttack)]
 
 
 # Rows without a run ---------------------------------------------------------------------------------------------------
