@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= -n auto --dist worksteal
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,attack_faults attack_folder attacks attacks_first_order \
 	attacks_foreign attacks_minimal attacks_options autoattack \
-	blackbox jsma patch attackers fused_copy models_at_the_door evaluation grid cascade ladder benchmarking identity door \
+	blackbox ead fmn hopskipjump sparse_rs transfer_attacks jsma patch attackers fused_copy models_at_the_door evaluation grid cascade ladder benchmarking identity door \
 	own_parts))
 
 .PHONY: demo reproduce test test-kernels lint bench clean

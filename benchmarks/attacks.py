@@ -113,7 +113,7 @@ def judge(case: Case, net: nn.Module, x: Tensor, images: Tensor, labels: Tensor,
         found = torch.cat([net(part).argmax(1) for part in x.split(256)])
         return inside & ((found == targets) if case.aimed else (found != labels))
 
-    order = {"linf": torch.inf, "l2": 2, "l0": 0}[case.norm]
+    order = {"linf": torch.inf, "l2": 2, "l1": 1, "l0": 0}[case.norm]
     distance = torch.linalg.vector_norm(torch.where(delta.abs() > 1e-6, delta, 0), order, dim=1)
     return {"fell": fooled(x), "fell_8bit": fooled((x * 255).round() / 255), "outside": ~inside, "distance": distance}
 

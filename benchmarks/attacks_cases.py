@@ -19,8 +19,12 @@ from unperturb.attacks.base import Attack
 from unperturb.attacks.cw import CW
 from unperturb.attacks.ddn import DDN
 from unperturb.attacks.deepfool import DeepFool
+from unperturb.attacks.difgsm import DIFGSM
+from unperturb.attacks.ead import EAD
 from unperturb.attacks.fab import FAB
 from unperturb.attacks.fgsm import FGSM
+from unperturb.attacks.fmn import FMN
+from unperturb.attacks.hopskipjump import HopSkipJump
 from unperturb.attacks.jsma import JSMA
 from unperturb.attacks.mim import MIM
 from unperturb.attacks.nifgsm import NIFGSM
@@ -28,7 +32,10 @@ from unperturb.attacks.noise import Noise
 from unperturb.attacks.patch import PatchAttack
 from unperturb.attacks.pgd import PGD
 from unperturb.attacks.rays import RayS
+from unperturb.attacks.sinifgsm import SINIFGSM
+from unperturb.attacks.sparse_rs import SparseRS
 from unperturb.attacks.square import Square
+from unperturb.attacks.vmifgsm import VMIFGSM
 from unperturb.classifiers import Classifier, create_classifier, fused_copy, load_classifier
 from unperturb.classifiers.fused_copy import FusedCopy
 from unperturb.data import ImageSet, Splits, load_dataset
@@ -63,11 +70,19 @@ def cases(eps: float) -> dict[str, Case]:
         "pgd": Case(PGD(eps=eps, steps=40), passes=40),
         "mim": Case(MIM(eps=eps, steps=10), passes=10),
         "ni_fgsm": Case(NIFGSM(eps=eps, steps=10), passes=10),
+        "di_fgsm": Case(DIFGSM(eps=eps, steps=10), passes=10),
+        "si_ni_fgsm": Case(SINIFGSM(eps=eps, steps=10), passes=50),
+        "vmi_fgsm": Case(VMIFGSM(eps=eps, steps=10), passes=55),
         "deepfool": Case(DeepFool(steps=50), "l2"),
         "cw-1x100": Case(CW(steps=100, search_steps=1, initial_const=1.0, abort_early=False), "l2", passes=100),
         "cw-9x100": Case(search, "l2", passes=900),
         "cw-9x100-abort": Case(CW(steps=100, search_steps=9, initial_const=0.1), "l2"),
         "ddn": Case(DDN(steps=100), "l2", passes=100),
+        "fmn": Case(FMN(steps=50), "l2", passes=50),
+        "fmn-linf": Case(FMN(norm="linf", steps=50), passes=50),
+        "fmn-l1": Case(FMN(norm="l1", steps=50), "l1", passes=50),
+        "fmn-l0": Case(FMN(norm="l0", steps=50), "l0", passes=50),
+        "ead": Case(EAD(steps=50, search_steps=5, lr=0.02, decision="l1"), "l1"),
         "jsma": Case(JSMA(theta=1.0, gamma=0.145), "l0", aimed=True, few={"torchattacks": 4}),
         "apgd-ce": Case(APGD(eps=eps, steps=100), passes=100),
         "apgd-dlr": Case(APGD(eps=eps, steps=100, loss="dlr"), passes=100),
@@ -78,13 +93,18 @@ def cases(eps: float) -> dict[str, Case]:
         "square": Case(Square(eps=eps, queries=1000)),
         "autoattack": Case(AutoAttack(eps=eps, steps=20, queries=500)),
         "rays": Case(RayS(queries=1000)),
+        "hop_skip_jump": Case(HopSkipJump(queries=1000), "l2"),
+        "sparse_rs": Case(SparseRS(pixels=10, queries=500), "l0"),
         "patch": Case(PatchAttack(steps=100), "l0", passes=100),
         "noise": Case(Noise(eps=eps), passes=0),
     }
 
 
 BIG = 64  # above this side ours run alone
-SPENT = ("cw-9x100-abort", "apgd-t", "apgd-t-first", "fab-t", "fab-t-first", "square", "autoattack", "rays")
+SPENT = (
+    *("cw-9x100-abort", "ead", "apgd-t", "apgd-t-first", "fab-t", "fab-t-first", "square", "autoattack", "rays"),
+    *("hop_skip_jump", "sparse_rs"),
+)
 
 
 @dataclass(frozen=True)

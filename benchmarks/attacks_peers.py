@@ -62,6 +62,23 @@ def of_torchattacks(net: nn.Module, example: Tensor, classes: int) -> Makers:
         "PGD": lambda a: plain(ta.PGD(net, eps=a.eps, alpha=pgd_alpha(a), steps=a.steps, random_start=a.random_start)),
         "MIM": lambda a: plain(ta.MIFGSM(net, eps=a.eps, alpha=mim_alpha(a), steps=a.steps, decay=a.decay)),
         "NIFGSM": lambda a: plain(ta.NIFGSM(net, eps=a.eps, alpha=mim_alpha(a), steps=a.steps, decay=a.decay)),
+        "DIFGSM": lambda a: plain(
+            ta.DIFGSM(
+                net,
+                eps=a.eps,
+                alpha=mim_alpha(a),
+                steps=a.steps,
+                decay=a.decay,
+                resize_rate=a.resize_rate,
+                diversity_prob=a.diversity_prob,
+            )
+        ),
+        "SINIFGSM": lambda a: plain(
+            ta.SINIFGSM(net, eps=a.eps, alpha=mim_alpha(a), steps=a.steps, decay=a.decay, m=a.copies)
+        ),
+        "VMIFGSM": lambda a: plain(
+            ta.VMIFGSM(net, eps=a.eps, alpha=mim_alpha(a), steps=a.steps, decay=a.decay, N=a.samples, beta=a.beta)
+        ),
         "DeepFool": lambda a: plain(ta.DeepFool(net, steps=a.steps, overshoot=a.overshoot)),
         "CW": cw,
         "JSMA": lambda a: aimed(ta.JSMA(net, theta=a.theta, gamma=a.gamma)),
@@ -104,6 +121,26 @@ def of_foolbox(net: nn.Module, example: Tensor, classes: int) -> Makers:
         )
         return run(attack)
 
+    def fmn(a: Any) -> Run:  # its L2 never projects: it divides the norm by itself
+        kinds = {"l2": fa.L2FMNAttack, "linf": fa.LInfFMNAttack, "l1": fa.L1FMNAttack, "l0": fa.L0FMNAttack}
+        return run(kinds[a.norm](steps=a.steps, max_stepsize=a.alpha, gamma=a.gamma))
+
+    def ead(a: Any) -> Run:
+        attack = fa.EADAttack(
+            binary_search_steps=a.search_steps,
+            steps=a.steps,
+            initial_stepsize=a.lr,
+            confidence=a.confidence,
+            initial_const=a.initial_const,
+            regularization=a.beta,
+            decision_rule={"elastic_net": "EN", "l1": "L1"}[a.decision],
+            abort_early=False,
+        )
+        return run(attack)
+
+    def hop_skip_jump(a: Any) -> Run:  # it has no limit of queries: four iterations take about 800 with their start
+        return run(fa.HopSkipJumpAttack(steps=4, initial_gradient_eval_steps=a.evaluations, gamma=a.gamma))
+
     return {
         "FGSM": lambda a: run(fa.LinfFastGradientAttack(), epsilon=a.eps),
         "PGD": pgd,
@@ -112,6 +149,9 @@ def of_foolbox(net: nn.Module, example: Tensor, classes: int) -> Makers:
             fa.L2DeepFoolAttack(steps=a.steps, candidates=min(a.top_k, classes), overshoot=a.overshoot)
         ),
         "CW": cw,
+        "FMN": fmn,
+        "EAD": ead,
+        "HopSkipJump": hop_skip_jump,
         "DDN": lambda a: run(fa.DDNAttack(init_epsilon=a.init_norm, steps=a.steps, gamma=a.gamma)),
         # Scaled by the largest signed value, so that the negative ones may leave the ball.
         "Noise": lambda a: run(fa.LinfAdditiveUniformNoiseAttack(), epsilon=a.eps),

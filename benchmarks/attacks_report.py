@@ -16,7 +16,7 @@ COLORS = {  # Okabe and Ito's, told apart by the color-blind
     "ART": "#999999",
     "adv-lib": "#009e73",
 }
-MINIMAL = ("l2", "l0")  # norms in which the attacks here look for the nearest image
+MINIMAL = ("l2", "l1", "l0")  # norms in which the attacks here look for the nearest image
 ONE_PASS = ("fgsm", "pgd", "mim", "deepfool", "cw-1x100", "cw-9x100")
 SIX = (*ONE_PASS, "jsma")
 _TICKS = (0.1, 0.2, 0.4, 0.6, 0.8, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)

@@ -167,6 +167,28 @@ def test_two_attacks_of_one_name(recipe: Any) -> None:
         evaluate(toy(), {"undefended": Linear()}, [create_attack(**thing) for thing in things])
 
 
+def test_a_list_of_budgets_is_an_attack_for_each(recipe: Any) -> None:
+    def of(*entries: dict[str, Any]) -> Any:
+        return resolve({**recipe.model_dump(mode="json"), "attacks": list(entries)})
+
+    pgd = {"name": "pgd", "eps": [0.1, "8/255"], "steps": 2}
+    swept = of(pgd, {"attack": {"name": "fgsm", "eps": [0.1]}, "label": "one step", "knowledge": ["white_box"]})
+    plan = plan_of(swept, "cpu")
+    assert {label: sent[0].attack.eps for label, sent in plan.attackers.items()} == {
+        "pgd-2-0.1": 0.1,
+        "pgd-2-8/255": 8 / 255,
+        "one step-0.1": 0.1,
+    }
+    assert [a.knowledge for a in plan.attackers["one step-0.1"]] == ["white_box"]
+    assert list(plan_of(only(swept, attacks=["pgd-2-8/255"]), "cpu").attackers) == ["pgd-2-8/255"]
+    with pytest.raises(ValueError, match=r"two attacks are called 'pgd-2-0\.1'"):
+        plan_of(of({**pgd, "eps": [0.1, "1/10"]}), "cpu")
+    with pytest.raises(ValueError, match="eps of 'pgd' is an empty list"):
+        plan_of(of({**pgd, "eps": []}), "cpu")
+    with pytest.raises(ValueError, match="a budget is a number"):
+        plan_of(of({**pgd, "eps": [[0.1]]}), "cpu")
+
+
 def test_evaluate_digits(tmp_path: Path) -> None:
     data = load_dataset("digits", size=8).test
     torch.manual_seed(0)

@@ -17,7 +17,8 @@ import pytest
 from sabotaged import BATCH, HONEST, SABOTAGED, attackers, digits, evaluated
 from sabotaged import EPS as SMALL
 from unperturb.attackers import Attacker
-from unperturb.attacks import create_attack
+from unperturb.attacks import attacks, create_attack
+from unperturb.attacks.base import MinimalAttack
 from unperturb.classifiers import load_classifier
 from unperturb.data import load_dataset
 from unperturb.defenses import load_defense
@@ -30,6 +31,8 @@ from unperturb.systems import System
 ROOT = Path(__file__).resolve().parent.parent
 N = 100
 EPS = 0.3
+KINDS: list[Any] = [attacks[name] for name in attacks]
+MINIMAL = [kind for kind in KINDS if issubclass(kind, MinimalAttack)]
 
 
 # Rows without a run ---------------------------------------------------------------------------------------------------
@@ -218,6 +221,10 @@ def test_an_attack_without_a_budget_breaks_nearly_all() -> None:
     assert "unbounded-fails" not in names(SOUND, unbounded(range(50), "CW(steps=9)", "oblivious"))
     both = unbounded(range(60), "DeepFool(steps=50)"), unbounded(range(40, N), "CW(steps=9)", "bpda")
     assert "unbounded-fails" not in names(SOUND, *both), "what one leaves, another breaks"
+    by_gradients = {kind.__name__ for kind in MINIMAL if kind.needs_gradient} - {"JSMA"}
+    assert {"EAD", "FMN"} < by_gradients
+    for kind in by_gradients:
+        assert "unbounded-fails" in names(SOUND, unbounded(range(90), f"{kind}(steps=50)")), kind
 
 
 def test_more_steps_that_break_what_all_others_leave() -> None:
@@ -272,7 +279,9 @@ def test_what_lies_outside_its_ball_or_was_not_moved() -> None:
     still = np.where(np.arange(N) < 3, 0.0, 0.3)
     assert names(SOUND.assign(linf=still)) == {"outside-the-ball"}
     assert names(SOUND.assign(linf=still, pred_pure_clean=0)) == set(), "wrong when clean: no attack is needed"
-    assert names(SOUND.assign(linf=still, attack_repr="FAB(eps=0.3)")) == set(), "gives the image back where it fails"
+    assert "HopSkipJump" in {kind.__name__ for kind in MINIMAL}
+    for kind in MINIMAL:
+        assert names(SOUND.assign(linf=still, attack_repr=f"{kind.__name__}(eps=0.3)")) == set(), "it fails so"
 
 
 def test_attacks_that_the_base_withstands_say_nothing() -> None:

@@ -89,8 +89,11 @@ ORDER = {
 # An arrow from one sibling to another: a cascade is made of its members, and what is wrapped may be a file.
 FAMILIES = {
     ("attacks", "autoattack"): {"apgd", "fab", "square"},
+    ("attacks", "difgsm"): {"mim"},
     ("attacks", "fab"): {"apgd"},
     ("attacks", "nifgsm"): {"mim"},
+    ("attacks", "sinifgsm"): {"nifgsm"},
+    ("attacks", "vmifgsm"): {"mim"},
     ("classifiers", "wrapped"): {"onnx_file"},
 }
 FORBIDDEN = {"results": {"torch"}, "intervals": {"torch"}, "threat_models": {"torch"}}

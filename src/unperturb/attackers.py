@@ -92,6 +92,28 @@ class EOT(nn.Module):
         return total / self.eot_samples
 
 
+class Ensemble(nn.Module):
+    """The mean logits of several classifiers of the same classes: a surrogate that stands for more of what the
+    attacker does not know than one of them would.
+
+    Raises `ValueError` for no classifier at all, and on a call where they differ in the shape of their logits.
+
+    Source: Dong et al. 2018, section 3.3, the ensemble in logits, with equal weights.
+    """
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        if not models:
+            raise ValueError("an ensemble needs at least one classifier")
+        self.models = nn.ModuleList(models)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = [ask(model, images) for model in self.models]
+        if shapes := sorted({tuple(z.shape) for z in logits} - {tuple(logits[0].shape)}):
+            raise ValueError(f"the ensemble's models differ: logits of {tuple(logits[0].shape)} and of {shapes[0]}")
+        return torch.stack(logits).mean(0)
+
+
 def rounding(levels: int = 255) -> BPDA:
     """Rounding to `levels` + 1 values, as saving a picture does, its gradient taken for the identity's."""
     return BPDA(lambda x: (x * levels).round() / levels)

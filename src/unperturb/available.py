@@ -160,7 +160,8 @@ ENTRIES = """\
 ## The lists of attacks
 
 An entry is an attack, `{ name = "pgd", eps = 0.3 }`, with the options of its name. If the entry says more, the attack
-stands in it: `{ attack = { name = "pgd", eps = 0.3 }, label = "mine" }`. What it may say in an evaluation:
+stands in it: `{ attack = { name = "pgd", eps = 0.3 }, label = "mine" }`. In an evaluation `eps` may be a list:
+`{ name = "pgd", eps = [0.1, 0.2] }` is an attack for each, its budget behind its label. What an entry may say there:
 
 {evaluation}
 And in a mixture (`adversarial_batches.attacks`, or those of the objective `adversarial`), where an option given as

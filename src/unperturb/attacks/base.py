@@ -8,6 +8,7 @@ that are not finite.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypedDict, Unpack, final
 
@@ -24,6 +25,8 @@ from unperturb.threat_models import budget
 from unperturb.validation import check_images, check_labels
 
 attacks: Registry[Attack] = Registry("attack")
+# (a point, the step's number) -> its value `(N,)`, whether it fooled `(N,)`, and the gradient to follow.
+Look = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
 def create_attack(name: str, **options: Any) -> Attack:
@@ -209,7 +212,7 @@ class Attack:
         if not self.uses_mask:
             raise ValueError(
                 f"{type(self).__name__} cannot keep pixels as they are: mask is for attacks that follow the loss's "
-                "gradient (fgsm, pgd, mim, ni_fgsm, apgd, apgd-t)"
+                "gradient (fgsm, pgd, mim and its variants, apgd, apgd-t)"
             )
         try:
             mask = torch.as_tensor(mask, device=images.device)
@@ -309,7 +312,8 @@ class IterativeAttack(BallAttack):
     """Steps of `alpha` along a direction made of gradients, projected after each; the highest loss met is returned,
     that of a success before any other.
 
-    A variant writes `direction`, and `gradient_point` if its gradient is not that of the point it stands at.
+    A variant writes `direction`, `gradient_point` if its gradient is not that of the point it stands at, and `look` if
+    it takes more than one pass.
 
     alpha: step in pixel units (default `reach` eps / steps, `reach` being the class's). steps: forward+backward passes
     per restart. random_start: start uniformly in the ball. restarts: independent starts, of which the best per image is
@@ -340,17 +344,28 @@ class IterativeAttack(BallAttack):
         """Where the gradient of the step from `x` is taken; it is projected, for it may be the best point met."""
         return x
 
+    def look(self, context: AttackContext, loss: LossFunction, restart: int) -> Look:
+        """What a step learns of the model, made anew for each restart, so that it may remember. The value is minus
+        infinity, and nothing fooled, where the model was not shown the point itself."""
+
+        def look(point: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+            value, gradient, logits = context.gradient(point, loss)
+            return value, context.fooled(logits), gradient
+
+        return look
+
     def perturb(self, context: AttackContext) -> Tensor:
         loss = attack_loss(self.loss, targeted=context.targeted)
         alpha = self.reach * self.eps / self.steps if self.alpha is None else self.alpha
         best, project = Best(context.images), projection(context.images, self.eps, self.norm)
         for restart in range(self.restarts):
             x, last = self.first_point(context, restart, random_start=self.random_start), None
-            for _ in range(self.steps):
+            look = self.look(context, loss, restart)
+            for step in range(self.steps):
                 point = self.gradient_point(x, last, alpha)
                 point = point if point is x else project(point)
-                value, gradient, logits = context.gradient(point, loss)
-                best.update(point, value, fooled=context.fooled(logits))
+                value, fooled, gradient = look(point, step)
+                best.update(point, value, fooled=fooled)
                 last = self.direction(gradient, last)
                 x = project(self.ascend(x, last, alpha))
             logits = context.logits(x)

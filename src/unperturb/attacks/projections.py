@@ -20,14 +20,17 @@ def l2_norm(delta: Tensor) -> Tensor:
     return torch.linalg.vector_norm(delta.flatten(1), dim=1)
 
 
-def project_(x: Tensor, center: Tensor, eps: float, norm: Norm) -> Tensor:
-    """The point of (ball of radius `eps` around `center`) and [0, 1] that is nearest to `x`; all `(N, C, H, W)`.
+def project_(x: Tensor, center: Tensor, eps: float | Tensor, norm: Norm) -> Tensor:
+    """The point of (ball of radius `eps` around `center`) and [0, 1] that is nearest to `x`; all `(N, C, H, W)`, the
+    radius a number or one per image `(N,)`.
 
     In L2 that point is `clip(center + t (x - center))` for one t per image; t is found by rescaling the coordinates
     that are still off the box until no more of them reach it.
     """
     if norm == "linf":
+        eps = column(eps, x) if isinstance(eps, Tensor) else eps
         return torch.clamp(x, (center - eps).clamp_(min=0), (center + eps).clamp_(max=1))
+    eps = eps[:, None] if isinstance(eps, Tensor) else eps
     delta = (x - center).flatten(1)
     flat = center.flatten(1)
     room = torch.where(delta > 0, 1 - flat, flat)  # how far each coordinate can go before it meets the box

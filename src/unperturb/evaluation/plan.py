@@ -15,7 +15,7 @@ from unperturb import zoo
 from unperturb.attackers import Attacker, label_of
 from unperturb.attacks.base import attacks
 from unperturb.classifiers import load_classifier
-from unperturb.config import EvaluationRecipe
+from unperturb.config import AttackerConfig, ComponentConfig, EvaluationRecipe
 from unperturb.data import ImageSet, known_copy_note, load_dataset
 from unperturb.defenses.base import Defense, load_defense
 from unperturb.devices import FlopCounter, pick_device, probe
@@ -28,8 +28,9 @@ from unperturb.evaluation.trial import at_work, drawing, try_model
 from unperturb.mistakes import named
 from unperturb.modules import ask, logits_of
 from unperturb.results import schema
+from unperturb.results.names import budget_name
 from unperturb.systems import System
-from unperturb.threat_models import ThreatModel
+from unperturb.threat_models import ThreatModel, budget
 from unperturb.training.jobs import Cost as TrainingCost
 
 UNDEFENDED = "undefended"  # the entry of a recipe's `systems` that means the classifier itself
@@ -243,14 +244,36 @@ def defense_of(system: System) -> dict[str, nn.Module]:
 # From a recipe ------------------------------------------------------------------------------------------------------
 
 
-def attackers_in(recipe: EvaluationRecipe) -> dict[str, list[Attacker]]:
-    """The attackers of `recipe` by the labels of their attacks; raises `ValueError` for a label that comes twice."""
-    found: dict[str, list[Attacker]] = {}
+def entries_in(recipe: EvaluationRecipe) -> dict[str, AttackerConfig]:
+    """The entries of `recipe.attacks` by the labels of their attacks; one whose `eps` is a list is one entry for each,
+    with the budget behind the label.
+
+    Raises `ValueError` for a label that comes twice and for a list without a budget.
+    """
+    found: dict[str, AttackerConfig] = {}
     for entry in recipe.attacks:
+        name, options = entry.attack.name, entry.attack.options
+        given = options.get("eps")
+        if given == []:
+            raise ValueError(f"eps of {name!r} is an empty list; give it the budgets, such as [0.1, 0.2]")
+        for eps in given if isinstance(given, list) else [None]:
+            own = options if eps is None else {**options, "eps": eps}
+            label = entry.label or label_of(attacks.create(name, **own))
+            one = entry
+            if eps is not None:
+                label += f"-{budget_name(budget(eps))}"
+                one = entry.model_copy(update={"attack": ComponentConfig(name=name, **own), "label": label})
+            if label in found:
+                raise ValueError(f"two attacks are called {label!r}; give one of them a label")
+            found[label] = one
+    return found
+
+
+def attackers_in(recipe: EvaluationRecipe) -> dict[str, list[Attacker]]:
+    """The attackers of `recipe` by the labels of their attacks; raises `ValueError` as `entries_in` does."""
+    found: dict[str, list[Attacker]] = {}
+    for label, entry in entries_in(recipe).items():
         attack = attacks.create(entry.attack.name, **entry.attack.options)
-        label = entry.label or label_of(attack)
-        if label in found:
-            raise ValueError(f"two attacks are called {label!r}; give one of them a label")
         kinds = dict.fromkeys(entry.knowledge or recipe.knowledge)
         found[label] = [Attacker(attack, kind, recipe.eot_samples or 20) for kind in kinds]
     return found

@@ -27,7 +27,7 @@ from unperturb.evaluation.checks import attackers_of, check_data, check_number, 
 from unperturb.evaluation.grid import Progress, run_grid
 from unperturb.evaluation.identity import identify
 from unperturb.evaluation.measure import predictions
-from unperturb.evaluation.plan import UNDEFENDED, Plan, attackers_in, by_name, defense_of, plan_of, training_costs
+from unperturb.evaluation.plan import UNDEFENDED, Plan, by_name, defense_of, entries_in, plan_of, training_costs
 from unperturb.evaluation.probe import probe
 from unperturb.evaluation.surrogates import Retrained, Surrogate, retrained, surrogates_of
 from unperturb.mistakes import ModelError, named
@@ -58,7 +58,7 @@ def only(
         return recipe
     ladder = recipe.ladder if not (attacks or knowledge) else None
     named = by_name(recipe.systems, recipe.dataset)
-    entries = dict(zip(attackers_in(recipe), recipe.attacks))
+    entries = entries_in(recipe)
     kinds = {label: list(entry.knowledge or recipe.knowledge) for label, entry in entries.items()}
     has: dict[str, tuple[Sequence[str], Collection[str]]] = {
         "system": (systems, named),

@@ -30,8 +30,8 @@ LISTED = 5  # images that a sentence names
 
 # What explains other flags stands before them.
 _CAUSES = ("batch-dependent", "random-answers", "exact-pixels", "wrong-gradient", "gradient-masked")
-_MINIMAL = ("CW", "DDN", "DeepFool", "FAB")  # attacks by gradients without any budget
-_NEAREST = (*_MINIMAL, "RayS", "JSMA")  # stop at the boundary, and give the image back where they fail
+_MINIMAL = ("CW", "DDN", "DeepFool", "EAD", "FAB", "FMN")  # attacks by gradients without any budget
+_NEAREST = (*_MINIMAL, "HopSkipJump", "RayS", "JSMA")  # stop at the boundary, and give the image back where they fail
 
 
 @dataclass(frozen=True)
