@@ -327,8 +327,14 @@ def plan_of(recipe: EvaluationRecipe, device: str = "auto", models: Mapping[str,
     if recipe.ladder is not None:
         threat = ThreatModel(recipe.ladder.norm, recipe.ladder.eps, recipe.ladder.knowledge)
         cascade = Cascade(threat, recipe.ladder.doubted, whole=tuple(attackers))
-        own = {"transfer": bool(recipe.surrogate), "gray_box": bool(recipe.surrogate_defense)}
-        for label, sent in ladder(threat, recipe.ladder.budget, classes=data.classes, **own).items():
+        sent_out = ladder(
+            threat,
+            recipe.ladder.budget,
+            classes=data.classes,
+            transfer=bool(recipe.surrogate),
+            gray_box=bool(recipe.surrogate_defense),
+        )
+        for label, sent in sent_out.items():
             if label in attackers:
                 raise ValueError(f"an attack of the ladder is called {label!r} too; give the recipe's a label")
             attackers[label] = sent
