@@ -1,7 +1,7 @@
 """What the quick ladder says of a system beside the thorough one, on the same images: verdict, time, operations.
 
     python benchmarks/budgets.py                                         # MNIST's of the zoo, 200 images
-    python benchmarks/budgets.py --n 10 --model mnist-robust --out /tmp/b.json --runs /tmp/b     # does it run?
+    python benchmarks/budgets.py --n 10 --model mnist-robust --out runs/try.json --runs runs/try  # does it run?
 
 A purifier stands before `zoo:mnist-resnet8`. What stands in `--runs` already is read, not made again.
 """

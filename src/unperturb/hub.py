@@ -84,6 +84,7 @@ class Pretrained:
         return str(sent.commit_url)
 
     def _save(self, folder: Path) -> None:
+        """Each kind of model writes itself."""
         raise NotImplementedError
 
 
