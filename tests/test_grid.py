@@ -21,9 +21,10 @@ from unperturb.classifiers import create_classifier
 from unperturb.defenses import Defense, Protected, create_defense
 from unperturb.devices import Speed
 from unperturb.evaluation import adversarials
-from unperturb.evaluation import plan as plans
+from unperturb.evaluation import costs as told
+from unperturb.evaluation.costs import estimate
 from unperturb.evaluation.grid import run_grid, shown_rows
-from unperturb.evaluation.plan import Plan, estimate
+from unperturb.evaluation.plan import Plan
 from unperturb.evaluation.surrogates import Surrogate
 from unperturb.results import samples, schema
 from unperturb.systems import System
@@ -332,7 +333,7 @@ def test_an_attack_without_a_budget_has_none_in_its_rows(tmp_path: Path) -> None
 
 
 def test_cost_of_a_grid_against_a_count_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "probe", lambda device: Speed({("float32", "contiguous"): 10.0}))
+    monkeypatch.setattr(told, "probe", lambda device: Speed({("float32", "contiguous"): 10.0}))
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -362,6 +363,42 @@ def test_cost_of_a_grid_against_a_count_by_hand(monkeypatch: pytest.MonkeyPatch)
     # noisy system each of the two is asked for five times in 8 bits and as it is, and the clean images as often.
     attacks, answers = 7 + 2 * 7, 3 + 1 + 5 * (1 + 2 * 2)
     assert estimate(two).pflop * 1e15 == pytest.approx((attacks + answers) * forward * 10, rel=0.01)
+
+
+def test_cost_of_a_slow_model_is_told_without_attacking_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(told, "probe", lambda device: Speed({("float32", "contiguous"): 10.0}))
+
+    class Slow(nn.Module):
+        asked = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.asked += 1
+            return self.layer(images.flatten(1))
+
+    net = Slow()
+    sent = {"a": attackers(create_attack("apgd-t", eps=0.1, steps=50, first_success=True), "oblivious")}
+    assert estimate(plan({"bare": None}, {"net": net}, attackers=sent)).pflop > 0
+    assert net.asked < 10
+
+
+@pytest.mark.parametrize(
+    ("options", "forwards", "backwards"),
+    [
+        ({"name": "pgd", "eps": 0.1, "steps": 7, "restarts": 2}, 16, 14),
+        ({"name": "fgsm", "eps": 0.1}, 1, 1),
+        # Four classes are three to aim at; who stops at a success, stops nowhere when the most is asked for.
+        ({"name": "apgd-t", "eps": 0.1, "steps": 10, "target_classes": 9, "first_success": True}, 3 * 11 + 1, 3 * 10),
+        ({"name": "square", "eps": 0.1, "queries": 50}, 50, 0),
+        ({"name": "deepfool", "steps": 5}, 6, 5 * 3),
+    ],
+)
+def test_passes_of_attacks_are_billed_at_most(options: dict[str, Any], forwards: int, backwards: int) -> None:
+    found = told.billed(create_attack(**options), torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), 4)
+    assert found == (forwards, backwards)
 
 
 def without_clock(rows: pd.DataFrame) -> pd.DataFrame:

@@ -78,6 +78,7 @@ ORDER = {
         "surrogates",
         "trial",
         "plan",
+        "costs",
         "measure",
         "grid",
         "cascade",

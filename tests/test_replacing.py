@@ -18,9 +18,10 @@ from unperturb.config import resolve
 from unperturb.data import load_dataset
 from unperturb.defenses import Protected, create_defense, save_defense
 from unperturb.devices import Speed
-from unperturb.evaluation import plan as plans
+from unperturb.evaluation import costs as told
+from unperturb.evaluation.costs import estimate
 from unperturb.evaluation.grid import run_grid
-from unperturb.evaluation.plan import Plan, estimate, plan_of
+from unperturb.evaluation.plan import Plan, plan_of
 from unperturb.evaluation.run import evaluate, run_evaluation
 from unperturb.results import schema
 from unperturb.systems import System
@@ -34,7 +35,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNPERTURB_CACHE", str(cache))  # the module's: the digits are decoded once
-    monkeypatch.setattr(plans, "probe", lambda *_: Speed({("float32", "contiguous"): 10.0}))
+    monkeypatch.setattr(told, "probe", lambda *_: Speed({("float32", "contiguous"): 10.0}))
 
 
 def net(seed: int) -> Any:

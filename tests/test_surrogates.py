@@ -22,7 +22,7 @@ from unperturb.data import Splits
 from unperturb.defenses import Defense, create_defense, load_defense, save_defense
 from unperturb.devices import Speed
 from unperturb.evaluation import adversarials
-from unperturb.evaluation.plan import estimate
+from unperturb.evaluation.costs import estimate
 from unperturb.evaluation.run import run_evaluation
 from unperturb.training import jobs
 
@@ -31,7 +31,7 @@ STEPS = 8  # of the system's own training
 
 def _unprobed(patch: pytest.MonkeyPatch) -> None:
     known = functools.cache(lambda device="cpu": Speed({("float32", "contiguous"): 10.0}))
-    for module in ("training.loop", "training.jobs", "evaluation.plan"):
+    for module in ("training.loop", "training.jobs", "evaluation.costs"):
         patch.setattr(f"unperturb.{module}.probe", known)
     for module in ("training.loop", "training.jobs"):
         patch.setattr(f"unperturb.{module}.flop_per_image", lambda _: 1e9)

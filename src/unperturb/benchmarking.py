@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from unperturb.data import ImageSet
     from unperturb.defenses import Defense
-    from unperturb.evaluation.plan import Cost, Plan
+    from unperturb.evaluation.costs import Cost
+    from unperturb.evaluation.plan import Plan
     from unperturb.results.card import Card
     from unperturb.results.flags import Flag
     from unperturb.results.results import Results
@@ -136,7 +137,7 @@ def benchmark(
     Raises `TypeError` or `ValueError`, which say what to pass, before anything is computed, and `ModelError` where a
     model fails.
     """
-    from unperturb.evaluation.plan import estimate
+    from unperturb.evaluation.costs import estimate
     from unperturb.evaluation.run import run_in_hand
 
     start = time.perf_counter()

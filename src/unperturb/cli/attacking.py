@@ -100,7 +100,8 @@ def evaluate(
 ) -> None:
     """Attack undefended and protected models as each attacker would; keep a row per image."""
     from unperturb.data import load_dataset
-    from unperturb.evaluation.plan import estimate, plan_of
+    from unperturb.evaluation.costs import estimate
+    from unperturb.evaluation.plan import plan_of
     from unperturb.evaluation.run import only, run_evaluation
     from unperturb.evaluation.surrogates import is_retrain
     from unperturb.recipe_files import read_recipe
@@ -165,7 +166,7 @@ def benchmark(
     from unperturb.benchmarking import benchmark as run_benchmark
     from unperturb.benchmarking import benchmark_plan, model_from
     from unperturb.data import load_dataset
-    from unperturb.evaluation.plan import estimate
+    from unperturb.evaluation.costs import estimate
 
     use_threads(threads)
     images = getattr(load_dataset(data, size=size), split)

@@ -1,4 +1,4 @@
-"""The plan of an evaluation: what is crossed with what, checked, and its cost told, before anything is computed."""
+"""The plan of an evaluation: what is crossed with what, and checked, before anything is computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unperturb import zoo
 from unperturb.attackers import Attacker, label_of
@@ -18,20 +18,17 @@ from unperturb.classifiers import load_classifier
 from unperturb.config import AttackerConfig, ComponentConfig, EvaluationRecipe
 from unperturb.data import ImageSet, known_copy_note, load_dataset
 from unperturb.defenses.base import Defense, load_defense
-from unperturb.devices import FlopCounter, pick_device, probe
+from unperturb.devices import pick_device
 from unperturb.evaluation.adversarials import cache_limit
 from unperturb.evaluation.checks import check_name, subset
 from unperturb.evaluation.identity import Identity, identify
 from unperturb.evaluation.ladder import ladder
-from unperturb.evaluation.surrogates import Retrained, Surrogate, is_retrain, retrained
+from unperturb.evaluation.surrogates import Surrogate, is_retrain, retrained
 from unperturb.evaluation.trial import at_work, drawing, try_model
-from unperturb.mistakes import named
-from unperturb.modules import ask, logits_of
 from unperturb.results import schema
 from unperturb.results.names import budget_name
 from unperturb.systems import System
 from unperturb.threat_models import ThreatModel, budget
-from unperturb.training.jobs import Cost as TrainingCost
 
 UNDEFENDED = "undefended"  # the entry of a recipe's `systems` that means the classifier itself
 
@@ -388,86 +385,3 @@ def _check_names(plan: Plan) -> None:
                 raise ValueError(
                     f"{system.name!r} names different defenses of different classifiers; give each its own name"
                 )
-
-
-# What it will cost --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an evaluation would take at most, nothing being kept from before. training_steps, training_pflop: of it,
-    what the attacker's own trainings take."""
-
-    cells: int
-    images: int
-    pflop: float
-    minutes: float
-    training_steps: int = 0
-    training_pflop: float = 0.0
-
-    def __str__(self) -> str:
-        said = f"at most {self.pflop:g} PFLOP, about {self.minutes:g} minutes"
-        if not self.training_steps:
-            return said
-        return (
-            f"{said}; {self.training_pflop:g} PFLOP of it is for {self.training_steps:,} steps in which the attacker "
-            "trains a purifier"
-        )
-
-
-def estimate(plan: Plan) -> Cost:
-    """Count the operations of `plan` on two images, for all of them. Raises `ValueError` as `Plan.check` does."""
-    plan.check()
-    with plan.at_work(), plan.drawing(0), named("a model, while its cost was counted,"):
-        total = _operations(plan)
-    pflop = total * len(plan.data) / 1e15
-    rate = max(v for k, v in probe(plan.device.type).rates.items() if k[0] == "float32")
-    trainings = list(training_costs(plan).values())
-    minutes = pflop * 1e6 / (rate * 0.3) / 60 + sum(cost.minutes for cost in trainings)
-    training = sum(cost.pflop for cost in trainings)
-    return Cost(
-        cells=len(plan.cells()),
-        images=len(plan.data),
-        pflop=float(f"{pflop + training:.3g}"),
-        minutes=round(minutes, 1),
-        training_steps=sum(cost.steps for cost in trainings),
-        training_pflop=float(f"{training:.3g}"),
-    )
-
-
-def training_costs(plan: Plan) -> dict[str, TrainingCost]:
-    """By the system, what the attacker's training of a purifier like its own takes, where he still has to train one.
-    Raises `ValueError` where he cannot."""
-    untrained = {name: one for name, one in plan.retrained.items() if isinstance(one, Retrained)}
-    with plan.at_work():
-        return {name: one.cost(str(plan.device)) for name, one in untrained.items()}
-
-
-def _operations(plan: Plan) -> float:
-    """Of all cells, per image; what they share is counted once, as it is made once."""
-    images, labels = plan.data.batch(torch.arange(min(2, len(plan.data))), plan.device)
-    known: dict[Any, float] = {}
-
-    def once(key: Any, times: int, run: Callable[..., object], *given: object) -> None:
-        if key not in known:
-            with FlopCounter() as counter:
-                run(*given)
-            known[key] = times * counter.total / len(images)
-
-    @torch.no_grad()
-    def answer(system: System) -> Tensor:
-        if system.purifier is None:
-            return logits_of(system.classifier, images)
-        purified, _ = system.purifier.purify_and_score(images.clone(), lambda x: ask(system.classifier, x))
-        return logits_of(system.classifier, purified)
-
-    cells = plan.cells()
-    targets = [cell.target() for cell in cells]  # alive until the end: the id of what has gone is given again
-    for cell, target in zip(cells, targets):
-        made, system, draws = cell.identity(target).key, cell.system, plan.draws_of(cell.system)
-        once(made, 1, cell.attacker.attack.solve, target, images, labels)
-        for asked, times in ((System("", system.bare), 1), (system, draws)):
-            for seen in ("clean", made):
-                once((id(asked.classifier), id(asked.purifier), seen), times, answer, asked)
-        once((id(system.classifier), id(system.purifier), made, "8 bits"), draws, answer, system)
-    return sum(known.values())

@@ -24,10 +24,11 @@ from unperturb.evaluation import training_cost
 from unperturb.evaluation.behavior import recognize
 from unperturb.evaluation.cascade import cascading
 from unperturb.evaluation.checks import attackers_of, check_data, check_number, subset, systems_of
+from unperturb.evaluation.costs import training_costs
 from unperturb.evaluation.grid import Progress, run_grid
 from unperturb.evaluation.identity import identify
 from unperturb.evaluation.measure import predictions
-from unperturb.evaluation.plan import UNDEFENDED, Plan, by_name, defense_of, entries_in, plan_of, training_costs
+from unperturb.evaluation.plan import UNDEFENDED, Plan, by_name, defense_of, entries_in, plan_of
 from unperturb.evaluation.probe import probe
 from unperturb.evaluation.surrogates import Retrained, Surrogate, retrained, surrogates_of
 from unperturb.mistakes import ModelError, named

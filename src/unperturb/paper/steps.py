@@ -14,7 +14,7 @@ from unperturb.classifiers import classifiers, load_classifier
 from unperturb.config import snapshot
 from unperturb.data import load_dataset
 from unperturb.devices import pick_device, probe
-from unperturb.evaluation.plan import estimate as estimate_evaluation
+from unperturb.evaluation.costs import estimate as estimate_evaluation
 from unperturb.evaluation.plan import plan_of
 from unperturb.evaluation.run import fingerprints, run_evaluation
 from unperturb.recipe_files import read_recipe

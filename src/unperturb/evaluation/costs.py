@@ -1,0 +1,177 @@
+"""What an evaluation will cost, told before it begins and without making it: no attack meets a real model here.
+
+An attack is made on two images of a stand-in, a single convolution, which bills its passes; of each real model one
+forward and one backward pass are counted. So a slow model, such as a search per image, is asked once or twice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unperturb.attacks.base import Attack, BallAttack
+from unperturb.devices import FlopCounter, probe
+from unperturb.evaluation.identity import identify
+from unperturb.evaluation.plan import Plan
+from unperturb.evaluation.surrogates import Retrained
+from unperturb.mistakes import named
+from unperturb.modules import ask, frozen, logits_of
+from unperturb.systems import System
+from unperturb.training.jobs import Cost as TrainingCost
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an evaluation would take at most, nothing being kept from before. training_steps, training_pflop: of it,
+    what the attacker's own trainings take."""
+
+    cells: int
+    images: int
+    pflop: float
+    minutes: float
+    training_steps: int = 0
+    training_pflop: float = 0.0
+
+    def __str__(self) -> str:
+        said = f"at most {self.pflop:g} PFLOP, about {self.minutes:g} minutes"
+        if not self.training_steps:
+            return said
+        return (
+            f"{said}; {self.training_pflop:g} PFLOP of it is for {self.training_steps:,} steps in which the attacker "
+            "trains a purifier"
+        )
+
+
+def estimate(plan: Plan) -> Cost:
+    """Count the operations of `plan`, for all its images. Raises `ValueError` as `Plan.check` does."""
+    plan.check()
+    with plan.at_work(), plan.drawing(0), named("a model, while its cost was counted,"):
+        total = _operations(plan)
+    pflop = total * len(plan.data) / 1e15
+    rate = max(v for k, v in probe(plan.device.type).rates.items() if k[0] == "float32")
+    trainings = list(training_costs(plan).values())
+    minutes = pflop * 1e6 / (rate * 0.3) / 60 + sum(cost.minutes for cost in trainings)
+    training = sum(cost.pflop for cost in trainings)
+    return Cost(
+        cells=len(plan.cells()),
+        images=len(plan.data),
+        pflop=float(f"{pflop + training:.3g}"),
+        minutes=round(minutes, 1),
+        training_steps=sum(cost.steps for cost in trainings),
+        training_pflop=float(f"{training:.3g}"),
+    )
+
+
+def training_costs(plan: Plan) -> dict[str, TrainingCost]:
+    """By the system, what the attacker's training of a purifier like its own takes, where he still has to train one.
+    Raises `ValueError` where he cannot."""
+    untrained = {name: one for name, one in plan.retrained.items() if isinstance(one, Retrained)}
+    with plan.at_work():
+        return {name: one.cost(str(plan.device)) for name, one in untrained.items()}
+
+
+def _operations(plan: Plan) -> float:
+    """Of all cells, per image; what they share is counted once, as it is made once."""
+    images, _ = plan.data.batch(torch.arange(min(2, len(plan.data))), plan.device)
+    targets: dict[str, tuple[float, float]] = {}
+    made: dict[str, float] = {}
+    asked: dict[tuple[int, int], tuple[System, set[str]]] = {}
+    cells = plan.cells()
+    models = [cell.target() for cell in cells]  # alive until the end: the id of what has gone is given again
+    for cell, target in zip(cells, models):
+        one, adversarials = identify(target).key, cell.identity(target).key
+        if one not in targets:
+            targets[one] = _passes(target, images, backward=cell.attacker.attack.needs_gradient)
+        if adversarials not in made:
+            forwards, backwards = billed(cell.attacker.attack, images, plan.data.classes)
+            made[adversarials] = forwards * targets[one][0] + backwards * targets[one][1]
+        for system in (System("", cell.system.bare), cell.system):
+            key = id(system.classifier), id(system.purifier)
+            asked.setdefault(key, (system, set()))[1].update(("clean", adversarials))
+        asked[key][1].add(f"{adversarials} in 8 bits")
+    answers = (len(seen) * plan.draws_of(system) * _answer(system, images) for system, seen in asked.values())
+    return sum(made.values()) + sum(answers)
+
+
+def _passes(model: nn.Module, images: Tensor, *, backward: bool) -> tuple[float, float]:
+    """Operations of one forward and of one backward pass to the image, per image."""
+    x = images.clone().requires_grad_(backward)
+    with frozen(model), torch.set_grad_enabled(backward):
+        with FlopCounter() as there:
+            logits = logits_of(model, x)
+        with FlopCounter() as back:
+            if logits.requires_grad:
+                torch.autograd.grad(logits.sum(), x, allow_unused=True)
+    return there.total / len(x), back.total / len(x)
+
+
+@torch.no_grad()
+def _answer(system: System, images: Tensor) -> float:
+    """Operations in which the system answers, per image."""
+    with FlopCounter() as counter:
+        if system.purifier is not None:
+            images, _ = system.purifier.purify_and_score(images.clone(), lambda x: ask(system.classifier, x))
+        logits_of(system.classifier, images)
+    return counter.total / len(images)
+
+
+class StandIn(nn.Module):
+    """A convolution as large as the image, images to logits, which costs next to nothing. `stubborn`: it says class 0
+    to anything, so that an attack spends all it has; else it can be fooled, for attacks that need a success to go on.
+    """
+
+    def __init__(self, images: Tensor, classes: int, *, stubborn: bool) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(0)
+        weight = torch.randn(classes, *images.shape[1:], generator=draws) / math.sqrt(images[0].numel())
+        self.weight = weight.to(images.device)
+        self.bias = torch.tensor([1e3 * stubborn] + [0.0] * (classes - 1), device=images.device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.conv2d(images, self.weight, self.bias).flatten(1)
+
+
+class _Bill(TorchDispatchMode):
+    """Counts convolutions inside, forward and backward, in images."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.forwards = self.backwards = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.convolution:
+            self.forwards += len(args[0])
+        elif func.overloadpacket is torch.ops.aten.convolution_backward:
+            self.backwards += len(args[0])
+        return out
+
+
+def billed(attack: Attack, images: Tensor, classes: int) -> tuple[float, float]:
+    """Forward and backward passes to the image that `attack` makes of any model at most, per image.
+
+    images: `(N, C, H, W)`, on which it is tried. classes: of the model.
+    """
+    key = "" if attack.holds_own else repr(attack)
+    known = _KNOWN.get((key, images.shape, classes))
+    if known is not None:
+        return known
+    most = [0.0, 0.0]
+    spends_most = isinstance(attack, BallAttack) and attack.needs_gradient  # where nothing can be fooled
+    for stubborn in (True,) if spends_most else (True, False):
+        model = StandIn(images, classes, stubborn=stubborn)
+        labels = model(images).argmax(1)
+        with _Bill() as bill:
+            attack.solve(model, images, labels)
+        most = [max(most[0], bill.forwards / len(images)), max(most[1], bill.backwards / len(images))]
+    if key:
+        _KNOWN[key, images.shape, classes] = most[0], most[1]
+    return most[0], most[1]
+
+
+_KNOWN: dict[tuple[str, torch.Size, int], tuple[float, float]] = {}  # each attack is tried once in a process
