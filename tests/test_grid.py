@@ -389,10 +389,12 @@ def test_cost_of_a_slow_model_is_told_without_attacking_it(monkeypatch: pytest.M
     ("options", "forwards", "backwards"),
     [
         ({"name": "pgd", "eps": 0.1, "steps": 7, "restarts": 2}, 16, 14),
+        ({"name": "pgd", "eps": 0.1, "steps": 45, "restarts": 7}, 7 * 46, 7 * 45),
         ({"name": "fgsm", "eps": 0.1}, 1, 1),
+        ({"name": "cw", "steps": 60, "search_steps": 3}, 181, 180),
         # Four classes are three to aim at; who stops at a success, stops nowhere when the most is asked for.
         ({"name": "apgd-t", "eps": 0.1, "steps": 10, "target_classes": 9, "first_success": True}, 3 * 11 + 1, 3 * 10),
-        ({"name": "square", "eps": 0.1, "queries": 50}, 50, 0),
+        ({"name": "square", "eps": 0.1, "queries": 5000}, 5000, 0),
         ({"name": "deepfool", "steps": 5}, 6, 5 * 3),
     ],
 )
