@@ -178,7 +178,7 @@ def test_doubted_images_are_attacked_as_if_nobody_had_come_before(data: ImageSet
     )
     clock = [c for c in alone.columns if c.startswith("seconds")]
     pd.testing.assert_frame_equal(alone.drop(columns=clock), cascade.drop(columns=clock))
-    assert set(cascade["attack"]) >= {"apgd-ce", "square-300"}  # who begins at random, and at stripes
+    assert set(cascade["attack"]) >= {"apgd-ce", "square-1000"}  # who begins at random, and at stripes
 
 
 @dataclass(frozen=True, kw_only=True)

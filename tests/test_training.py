@@ -932,7 +932,25 @@ def test_validation_judges_the_mixture_at_its_hardest(data: Splits, classifier: 
     found = defense.outcome.validation
     for key, value in right.items():
         assert found[key] == pytest.approx(value, abs=2.1 / len(images))  # the fused copy rounds otherwise
-    assert found["score"] == pytest.approx(sum(found[k] for k in right) / 3, abs=1e-4)
+    assert found["score"] == pytest.approx(min(found[k] for k in right), abs=1e-4)  # of who looks, the lowest
+
+
+def test_validation_by_attacks_of_its_own(data: Splits, classifier: nn.Module, tmp_path: Path) -> None:
+    recipe = defense_recipe(steps=1, keep="last", validate_every=None)
+    own = {"val_attacks": [{"name": "apgd", "eps": 0.3, "steps": 3, "loss": "margin"}], "knowledge": "oblivious"}
+    batches = AdversarialBatchesConfig(**(recipe.adversarial_batches.model_dump() | own))
+    recipe = recipe.model_copy(update={"adversarial_batches": batches})
+    found = jobs.train_defense(recipe, classifier, data, out=tmp_path, device="cpu").outcome.validation
+    assert set(found) == {"clean", "apgd-0", "score"}
+    assert found["score"] == pytest.approx((found["clean"] + found["apgd-0"]) / 2, abs=1e-4)
+
+
+def test_perturbations_of_pairs_grow_along_the_ramp(data: Splits, classifier: nn.Module) -> None:
+    sampler = Sampler(data.train, 6, 0, Augmentation(), torch.device("cpu"))
+    config = AdversarialBatchesConfig(attacks=mixture([{"name": "fgsm", "eps": 0.2}]), ramp=4)
+    batches = AdversarialBatches(sampler, config, [System("net", classifier.eval())])
+    far = [float((b.x_adv - b.x_real).abs().max()) for b in map(batches.batch, range(6))]
+    assert far == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2, 0.2], abs=1e-6)
 
 
 TWO = """

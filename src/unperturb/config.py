@@ -160,6 +160,10 @@ class AdversarialBatchesConfig(_Settings):
 
     knowledge: Literal["oblivious", "white_box", "bpda"] = Field("oblivious", description="What the attacker sees.")
     attacks: list[MixtureConfig] = Field(min_length=1, description="The mixture.")
+    ramp: int = Field(0, ge=0, description="Steps in which perturbations grow to their full size.")
+    val_attacks: list[ComponentConfig] = Field(
+        [], description="What validation images are attacked with; none: the mixture's attacks at their hardest."
+    )
     augment: Augmentation = Field(Augmentation(), description="Of the clean images, before they are attacked.")
 
 

@@ -32,7 +32,7 @@ class Budget:
 
 # `standard` has the settings of AutoAttack (Croce and Hein 2020) in its white-box and black-box stages.
 BUDGETS = {
-    "quick": Budget(50, target_classes=9, fab_classes=0, restarts=1, queries=300, decisions=0, eot_samples=10),
+    "quick": Budget(50, target_classes=9, fab_classes=0, restarts=1, queries=1000, decisions=0, eot_samples=10),
     "standard": Budget(100, target_classes=9, fab_classes=9, restarts=1, queries=5000, decisions=1000, eot_samples=20),
     "thorough": Budget(
         100, target_classes=9, fab_classes=9, restarts=5, queries=10_000, decisions=5000, eot_samples=40

@@ -120,7 +120,7 @@ class AdversarialBatches:
 
     def __init__(self, sampler: Sampler, recipe: AdversarialBatchesConfig, systems: Sequence[System]) -> None:
         self.sampler, self.systems = sampler, list(systems)
-        self.mixture = Mixture(recipe.attacks, sampler.seed, recipe.knowledge)
+        self.mixture, self.ramp = Mixture(recipe.attacks, sampler.seed, recipe.knowledge), recipe.ramp
         for attack in self.mixture.at(0):
             for system in self.systems:  # as is an attack that cannot be made on a random one
                 Attacker(attack, recipe.knowledge).attack_for(system)
@@ -129,8 +129,15 @@ class AdversarialBatches:
         """The pairs of this step for device `rank` of `world`; without `attack` the clean images stand in for both."""
         images, labels, index = self.sampler.images(step, rank, world)
         system = self.systems[step % len(self.systems)]
-        x_adv = self.mixture(system, images, labels, index, step) if attack else images
+        x_adv = images
+        if attack:
+            x_adv = ramped(images, self.mixture(system, images, labels, index, step), step, self.ramp)
         return Batch(images, x_adv, labels, system.classifier, step)
+
+
+def ramped(images: Tensor, x_adv: Tensor, step: int, ramp: int) -> Tensor:
+    """`x_adv`, its distance from `images` grown from nothing to its full size in the first `ramp` steps."""
+    return images + (step + 1) / ramp * (x_adv - images) if step < ramp else x_adv
 
 
 def hardest(entry: MixtureConfig) -> tuple[str, dict[str, Any]]:

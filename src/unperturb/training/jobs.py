@@ -395,12 +395,14 @@ def _calibrate(task: DefenseTask, data: ImageSet, seed: int, device: torch.devic
 
 
 def _defense_validation(recipe: DefenseRecipe, data: Splits, task: DefenseTask, device: torch.device) -> Validate:
-    """Accuracy behind the defense on validation images, clean and under each attack of the mixture at its hardest,
-    averaged over the classifiers; the score is their mean."""
+    """Accuracy behind the defense on validation images, clean and under each attack that the recipe validates with (or
+    of the mixture at its hardest), averaged over the classifiers; the score is their mean, of an attacker who looks at
+    the defense the lowest."""
     held_out = _held_out(data.val, task.defense.held_out or VALIDATION_IMAGES, recipe.seed)
     images, labels = held_out.batch(torch.arange(len(held_out)), device)
     knowledge = recipe.adversarial_batches.knowledge
-    named = [hardest(entry) for entry in recipe.adversarial_batches.attacks]
+    given = recipe.adversarial_batches.val_attacks
+    named = [(a.name, a.options) for a in given] or [hardest(a) for a in recipe.adversarial_batches.attacks]
     attackers = {
         f"{name}-{i}": Attacker(attacks.create(name, **options), knowledge) for i, (name, options) in enumerate(named)
     }
@@ -424,6 +426,7 @@ def _defense_validation(recipe: DefenseRecipe, data: Splits, task: DefenseTask, 
                     found = torch.cat([classes_of(system.classifier(defense(part))) for part in x.split(250)])
                 figures.setdefault(name, []).append(float((found == labels).float().mean()))
         means = {k: sum(v) / len(v) for k, v in figures.items()}
-        return {**means, "score": sum(means.values()) / len(means)}
+        score = sum(means.values()) / len(means) if knowledge == "oblivious" else min(means.values())
+        return {**means, "score": score}
 
     return validate

@@ -20,7 +20,7 @@ from unperturb.modules import frozen
 from unperturb.registry import Registry
 from unperturb.systems import System
 from unperturb.threat_models import budget
-from unperturb.training.adversarial_batches import AdversarialBatches, Mixture, Sampler, hardest
+from unperturb.training.adversarial_batches import AdversarialBatches, Mixture, Sampler, hardest, ramped
 
 objectives: Registry[Task] = Registry("objective")
 
@@ -170,8 +170,7 @@ class AdversarialClassifier(PlainClassifier):
     def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         images, labels, index = self.sampler.images(step, rank, world)
         x_adv = self.mixture(System("classifier", self.classifier), images, labels, index, step)
-        if step < self.ramp:
-            x_adv = images + (step + 1) / self.ramp * (x_adv - images)
+        x_adv = ramped(images, x_adv, step, self.ramp)
         return x_adv, labels
 
 
