@@ -221,7 +221,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("unperturb.zoo.folders", dict)
     monkeypatch.chdir(tmp_path)
     speed = Speed({("float32", "contiguous"): 10.0})
-    for module in ("unperturb.training.jobs", "unperturb.training.loop", "unperturb.evaluation.plan"):
+    for module in ("unperturb.training.jobs", "unperturb.training.loop", "unperturb.evaluation.costs"):
         monkeypatch.setattr(f"{module}.probe", functools.cache(lambda *_: speed))
     (tmp_path / "own_net.py").write_text(
         "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"

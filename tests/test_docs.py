@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder; how quick this machine is, and what a step costs, is looked at briefly."""
     speed = Speed({("float32", "contiguous"): 10.0})
-    for module in ("training.jobs", "training.loop", "evaluation.plan", "attack_folder"):
+    for module in ("training.jobs", "training.loop", "evaluation.costs", "attack_folder"):
         monkeypatch.setattr(f"unperturb.{module}.probe", functools.cache(lambda *_: speed))
     for module in ("training.jobs", "training.loop"):
         monkeypatch.setattr(f"unperturb.{module}.flop_per_image", functools.partial(flop_per_image, steps=1, batch=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from toy import Linear, purifier, toy
 from unperturb.attackers import Attacker
 from unperturb.attacks import Attack, create_attack
 from unperturb.attacks.context import AttackContext
+from unperturb.benchmarking import benchmark_plan
 from unperturb.classifiers import create_classifier
+from unperturb.data import Splits
 from unperturb.defenses import Defense, Protected, create_defense
 from unperturb.devices import Speed
 from unperturb.evaluation import adversarials
@@ -398,9 +401,27 @@ def test_cost_of_a_slow_model_is_told_without_attacking_it(monkeypatch: pytest.M
         ({"name": "deepfool", "steps": 5}, 6, 5 * 3),
     ],
 )
-def test_passes_of_attacks_are_billed_at_most(options: dict[str, Any], forwards: int, backwards: int) -> None:
-    found = told.billed(create_attack(**options), torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), 4)
-    assert found == (forwards, backwards)
+def test_passes_of_attacks_are_billed(options: dict[str, Any], forwards: int, backwards: int) -> None:
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    least, most = told.billed(create_attack(**options), images, 4)
+    assert most == (forwards, backwards)
+    assert least[0] <= forwards
+    assert least[1] <= backwards
+    if options.get("first_success"):
+        assert least[0] < forwards / 2
+
+
+def test_a_cascade_costs_least_where_every_image_falls_at_once(
+    monkeypatch: pytest.MonkeyPatch, tiny_digits: Splits
+) -> None:
+    monkeypatch.setattr(told, "probe", lambda device: Speed({("float32", "contiguous"): 10.0}))
+    net = create_classifier("convnet", channels=1, size=8, classes=10, mean=[0.3], std=[0.35])
+    cost = estimate(
+        benchmark_plan(System("ours", net, purifier()), tiny_digits.test, eps=0.3, budget="standard", n=300)
+    )
+    assert 0 < cost.least_pflop < cost.pflop / 3
+    assert 0 < cost.least_minutes < cost.minutes / 3
+    assert re.fullmatch(r"\S+ to \S+ PFLOP, about \S+ to \S+ minutes: what falls early is cheap", str(cost))
 
 
 def without_clock(rows: pd.DataFrame) -> pd.DataFrame:

@@ -56,7 +56,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("unperturb.zoo.folders", dict)
     monkeypatch.chdir(tmp_path)
     speed = Speed({("float32", "contiguous"): 10.0})
-    for module in ("training.jobs", "training.loop", "evaluation.plan", "paper.steps"):
+    for module in ("training.jobs", "training.loop", "evaluation.costs", "paper.steps"):
         monkeypatch.setattr(f"unperturb.{module}.probe", functools.cache(lambda *_: speed))
     return tmp_path
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unperturb.attacks.base import Attack, BallAttack
+from unperturb.attacks.base import Attack
 from unperturb.devices import FlopCounter, probe
+from unperturb.evaluation.cascade import SHARED
 from unperturb.evaluation.identity import identify
-from unperturb.evaluation.plan import Plan
+from unperturb.evaluation.plan import Cell, Plan
 from unperturb.evaluation.surrogates import Retrained
 from unperturb.mistakes import named
 from unperturb.modules import ask, frozen, logits_of
@@ -27,18 +28,23 @@ from unperturb.training.jobs import Cost as TrainingCost
 
 @dataclass(frozen=True)
 class Cost:
-    """What an evaluation would take at most, nothing being kept from before. training_steps, training_pflop: of it,
-    what the attacker's own trainings take."""
+    """What an evaluation would take, nothing being kept from before: at least, where every image falls to the first
+    who looks, and at most, where every image stands to the end. PFLOP, and minutes here.
+
+    training_steps, training_pflop: of it, what the attacker's own trainings take.
+    """
 
     cells: int
     images: int
     pflop: float
     minutes: float
+    least_pflop: float
+    least_minutes: float
     training_steps: int = 0
     training_pflop: float = 0.0
 
     def __str__(self) -> str:
-        said = f"at most {self.pflop:g} PFLOP, about {self.minutes:g} minutes"
+        said = amount((self.least_pflop, self.pflop), (self.least_minutes, self.minutes))
         if not self.training_steps:
             return said
         return (
@@ -47,21 +53,33 @@ class Cost:
         )
 
 
+def amount(pflop: tuple[float, float], minutes: tuple[float, float]) -> str:
+    """A cost between a least and a most, as a person reads it."""
+    if pflop[0] == pflop[1]:
+        return f"{pflop[1]:.3g} PFLOP, about {minutes[1]:,.1f} minutes"
+    low, high = (f"{m:,.1f}" if m < 10 else f"{m:,.0f}" for m in minutes)
+    return f"{pflop[0]:.3g} to {pflop[1]:.3g} PFLOP, about {low} to {high} minutes: what falls early is cheap"
+
+
 def estimate(plan: Plan) -> Cost:
     """Count the operations of `plan`, for all its images. Raises `ValueError` as `Plan.check` does."""
     plan.check()
     with plan.at_work(), plan.drawing(0), named("a model, while its cost was counted,"):
-        total = _operations(plan)
-    pflop = total * len(plan.data) / 1e15
+        least, most = (total * len(plan.data) / 1e15 for total in _operations(plan))
     rate = max(v for k, v in probe(plan.device.type).rates.items() if k[0] == "float32")
     trainings = list(training_costs(plan).values())
-    minutes = pflop * 1e6 / (rate * 0.3) / 60 + sum(cost.minutes for cost in trainings)
     training = sum(cost.pflop for cost in trainings)
+
+    def minutes(pflop: float) -> float:
+        return round(pflop * 1e6 / (rate * 0.3) / 60 + sum(cost.minutes for cost in trainings), 1)
+
     return Cost(
         cells=len(plan.cells()),
         images=len(plan.data),
-        pflop=float(f"{pflop + training:.3g}"),
-        minutes=round(minutes, 1),
+        pflop=float(f"{most + training:.3g}"),
+        minutes=minutes(most),
+        least_pflop=float(f"{least + training:.3g}"),
+        least_minutes=minutes(least),
         training_steps=sum(cost.steps for cost in trainings),
         training_pflop=float(f"{training:.3g}"),
     )
@@ -75,11 +93,11 @@ def training_costs(plan: Plan) -> dict[str, TrainingCost]:
         return {name: one.cost(str(plan.device)) for name, one in untrained.items()}
 
 
-def _operations(plan: Plan) -> float:
-    """Of all cells, per image; what they share is counted once, as it is made once."""
+def _operations(plan: Plan) -> tuple[float, float]:
+    """Of all cells, per image, at least and at most; what they share is counted once, as it is made once."""
     images, _ = plan.data.batch(torch.arange(min(2, len(plan.data))), plan.device)
     targets: dict[str, tuple[float, float]] = {}
-    made: dict[str, float] = {}
+    made: dict[str, tuple[float, float]] = {}
     asked: dict[tuple[int, int], tuple[System, set[str]]] = {}
     cells = plan.cells()
     models = [cell.target() for cell in cells]  # alive until the end: the id of what has gone is given again
@@ -88,14 +106,22 @@ def _operations(plan: Plan) -> float:
         if one not in targets:
             targets[one] = _passes(target, images, backward=cell.attacker.attack.needs_gradient)
         if adversarials not in made:
-            forwards, backwards = billed(cell.attacker.attack, images, plan.data.classes)
-            made[adversarials] = forwards * targets[one][0] + backwards * targets[one][1]
+            bills = billed(cell.attacker.attack, images, plan.data.classes)
+            least, most = (forwards * targets[one][0] + backwards * targets[one][1] for forwards, backwards in bills)
+            made[adversarials] = least * _certain(plan, cell), most
         for system in (System("", cell.system.bare), cell.system):
             key = id(system.classifier), id(system.purifier)
             asked.setdefault(key, (system, set()))[1].update(("clean", adversarials))
         asked[key][1].add(f"{adversarials} in 8 bits")
-    answers = (len(seen) * plan.draws_of(system) * _answer(system, images) for system, seen in asked.values())
-    return sum(made.values()) + sum(answers)
+    answers = sum(len(seen) * plan.draws_of(system) * _answer(system, images) for system, seen in asked.values())
+    return sum(least for least, _ in made.values()) + answers, sum(most for _, most in made.values()) + answers
+
+
+def _certain(plan: Plan, cell: Cell) -> float:
+    """The share of the images that a cell attacks whatever those before it have broken."""
+    if plan.cascade is None or cell.label in plan.cascade.whole or cell.attacker.knowledge in ("none", *SHARED):
+        return 1.0
+    return min(1.0, plan.cascade.doubted / max(1, len(plan.data)))
 
 
 def _passes(model: nn.Module, images: Tensor, *, backward: bool) -> tuple[float, float]:
@@ -136,7 +162,7 @@ class StandIn(nn.Module):
         return nn.functional.conv2d(images, self.weight, self.bias).flatten(1)
 
 
-class _Bill(TorchDispatchMode):
+class _Counter(TorchDispatchMode):
     """Counts convolutions inside, forward and backward, in images."""
 
     def __init__(self) -> None:
@@ -152,8 +178,12 @@ class _Bill(TorchDispatchMode):
         return out
 
 
-def billed(attack: Attack, images: Tensor, classes: int) -> tuple[float, float]:
-    """Forward and backward passes to the image that `attack` makes of any model at most, per image.
+Bill = tuple[float, float]
+
+
+def billed(attack: Attack, images: Tensor, classes: int) -> tuple[Bill, Bill]:
+    """Forward and backward passes to the image that `attack` makes, per image: of a model that falls at once, and of
+    any at most.
 
     What repeats is tried twice, by few and by twice as many, and carried on along the line through both.
 
@@ -165,23 +195,24 @@ def billed(attack: Attack, images: Tensor, classes: int) -> tuple[float, float]:
         asked = getattr(attack, count, 0)
         if isinstance(asked, int) and asked > 2 * few:
             once, twice = (billed(_with(attack, count, n), images, classes) for n in (few, 2 * few))
-            forwards, backwards = (a + (b - a) * (asked - few) / few for a, b in zip(once, twice))
-            return forwards, backwards
+            reach = (asked - few) / few
+            least, most = ((a[0] + (b[0] - a[0]) * reach, a[1] + (b[1] - a[1]) * reach) for a, b in zip(once, twice))
+            return least, most
     key = "" if attack.holds_own else repr(attack)
-    known = _KNOWN.get((key, images.shape, classes))
-    if known is not None:
-        return known
-    most = [0.0, 0.0]
-    spends_most = isinstance(attack, BallAttack) and attack.needs_gradient  # where nothing can be fooled
-    for stubborn in (True,) if spends_most else (True, False):
+    if (key, images.shape, classes) in _KNOWN:
+        return _KNOWN[key, images.shape, classes]
+    bills = []
+    for stubborn in (False, True):
         model = StandIn(images, classes, stubborn=stubborn)
         labels = model(images).argmax(1)
-        with _Bill() as bill:
+        with _Counter() as counter:
             attack.solve(model, images, labels)
-        most = [max(most[0], bill.forwards / len(images)), max(most[1], bill.backwards / len(images))]
+        bills.append((counter.forwards / len(images), counter.backwards / len(images)))
+    (f, b), (forwards, backwards) = bills
+    found = (min(f, forwards), min(b, backwards)), (max(f, forwards), max(b, backwards))
     if key:
-        _KNOWN[key, images.shape, classes] = most[0], most[1]
-    return most[0], most[1]
+        _KNOWN[key, images.shape, classes] = found
+    return found
 
 
 def _with(attack: Any, option: str, value: int) -> Attack:
@@ -190,4 +221,4 @@ def _with(attack: Any, option: str, value: int) -> Attack:
 
 
 _REPEATED = {"restarts": 1, "steps": 10, "queries": 50}  # by the option, how few are tried
-_KNOWN: dict[tuple[str, torch.Size, int], tuple[float, float]] = {}  # each attack is tried once in a process
+_KNOWN: dict[tuple[str, torch.Size, int], tuple[Bill, Bill]] = {}  # each attack is tried once in a process

@@ -72,7 +72,7 @@ class Plan:
 
     def told(self, device: str = "auto") -> Iterator[str]:
         """A line on each step, done or with its cost, and their sum. Nothing is trained or attacked for it."""
-        total, unknown, left = Cost(0.0, 0.0), 0, 0
+        total, unknown, left = Cost(), 0, 0
         missing: set[str] = set()
         for step in self.needed():
             if not missing & set(step.needs) and step.done():
@@ -85,16 +85,12 @@ class Plan:
                 unknown += 1
                 yield f"missing   {step.folder}: {step.command or 'no recipe is known that makes it'}; cost not known"
                 continue
-            total = Cost(total.pflop + cost.pflop, total.minutes + cost.minutes)
+            total += cost
             verb = "train" if step.trains else "evaluate"
-            yield f"{verb:<9} {step.folder}: {_amount(cost)}; {step.command}"
+            yield f"{verb:<9} {step.folder}: {cost}; {step.command}"
         pieces = ", ".join(f"{name}: {' '.join(of)}" for name, (_, of) in self.chosen.items())
         yield f"then draw {pieces}"
-        yield f"in all    {left} steps, {_amount(total)}" + (f", and {unknown} of unknown cost" if unknown else "")
-
-
-def _amount(cost: Cost) -> str:
-    return f"{cost.pflop:.3g} PFLOP, about {cost.minutes:,.1f} minutes"
+        yield f"in all    {left} steps, {total}" + (f", and {unknown} of unknown cost" if unknown else "")
 
 
 def reproduce(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from unperturb.classifiers import classifiers, load_classifier
 from unperturb.config import snapshot
 from unperturb.data import load_dataset
 from unperturb.devices import pick_device, probe
+from unperturb.evaluation.costs import amount
 from unperturb.evaluation.costs import estimate as estimate_evaluation
 from unperturb.evaluation.plan import plan_of
 from unperturb.evaluation.run import fingerprints, run_evaluation
@@ -26,10 +27,18 @@ VERBS = {"classifier": "train-classifier", "defense": "train", "evaluation": "ev
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step would take at most."""
+    """What a step would take, at most and at least."""
 
-    pflop: float
-    minutes: float
+    pflop: float = 0.0
+    minutes: float = 0.0
+    least_pflop: float = 0.0
+    least_minutes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other))))
+
+    def __str__(self) -> str:
+        return amount((self.least_pflop, self.pflop), (self.least_minutes, self.minutes))
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class Step:
             return None
         if self.recipe.kind == "evaluation":
             told = estimate_evaluation(plan_of(self.recipe, device, models))
-            return Cost(told.pflop, told.minutes)
+            return Cost(told.pflop, told.minutes, told.least_pflop, told.least_minutes)
         speed = probe(pick_device(device).type)
         precision, layout = max(speed.rates, key=lambda kind: speed.rates[kind])
         quick = {"precision": precision, "memory_format": layout}
@@ -114,7 +123,7 @@ class Step:
             start = {"start": None} if recipe.start in models else {}
             task = jobs.defense_task(recipe.model_copy(update=start), data, before, device)
         cost = jobs.estimate(task, recipe.training, device)
-        return Cost(cost.pflop, cost.minutes)
+        return Cost(cost.pflop, cost.minutes, cost.pflop, cost.minutes)
 
 
 @dataclass
