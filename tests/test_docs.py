@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 USAGE = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
 BENCHMARK = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
+CERTIFY = (ROOT / "docs" / "certify.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -38,7 +39,7 @@ def blocks(language: str, text: str) -> list[str]:
 
 def commands() -> list[str]:
     """Every `unperturb ...` line in the code blocks."""
-    text = "\n".join(blocks("bash|sh|console", README + USAGE + BENCHMARK))
+    text = "\n".join(blocks("bash|sh|console", README + USAGE + BENCHMARK + CERTIFY))
     lines = text.replace("\\\n", " ").splitlines()
     found = [line.split("  #")[0].strip() for line in lines if line.strip().startswith("unperturb ")]
     return list(dict.fromkeys(found))
@@ -95,6 +96,8 @@ def small(line: str) -> list[str]:
         words += ["--data", "digits", "--n", "2", "--threads", "1"]
     if verb in ("attack", "benchmark"):
         words += ["--data", "digits", "--n", "2", "--threads", "1", *(["--dry-run"] if verb == "benchmark" else [])]
+    if verb == "certify":
+        words += ["--data", "digits", "--n", "2", "--draws", "5", "--threads", "1"]
     if verb == "compare":
         words = ["runs/zoo-mnist", "runs/zoo-mnist"]  # what it names is a run of another name here, or a dry one
     return [verb, *words]
@@ -145,6 +148,20 @@ def test_the_python_of_the_page_on_benchmarks_runs() -> None:
     assert 0 <= known["found"].robust.accuracy <= known["found"].clean <= 1
     assert set(known["rows"]["attack"]) == {"torchattacks", "foolbox"}
     assert Path("report/finetune-quick/card.html").exists()
+
+
+@pytest.mark.usefixtures("clone")
+def test_the_python_of_the_page_on_certificates_runs() -> None:
+    code = "".join(blocks("python", CERTIFY))
+    for whole, part in {
+        'load_dataset("mnist")': 'load_dataset("digits")',
+        "n=100": "n=2",
+        "draws=1000": "draws=9",
+    }.items():
+        assert whole in code
+        code = code.replace(whole, part)
+    exec(code, {})
+    assert Path("report/certify/certificates.md").exists()
 
 
 def test_the_readme_shows_every_verb() -> None:

@@ -43,6 +43,7 @@ LAYERS = {
     "export": 11,
     "attack_folder": 11,
     "benchmarking": 11,
+    "certifying": 11,
     "paper": 11,
     "__init__": 12,
     "serve": 12,

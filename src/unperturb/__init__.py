@@ -15,6 +15,7 @@ _WHERE = {
     "AttackResult": "attacks",
     "Attacker": "attackers",
     "Benchmark": "benchmarking",
+    "Certificates": "certifying",
     "Classifier": "classifiers",
     "Defense": "defenses",
     "ImageSet": "data",
@@ -28,6 +29,7 @@ _WHERE = {
     "attack_images": "attack_folder",
     "benchmark": "benchmarking",
     "budget": "attacks",
+    "certify": "certifying",
     "compare": "results",
     "comparison_table": "results",
     "create_attack": "attacks",
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from unperturb.attacks import Attack, AttackResult, budget, create_attack, wrap_attack
     from unperturb.available import list_available
     from unperturb.benchmarking import Benchmark, benchmark
+    from unperturb.certifying import Certificates, certify
     from unperturb.classifiers import Classifier, create_classifier, load_classifier, wrap
     from unperturb.data import ImageSet, Splits, as_image_set, known_copy_note, load_dataset
     from unperturb.data.prepare import prepare

@@ -154,7 +154,7 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
     """What `benchmark` would do, checked; `unperturb.evaluation.plan.estimate` tells its cost."""
     from unperturb.data import as_image_set
     from unperturb.devices import pick_device
-    from unperturb.evaluation.checks import check_number, subset
+    from unperturb.evaluation.checks import check_number, subset, system_of
     from unperturb.evaluation.ladder import check_norm, ladder
     from unperturb.evaluation.plan import Cascade, Plan
     from unperturb.evaluation.surrogates import is_retrain, retrained, surrogates_of
@@ -169,7 +169,7 @@ def benchmark_plan(model: Callable[[Tensor], Any] | System, data: Any, **options
         check_number(what, number, 0 if what == "seed" else 1)
     images, n = as_image_set(data), options.get("n")
     images = subset(images, min(IMAGES, len(images)) if n is None else n)
-    system = _system(model, options.get("name", "model"), options.get("base"))
+    system = system_of(model, options.get("name", "model"), options.get("base"))
     system.check_data(images)
     device = pick_device(options.get("device", "auto"))
     own = options.get("surrogate_defense")
@@ -242,20 +242,6 @@ def model_from(
         refuse("no model of your own (module:object)", weights=weights, mean=mean, std=std)
         model = load_classifier(entry)
     return model if defense is None else Protected(model, load_defense(defense))
-
-
-def _system(model: Any, name: str, base: nn.Module | None) -> System:
-    """`model` as a system under `name`."""
-    from torch import nn
-
-    from unperturb.classifiers import wrap
-    from unperturb.systems import System
-
-    if isinstance(model, System):
-        if base is not None:
-            raise ValueError("a System says itself what its base is: pass System(name, net, base=...), not base=")
-        return model
-    return System.of(name, model if isinstance(model, nn.Module) else wrap(model), base)
 
 
 def _hidden(system: System, images: ImageSet, device: torch.device, surrogate: nn.Module | None) -> set[str]:

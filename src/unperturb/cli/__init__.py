@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from unperturb.cli.attacking import attack, benchmark, evaluate
+from unperturb.cli.certifying import certify
 from unperturb.cli.reporting import compare, export, report, reproduce
 from unperturb.cli.stock import cache, demo, list_things, prepare, show
 from unperturb.cli.terminal import complain, say
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-RESUMABLE = ("train", "train-classifier", "evaluate", "attack", "benchmark")
+RESUMABLE = ("train", "train-classifier", "evaluate", "attack", "benchmark", "certify")
 
 
 def _version(asked: bool) -> None:
@@ -51,7 +52,7 @@ def _program(
 
 
 # In the order of the help.
-_VERBS: list[Callable[..., None]] = [show, prepare, train_classifier, train, attack, evaluate, benchmark]
+_VERBS: list[Callable[..., None]] = [show, prepare, train_classifier, train, attack, evaluate, benchmark, certify]
 _VERBS += [export, compare, report, reproduce, cache]
 app.command()(demo)
 app.command(name="list")(list_things)  # `list` itself is Python's

@@ -11,6 +11,7 @@ from torch import nn
 
 from unperturb.attackers import Attacker, label_of
 from unperturb.attacks.base import Attack, attacks
+from unperturb.classifiers import wrap
 from unperturb.data import ImageSet, Splits
 from unperturb.defenses.base import Defense, Protected
 from unperturb.evaluation.identity import Identity, identify
@@ -106,6 +107,15 @@ def _system(name: object, model: object) -> System:
             f"not {_kind(model)}; {remedy}"
         )
     return System.of(name, model)
+
+
+def system_of(model: Any, name: str, base: nn.Module | None = None) -> System:
+    """`model`, any callable, as a system under `name`; one that is a `System` says all of it itself."""
+    if isinstance(model, System):
+        if base is not None:
+            raise ValueError("a System says itself what its base is: pass System(name, net, base=...), not base=")
+        return model
+    return System.of(name, model if isinstance(model, nn.Module) else wrap(model), base)
 
 
 def _on_shared_classifiers(systems: Sequence[System]) -> list[System]:
