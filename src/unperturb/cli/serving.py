@@ -24,6 +24,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes a free one.")] = 8000,
     size: Annotated[int | None, typer.Option(min=1, help="Side that pictures are resized to, if unknown.")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, max=3, help="1 (grey) or 3, if unknown.")] = None,
     token_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A token that clients must send (or $UNPERTURB_TOKEN).")
     ] = None,
@@ -45,6 +46,6 @@ def serve(
     sizes = {"batch": batch, "queue": queue, "max_bytes": max_bytes, "max_pixels": max_pixels}
     limits = Limits(wait_ms=wait_ms, timeout=timeout, **sizes)
     name = model if classifier is None else f"{model} before {classifier}"
-    where: dict[str, object] = {"host": host, "port": port, "device": device, "size": size}
-    protected = load_protected(model, classifier, size=size)
+    where: dict[str, object] = {"host": host, "port": port, "device": device, "size": size, "channels": channels}
+    protected = load_protected(model, classifier, size=size, channels=channels)
     run(protected, name=name, limits=limits, token=read_token(token_file), show=say, **where)  # type: ignore[arg-type]

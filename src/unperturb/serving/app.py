@@ -22,7 +22,7 @@ from unperturb.data.sets import DataError
 from unperturb.defenses import Protected
 from unperturb.runs import digest_of, environment
 from unperturb.serving.batching import Batcher, QueueFullError
-from unperturb.serving.inference import Answer, Shape, answer_batch
+from unperturb.serving.inference import Answer, Shape, answer_batch, check_model
 from unperturb.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -230,6 +230,7 @@ class _Observed:
 def _decoded(data: bytes, shape: Shape, most: int) -> tuple[Tensor, tuple[int, int]]:
     """(uint8 `(C, H, W)`, the size that the picture had); raises `HTTPException` for what is no such picture."""
     from fastapi import HTTPException
+    from PIL.Image import DecompressionBombError
 
     if not data:
         raise HTTPException(400, "the body is empty; send the bytes of a PNG or a JPEG")
@@ -243,6 +244,8 @@ def _decoded(data: bytes, shape: Shape, most: int) -> tuple[Tensor, tuple[int, i
             raise HTTPException(413, f"the picture has {height}x{width} pixels, more than {most:,}; send it smaller")
         pixels, _ = decode(picture, shape[1:], grey=shape[0] == 1)
     except DataError as error:
+        if isinstance(error.__cause__, DecompressionBombError):
+            raise HTTPException(413, f"the picture has more than {most:,} pixels; send it smaller") from error
         raise HTTPException(400, f"{error}; send a whole PNG or JPEG") from error
     image = torch.tensor(pixels)
     return (image[None] if image.ndim == 2 else image.permute(2, 0, 1)), (height, width)
@@ -254,7 +257,7 @@ def _decoded(data: bytes, shape: Shape, most: int) -> tuple[Tensor, tuple[int, i
 def create_app(served: Served) -> "FastAPI":
     """The ASGI app of a service. Its first batch is run here, so that a model that fails does so before it is asked.
 
-    Raises `ImportError` without the extra `serve`, and whatever the model raises.
+    Raises `ImportError` without the extra `serve`, `ValueError` where the model fails.
     """
     from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
     from fastapi.exceptions import RequestValidationError
@@ -267,8 +270,7 @@ def create_app(served: Served) -> "FastAPI":
 
     model, shape, limits = served.model, served.shape, served.limits
     metrics = _Metrics()
-    first = answer_batch(model, [torch.zeros(shape, dtype=torch.uint8)] * limits.batch, served.device)
-    info = _info(served, len(first[0].before))
+    info = _info(served, check_model(model, shape, limits.batch, served.device))
     thresholds = model.defense.thresholds.tolist()
 
     def answers(images: list[Tensor]) -> list[Answer]:

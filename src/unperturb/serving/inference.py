@@ -60,39 +60,57 @@ def answer_batch(model: Protected, images: Sequence[Tensor], device: torch.devic
     return [Answer(*each) for each in zip(*(part.cpu() for part in parts))]
 
 
-def image_shape(model: Protected, size: int | None = None) -> Shape:
-    """(C, H, W) of the images that `model` takes. size: their side, where it does not know it itself.
+def image_shape(model: Protected, size: int | None = None, channels: int | None = None) -> Shape:
+    """(C, H, W) of the images that `model` takes. size, channels: theirs, where it does not know them itself; 3
+    channels where nobody does.
 
-    Raises `ValueError` where nobody says the size, or it is another, or the images are neither grey nor of 3 channels.
+    Raises `ValueError` where nobody says the size, the model says another, or there are neither 1 nor 3 channels.
     """
     takes = getattr(model.classifier, "takes", (None, None, None))
     own = (model.defense.channels, model.defense.size, model.defense.size)
-    channels, height, width = (a if a is not None else b for a, b in zip(takes, own))
-    if size is not None and {height, width} - {None, size}:
-        raise ValueError(f"the model takes images of {shape_words(takes)}, not of {size}x{size}: leave out --size")
-    height, width = height or size, width or size
-    if height is None or width is None:
+    known = tuple(a if a is not None else b for a, b in zip(takes, own))
+    given = (channels, size, size)
+    if any(a is not None and b not in (None, a) for a, b in zip(known, given)):
+        raise ValueError(f"the model takes images of {shape_words(known)}: leave out --size and --channels")
+    c, h, w = (a if a is not None else b for a, b in zip(known, given))
+    if h is None or w is None:
         raise ValueError("the model takes images of any size: say which pictures are resized to, such as --size 32")
-    if channels is None:
-        channels = 3
-    if channels not in (1, 3):
-        raise ValueError(f"the model takes images of {channels} channels, and pictures have 1 (grey) or 3")
-    return channels, height, width
+    c = 3 if c is None else c
+    if c not in (1, 3):
+        raise ValueError(f"the model takes images of {c} channels, and pictures have 1 (grey) or 3")
+    return c, h, w
 
 
-def load_protected(model: str, classifier: str | None = None, *, size: int | None = None) -> Protected:
+def check_model(model: Protected, shape: Shape, batch: int, device: torch.device) -> int:
+    """The number of classes that `model` tells apart, after it has seen a batch of black images.
+
+    Raises `ValueError` where it fails on them.
+    """
+    try:
+        answers = answer_batch(model, [torch.zeros(shape, dtype=torch.uint8)] * batch, device)
+    except Exception as error:  # a model may raise anything
+        raise ValueError(
+            f"the model fails on images of {shape_words(shape)}: {type(error).__name__}: {error}; if it takes others, "
+            "choose --size and --channels"
+        ) from error
+    return len(answers[0].before)
+
+
+def load_protected(
+    model: str, classifier: str | None = None, *, size: int | None = None, channels: int | None = None
+) -> Protected:
     """The protected model that a command names, in eval mode, on the CPU.
 
     model: with `classifier`, the purifier: a run folder, `zoo:NAME`, a name such as "median", several of these joined
     by `+`, or `module:object`. Without it, both: a folder that `Protected.save_pretrained` wrote, `owner/name` on the
-    hub, or `module:object`. classifier: a run folder, `zoo:NAME`, an ONNX file, or `module:object`. size: see
-    `image_shape`; a model of one's own is tried on two images of it.
+    hub, or `module:object`. classifier: a run folder, `zoo:NAME`, an ONNX file, or `module:object`. size, channels: a
+    classifier of one's own is tried on two such images.
 
     Raises `RunError`, `ValueError` or `TypeError`, which say what is wrong.
     """
     own = import_object(model) if is_import_path(model) else None
     if classifier is not None:
-        return Protected(_classifier(classifier, size), load_defense(model) if own is None else own).eval()
+        return Protected(_classifier(classifier, size, channels), load_defense(model) if own is None else own).eval()
     if own is None:
         if "+" in model or zoo.of_another_kind(model, "classifier"):
             raise RunError(f"{model} is a purifier: name the classifier behind it with --classifier")
@@ -107,8 +125,8 @@ def load_protected(model: str, classifier: str | None = None, *, size: int | Non
     return own.eval()
 
 
-def _classifier(entry: str, size: int | None) -> torch.nn.Module:
+def _classifier(entry: str, size: int | None, channels: int | None) -> torch.nn.Module:
     if is_import_path(entry):
         own = import_object(entry)
-        return own.eval() if isinstance(own, Classifier) else wrap(own, size=size)
+        return own.eval() if isinstance(own, Classifier) else wrap(own, size=size, channels=channels)
     return wrap(entry) if Path(entry).suffix.lower() == ".onnx" else load_classifier(entry)

@@ -32,6 +32,7 @@ def serve(
     *,
     name: str = "model",
     size: int | None = None,
+    channels: int | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     limits: Limits | None = None,
@@ -42,14 +43,14 @@ def serve(
     """Answer HTTP requests with `model` until SIGINT or SIGTERM, which are raised again once all that was taken is
     answered. See docs/serve.md.
 
-    model: moved to `device`, in eval mode. name: what `/info` calls it. size: the side that pictures are resized to,
-    where the model does not know it. port: 0 takes a free one. limits: `unperturb.serving.Limits`. token: what clients
-    have to send, if anything. show: is told where the service is.
+    model: moved to `device`, in eval mode. name: what `/info` calls it. size, channels: of its images, where it does
+    not know them: the side that pictures are resized to, and 1 (grey) or 3. port: 0 takes a free one. limits:
+    `unperturb.serving.Limits`. token: what clients have to send, if anything. show: is told where the service is.
 
-    Raises `ImportError` without the extra `serve`; `ValueError` for a model that takes no pictures, a token that cannot
-    be sent, or an address that cannot be had.
+    Raises `ImportError` without the extra `serve`; `ValueError` for a model that fails on such images, a token that
+    cannot be sent, or an address that cannot be had.
     """
-    server, listening, url = _prepared(model, name, size, host, port, limits, token, device)
+    server, listening, url = _prepared(model, name, size, channels, host, port, limits, token, device)
     if not _log.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -69,13 +70,14 @@ def running(
     *,
     name: str = "model",
     size: int | None = None,
+    channels: int | None = None,
     limits: Limits | None = None,
     token: str | None = None,
     device: str = "auto",
 ) -> Iterator[str]:
     """Inside: `model` is served by a thread of this program, on a free port of 127.0.0.1; yields the URL. After: all
     that was taken is answered, and the service has ended. Arguments and errors are those of `serve`."""
-    server, listening, url = _prepared(model, name, size, "127.0.0.1", 0, limits, token, device)
+    server, listening, url = _prepared(model, name, size, channels, "127.0.0.1", 0, limits, token, device)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="unperturb-server", daemon=True)
     thread.start()
     while not server.started and thread.is_alive():
@@ -115,6 +117,7 @@ def _prepared(
     model: Protected,
     name: str,
     size: int | None,
+    channels: int | None,
     host: str,
     port: int,
     limits: Limits | None,
@@ -128,7 +131,7 @@ def _prepared(
     if not isinstance(model, Protected):
         raise TypeError(f"serve takes a unperturb.Protected(classifier, purifier), not {type(model).__name__}")
     limits = limits or Limits()
-    shape = image_shape(model, size)
+    shape = image_shape(model, size, channels)
     where = pick_device(device)
     token = None if token is None else _checked(token, "token")
     app = create_app(Served(model.to(where).eval(), name, shape, where, limits, token))
