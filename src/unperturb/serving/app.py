@@ -175,9 +175,10 @@ class _Metrics:
     """What Prometheus is told; a registry of its own, so that one program may hold several services."""
 
     def __init__(self) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # CPU seconds and memory
         self.requests = Counter("unperturb_requests", "Requests answered.", ["path", "status"], registry=self.registry)
         self.seconds = Histogram(
             "unperturb_request_seconds", "Seconds from a request to its answer.", ["path"], registry=self.registry

@@ -162,10 +162,17 @@ def _uvicorn() -> Any:
 def _listen(host: str, port: int) -> tuple[socket.socket, str]:
     if not 0 <= port <= 65_535:
         raise ValueError(f"port must be from 0 (a free one) to 65535, not {port}")
+    listening = None
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.create_server(address[:2], family=family, backlog=2048)
+        # With its protocol, which asyncio looks at: else small answers wait 40 ms for the last one's receipt.
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
     except OSError as error:
+        if listening is not None:
+            listening.close()
         raise ValueError(
             f"cannot listen on {host}, port {port} ({error.strerror}): choose others with --host and --port; port 0 "
             "takes a free one"
