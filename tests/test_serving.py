@@ -10,6 +10,8 @@ import json
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -667,6 +669,29 @@ def test_the_verb_says_what_is_wrong(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "No such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_page_says_what_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("digit.png").write_bytes(PNG)
+    lines = [line for line in page.splitlines() if line.startswith("curl ")]
+    assert len(lines) == 4
+    with running(protected(), **ANY) as url:
+        (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+        known: dict[str, Any] = {}
+        exec(code.replace("http://127.0.0.1:8000", url), known)
+        restored = Path("restored.png").read_bytes()
+        (shown,) = re.findall(r"```json\n(.*?)```", page, flags=re.S)
+        assert set(json.loads(shown)) == set(known["said"])
+        if shutil.which("curl") is None:
+            pytest.skip("there is no curl here")
+        Path("restored.png").unlink()
+        for line in lines:
+            words = [word.replace("http://127.0.0.1:8000", url) for word in shlex.split(line)]
+            done = subprocess.run([*words, "-sS", "--fail"], capture_output=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+        assert Path("restored.png").read_bytes() == restored
 
 
 @pytest.mark.slow
