@@ -45,8 +45,8 @@ LAYERS = {
     "benchmarking": 11,
     "certifying": 11,
     "paper": 11,
+    "serving": 11,
     "__init__": 12,
-    "serve": 12,
     "app": 12,
     "demo": 12,
     "available": 12,
@@ -87,6 +87,7 @@ ORDER = {
         "probe",
         "run",
     ],
+    "serving": ["limits", "batching", "inference", "app", "server"],
 }
 # An arrow from one sibling to another: a cascade is made of its members, and what is wrapped may be a file.
 FAMILIES = {
@@ -228,7 +229,7 @@ def test_every_file_is_imported_by_its_init(module: str) -> None:
 HEAVY = {"torch", "numpy", "pandas", "kornia", "datasets", "lightning_fabric", "matplotlib", "sklearn", "scipy", "ray"}
 # Imported when they are needed, inside the functions that need them: seconds each.
 LAZY = {"kornia", "datasets", "lightning_fabric", "matplotlib", "sklearn", "pandas", "pyarrow", "ray", "gradio"}
-LAZY |= {"onnx", "onnxruntime"}
+LAZY |= {"onnx", "onnxruntime", "fastapi", "starlette", "uvicorn", "prometheus_client", "python_multipart"}
 
 
 def at_the_top(text: str) -> Iterator[tuple[int, str]]:

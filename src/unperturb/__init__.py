@@ -46,6 +46,7 @@ _WHERE = {
     "read_rows": "results.schema",
     "robust_accuracy": "results",
     "run_evaluation": "evaluation.run",
+    "serve": "serving",
     "table": "results",
     "train_classifier": "training.jobs",
     "train_defense": "training.jobs",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from unperturb.results import Results, compare, comparison_table, robust_accuracy, table
     from unperturb.results.page import write_report
     from unperturb.results.schema import read_rows
+    from unperturb.serving import serve
     from unperturb.systems import System
     from unperturb.threat_models import ThreatModel
     from unperturb.training.jobs import train_classifier, train_defense

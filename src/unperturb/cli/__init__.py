@@ -17,6 +17,7 @@ import typer
 from unperturb.cli.attacking import attack, benchmark, evaluate
 from unperturb.cli.certifying import certify
 from unperturb.cli.reporting import compare, export, report, reproduce
+from unperturb.cli.serving import serve
 from unperturb.cli.stock import cache, demo, list_things, prepare, show
 from unperturb.cli.terminal import complain, say
 from unperturb.cli.training import train, train_classifier
@@ -53,7 +54,7 @@ def _program(
 
 # In the order of the help.
 _VERBS: list[Callable[..., None]] = [show, prepare, train_classifier, train, attack, evaluate, benchmark, certify]
-_VERBS += [export, compare, report, reproduce, cache]
+_VERBS += [export, serve, compare, report, reproduce, cache]
 app.command()(demo)
 app.command(name="list")(list_things)  # `list` itself is Python's
 for _verb in _VERBS:

@@ -32,13 +32,14 @@ Pixels = NDArray[np.uint8]
 class Picture:
     """One encoded picture with its label. data: PNG, JPEG, ... bytes or the file that holds them. where: for errors.
 
-    fault: why it cannot be used ("": it can), found before it was opened.
+    fault: why it cannot be used ("": it can), found before it was opened. formats: what it may be, of `FORMATS`.
     """
 
     data: bytes | Path
     label: int
     where: str
     fault: str = ""
+    formats: tuple[str, ...] = FORMATS
 
 
 def decode(picture: Picture, size: tuple[int, int], grey: bool) -> tuple[Pixels, bool]:
@@ -77,6 +78,12 @@ def decode(picture: Picture, size: tuple[int, int], grey: bool) -> tuple[Pixels,
             return np.asarray(image), was_grey
 
 
+def stored_size(picture: Picture) -> tuple[int, int]:
+    """(H, W) as the header has it, however the picture is to be turned; nothing is decoded. Raises `DataError`."""
+    with _open(picture) as image:
+        return image.height, image.width
+
+
 def picture_size(picture: Picture) -> tuple[int, int]:
     """(H, W) of the picture as it stands upright; raises `DataError` as `decode` does."""
     with _open(picture) as image:
@@ -102,7 +109,7 @@ def _open(picture: Picture) -> Iterator[Image.Image]:
         length = len(data) if isinstance(data, bytes) else _length(data)
         if not length:
             raise ValueError("empty")
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=picture.formats) as image:
             yield image
     except UnidentifiedImageError:
         raise DataError(f"{picture.where}: not a whole picture (of no format that is read)") from None
