@@ -315,7 +315,7 @@ def test_a_base_that_cannot_be(base: str, said: str, based: Path) -> None:
     [
         ("adversarial_large-fashion_mnist", {"training.epochs": 15, "objective.ramp": 3000, "augment.flip": True}),
         ("bit_depth-fashion_mnist", {"defense": {"name": "bit_depth", "bits": 3}, "training.steps": 1}),
-        ("classifier-cifar100", {"classifier.name": "airbench", "training.lr": 0.35, "training.schedule": "linear"}),
+        ("classifier-cifar100", {"classifier.name": "airbench", "training.lr": 8e-3, "training.schedule": "linear"}),
         ("distilled-cifar10", {"classifier.scale": 11.0, "training.optimizer": "muon", "training.ema": 0.99}),
         ("finetune-cifar10", {"size": 32, "training.steps": 3800, "training.ema": 0.99, "defense.weights.repair": 50}),
         ("hgd-cifar10", {"size": None, "defense.denoiser.width": 48, "training.validate_every": 0.5}),
