@@ -115,6 +115,31 @@ def test_a_stopped_run_goes_on_to_the_same_certificates(tmp_path: Path) -> None:
     assert again.rows.equals(whole.rows)
 
 
+def test_a_resumed_run_knows_another_model_of_ones_own(tmp_path: Path) -> None:
+    class Reversed(Half):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).flip(1)
+
+    data = greys(0.3, 0.4, 0.6, 0.7, labels=[0, 0, 1, 1])
+    certify(Half(), data, batch=2, draws=50, out=tmp_path)
+    again = certify(Half(), data, batch=2, draws=50, out=tmp_path, resume=True)  # as in another process
+    assert len(again.rows) == 4
+    with pytest.raises(RunError, match="was begun with another model"):
+        certify(Reversed(), data, batch=2, draws=50, out=tmp_path, resume=True)
+
+
+def test_an_answer_that_is_no_number_is_no_vote() -> None:
+    class Sometimes(Half):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            return torch.where(images[:, 0, 0, 0, None] > images[:, 0, 1, 1, None], logits, torch.nan)
+
+    found = certify(Sometimes(), greys(0.9, labels=[1]), sigma=0.1, draws=2000)
+    assert found.rows["votes"][0] == pytest.approx(1000, abs=150)
+    silent = certify(Sometimes(), greys(0.9, 0.1, labels=[0, 0]), sigma=0.1, draws=200)
+    assert silent.rows["radius"][0] == 0.0
+
+
 def test_denoised_smoothing_brings_its_noise(tiny_digits: Splits) -> None:
     net = up.create_classifier("convnet", channels=1, size=8, classes=10, mean=[0.3], std=[0.35])
     defense = up.create_defense("denoised_smoothing", channels=1, sigma=0.1, denoiser={"width": 4})
@@ -132,7 +157,7 @@ def test_mistakes(tiny_digits: Splits) -> None:
         certify(net, tiny_digits.test, sigma=None)
     with pytest.raises(ValueError, match=r"alpha must lie between 0 and 0.5"):
         certify(net, tiny_digits.test, alpha=0.5)
-    with pytest.raises(ValueError, match=r"draws must be at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"draws must be a whole number of 1 or more, not 0"):
         certify(net, tiny_digits.test, draws=0)
 
     class Other(up.Defense):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from unperturb.data import ImageSet
     from unperturb.systems import System
@@ -45,7 +45,8 @@ class Certificates:
     @property
     def largest(self) -> float:
         """The radius that an image is certified at when all draws agree: none can be larger."""
-        return _radius(self.settings["draws"], self.settings["draws"], self.settings["alpha"], self.settings["sigma"])
+        draws = self.settings["draws"]
+        return _radius(_lower(draws, draws, self.settings["alpha"]), self.settings["sigma"])
 
     def radii(self, most: int = 8) -> list[float]:
         """Round radii from 0 to the largest, at most so many."""
@@ -151,46 +152,45 @@ def certify(
     from unperturb import runs, screen
     from unperturb.data import as_image_set
     from unperturb.devices import pick_device
-    from unperturb.evaluation.checks import subset, system_of
-    from unperturb.evaluation.identity import identify
-    from unperturb.evaluation.trial import at_work, drawing
+    from unperturb.evaluation.behavior import recognize
+    from unperturb.evaluation.checks import check_number, subset, system_of
+    from unperturb.evaluation.plan import Plan
+    from unperturb.evaluation.run import fingerprints
 
     images = as_image_set(data)
     images = subset(images, min(IMAGES, len(images)) if n is None else n)
     system = system_of(model, name)
-    system.check_data(images)
     noise = noise_of(system, sigma)
     for what, number in (("draws", draws), ("selection", selection), ("batch", batch)):
-        if number < 1:
-            raise ValueError(f"{what} must be at least 1, not {number}")
+        check_number(what, number, 1)
+    check_number("seed", seed, 0)
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha must lie between 0 and 0.5, such as 0.001, not {alpha}")
+    plan = Plan(images, [system], {}, device=pick_device(device))
+    plan.check()
     settings = {
         "kind": "certificates", "data": images.source, "split": images.name, "n": len(images), "sigma": noise,
         "draws": draws, "selection": selection, "alpha": alpha, "batch": batch, "seed": seed,
     }  # fmt: skip
-    where = pick_device(device)
+    answer, found = smoothed(system, noise), []
     parts = torch.arange(len(images)).split(batch)
     with contextlib.ExitStack() as stack:
-        model = system.model
-        stack.enter_context(at_work(model, where))
+        stack.enter_context(plan.at_work())
         if out is not None:
             out = Path(out)
-            fixed = {**settings, "fingerprint": images.fingerprint, "model": identify(model).key}
             stack.enter_context(runs.lock(out))
-            runs.open_run(out, fixed, resume=resume)
+            runs.open_run(out, {**settings, "fingerprints": fingerprints(plan)}, resume=resume)
+            recognize(plan, out)
         update = stack.enter_context(screen.shown("certifying", progress, quiet))
-        found = []
         for number, rows in enumerate(parts):
             path = None if out is None else out / ROWS / f"{number:04d}.parquet"
-            if path is None or not path.exists():
-                with drawing(seed * 1_000_003 + number, where):
-                    table = _certified(
-                        smoothed(system, model, noise), images, rows, where, draws, selection, alpha, noise
-                    )
+            if path is not None and path.exists():
+                found.append(pd.read_parquet(path))
+            else:
+                with plan.drawing(seed * 1_000_003 + number):
+                    found.append(_certified(answer, images, rows, plan.device, draws, selection, alpha, noise))
                 if path is not None:
-                    runs.write_atomically(path, table.to_parquet)
-            found.append(table if path is None else pd.read_parquet(path))
+                    runs.write_atomically(path, found[-1].to_parquet)
             if update is not None:
                 update(number + 1, len(parts))
     return Certificates(system.name, pd.concat(found, ignore_index=True), settings)
@@ -217,12 +217,13 @@ def noise_of(system: System, sigma: float | None) -> float:
     return sigma
 
 
-def smoothed(system: System, model: nn.Module, sigma: float) -> Callable[[Tensor], Tensor]:
+def smoothed(system: System, sigma: float) -> Callable[[Tensor], Tensor]:
     """From images to logits by one draw of the noise, from torch's generator."""
     import torch
 
     from unperturb.modules import logits_of
 
+    model = system.model
     if system.random:  # it brings its noise
         return lambda images: logits_of(model, images)
     if system.purifier is None:
@@ -251,7 +252,8 @@ def _certified(
     votes = torch.zeros_like(labels)
     if bool(sure.any()):
         votes[sure] = _votes(answer, images[sure], draws).gather(1, guess[sure][:, None])[:, 0]
-    radius = [_radius(v, draws, alpha, sigma) for v in votes.tolist()]
+    lower = [_lower(v, draws, alpha) for v in votes.tolist()]
+    radius = [_radius(bound, sigma) for bound in lower]
     prediction = torch.where(sure & (torch.tensor(radius, device=device) <= 0), ABSTAINS, guess)
     return pd.DataFrame(
         {
@@ -259,21 +261,23 @@ def _certified(
             "label": labels.tolist(),
             "prediction": prediction.tolist(),
             "votes": votes.tolist(),
-            "lower": [_lower(v, draws, alpha) for v in votes.tolist()],
+            "lower": lower,
             "radius": radius,
         }
     )
 
 
 def _votes(answer: Callable[[Tensor], Tensor], images: Tensor, draws: int) -> Tensor:
-    """`(N, K)`: how often each class is the answer, of `draws` for each image."""
+    """`(N, K)`: how often each class is the answer, of `draws` for each image; logits that are not finite are none."""
     import torch
+
+    from unperturb.modules import classes_of
 
     with torch.inference_mode():
         counts: Any = 0
         for _ in range(draws):
             logits = answer(images)
-            counts = counts + torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1])
+            counts = counts + torch.nn.functional.one_hot(classes_of(logits) + 1, logits.shape[1] + 1)[:, 1:]
     found: Tensor = counts
     return found
 
@@ -285,8 +289,7 @@ def _lower(votes: int, draws: int, alpha: float) -> float:
     return clopper_pearson(votes, draws, 1 - 2 * alpha)[0]
 
 
-def _radius(votes: int, draws: int, alpha: float, sigma: float) -> float:
+def _radius(lower: float, sigma: float) -> float:
     from statistics import NormalDist
 
-    lower = _lower(votes, draws, alpha)
     return sigma * NormalDist().inv_cdf(lower) if lower > 0.5 else 0.0

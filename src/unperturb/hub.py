@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from abc import abstractmethod
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -83,9 +84,9 @@ class Pretrained:
             sent = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=FILES)
         return str(sent.commit_url)
 
+    @abstractmethod
     def _save(self, folder: Path) -> None:
-        """Each kind of model writes itself."""
-        raise NotImplementedError
+        """Write the files that `_written` names; each kind of model does."""
 
 
 def _fetched(source: str | Path, revision: str | None) -> Path:

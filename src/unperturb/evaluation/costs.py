@@ -98,6 +98,7 @@ def _operations(plan: Plan) -> tuple[float, float]:
     images, _ = plan.data.batch(torch.arange(min(2, len(plan.data))), plan.device)
     targets: dict[str, tuple[float, float]] = {}
     made: dict[str, tuple[float, float]] = {}
+    certain: dict[str, float] = {}
     asked: dict[tuple[int, int], tuple[System, set[str]]] = {}
     cells = plan.cells()
     models = [cell.target() for cell in cells]  # alive until the end: the id of what has gone is given again
@@ -107,19 +108,23 @@ def _operations(plan: Plan) -> tuple[float, float]:
             targets[one] = _passes(target, images, backward=cell.attacker.attack.needs_gradient)
         if adversarials not in made:
             bills = billed(cell.attacker.attack, images, plan.data.classes)
-            least, most = (forwards * targets[one][0] + backwards * targets[one][1] for forwards, backwards in bills)
-            made[adversarials] = least * _certain(plan, cell), most
+            low, high = (forwards * targets[one][0] + backwards * targets[one][1] for forwards, backwards in bills)
+            made[adversarials] = low, high
+        certain[adversarials] = max(certain.get(adversarials, 0.0), _certain(plan, cell))
         for system in (System("", cell.system.bare), cell.system):
             key = id(system.classifier), id(system.purifier)
             asked.setdefault(key, (system, set()))[1].update(("clean", adversarials))
         asked[key][1].add(f"{adversarials} in 8 bits")
     answers = sum(len(seen) * plan.draws_of(system) * _answer(system, images) for system, seen in asked.values())
-    return sum(least for least, _ in made.values()) + answers, sum(most for _, most in made.values()) + answers
+    least = sum(certain[key] * one for key, (one, _) in made.items())
+    return least + answers, sum(most for _, most in made.values()) + answers
 
 
 def _certain(plan: Plan, cell: Cell) -> float:
     """The share of the images that a cell attacks whatever those before it have broken."""
-    if plan.cascade is None or cell.label in plan.cascade.whole or cell.attacker.knowledge in ("none", *SHARED):
+    if plan.cascade is None or cell.label in plan.cascade.whole or cell.attacker.knowledge == "none":
+        return 1.0
+    if cell.attacker.knowledge in SHARED and not cell.system.undefended:
         return 1.0
     return min(1.0, plan.cascade.doubted / max(1, len(plan.data)))
 
