@@ -45,9 +45,9 @@ from torch import Tensor, nn
 from attacks_cases import NETS, SPENT, Case, Field, cases, line_up, prepare
 from attacks_peers import MODULES, PEERS, Makers, Run
 from attacks_report import FUSED, OURS, loses, marks, plot, print_table
-from unperturb.attacks.base import BallAttack
 from unperturb.attacks.deepfool import DeepFool
 from unperturb.attacks.jsma import JSMA
+from unperturb.attacks.kinds import BallAttack
 from unperturb.runs import environment, read_json, write_json
 
 HERE = Path(__file__).resolve().parent

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from unperturb import attackers
 from unperturb.attacks import Attack, attacks, budget, create_attack
 from unperturb.attacks.apgd import TargetedLoss
-from unperturb.attacks.base import BallAttack, Best, MinimalAttack
 from unperturb.attacks.context import AttackContext, NoGradientError
+from unperturb.attacks.kinds import BallAttack, Best, MinimalAttack
 from unperturb.attacks.losses import LOSSES, margin
 from unperturb.modules import frozen
 from unperturb.registry import UnknownNameError

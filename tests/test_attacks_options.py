@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from unperturb.attacks import attacks, create_attack
 from unperturb.attacks.apgd import TargetedLoss
-from unperturb.attacks.base import BallAttack, Best
 from unperturb.attacks.context import SHARED, PerImage
+from unperturb.attacks.kinds import BallAttack, Best
 from unperturb.attacks.losses import margin
 from unperturb.attacks.projections import project_, to_8_bit
 

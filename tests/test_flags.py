@@ -18,7 +18,7 @@ from sabotaged import BATCH, HONEST, SABOTAGED, attackers, digits, evaluated
 from sabotaged import EPS as SMALL
 from unperturb.attackers import Attacker
 from unperturb.attacks import attacks, create_attack
-from unperturb.attacks.base import MinimalAttack
+from unperturb.attacks.kinds import MinimalAttack
 from unperturb.classifiers import load_classifier
 from unperturb.data import load_dataset
 from unperturb.defenses import load_defense

@@ -59,7 +59,7 @@ LAYERS = {
 ACROSS = {("__init__", "available"), ("hub", "zoo"), ("hub", "runs")}
 # Inside a folder: what siblings may import, or the order of its files from the bottom up.
 SHARED = {
-    "attacks": {"projections", "base", "losses", "context"},
+    "attacks": {"projections", "base", "kinds", "losses", "context"},
     "defenses": {"base", "gan_losses", "networks"},
     "classifiers": {"base"},
     "cli": {"terminal", "options"},
@@ -314,7 +314,7 @@ PACKAGE = {
         (
             "attacks/base.py",
             "from unperturb.attacks import pgd",
-            "imports attacks.pgd: attacks/ shares base, context, losses, projections only",
+            "imports attacks.pgd: attacks/ shares base, context, kinds, losses, projections only",
         ),
         (
             "training/adversarial_batches.py",

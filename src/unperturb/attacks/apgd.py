@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import BallAttack, Best, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext, PerImage
+from unperturb.attacks.kinds import BallAttack, Best
 from unperturb.attacks.losses import LossFunction, attack_loss, margin
 from unperturb.attacks.projections import Norm, l2_norm, projection
 

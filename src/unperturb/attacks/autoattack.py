@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from unperturb.attacks.apgd import APGD, APGDT, mean_logits, target_classes
-from unperturb.attacks.base import BallAttack, Best, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext
 from unperturb.attacks.fab import FAB
+from unperturb.attacks.kinds import BallAttack, Best
 from unperturb.attacks.losses import attack_loss, cross_entropy, margin
 from unperturb.attacks.projections import project_
 from unperturb.attacks.square import Square

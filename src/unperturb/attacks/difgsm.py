@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unperturb import per_image_rng
-from unperturb.attacks.base import Look, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext
+from unperturb.attacks.kinds import Look
 from unperturb.attacks.losses import LossFunction
 from unperturb.attacks.mim import MIM
 from unperturb.attacks.projections import column

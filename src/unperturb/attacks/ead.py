@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unperturb.attacks.base import Best, MinimalAttack, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext
+from unperturb.attacks.kinds import Best, MinimalAttack
 from unperturb.attacks.losses import margin
 
 

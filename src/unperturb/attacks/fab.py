@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from unperturb.attacks.apgd import TargetedLoss, target_classes
-from unperturb.attacks.base import Best, MinimalAttack, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext, PerImage
+from unperturb.attacks.kinds import Best, MinimalAttack
 from unperturb.attacks.losses import margin
 from unperturb.attacks.projections import Norm
 from unperturb.threat_models import budget

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unperturb.attacks.base import BallAttack, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext
+from unperturb.attacks.kinds import BallAttack
 from unperturb.attacks.losses import attack_loss
 
 

@@ -9,8 +9,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import Best, MinimalAttack, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext
+from unperturb.attacks.kinds import Best, MinimalAttack
 from unperturb.attacks.losses import margin
 from unperturb.attacks.projections import column, l2_norm, project_
 

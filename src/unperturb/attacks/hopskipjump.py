@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unperturb import per_image_rng
-from unperturb.attacks.base import Best, MinimalAttack, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext, PerImage
+from unperturb.attacks.kinds import Best, MinimalAttack
 from unperturb.attacks.projections import column, l2_norm
 
 _TRIALS = 64  # random images that are shown until one is of another class

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import MinimalAttack, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext, PerImage
+from unperturb.attacks.kinds import MinimalAttack
 
 _SATURATED = 0.01  # a value this near to its limit counts as there: what is left of it could change nothing
 _PAIRS_AT_ONCE = 1 << 22  # bounds the memory of the pair scores, whatever the image size

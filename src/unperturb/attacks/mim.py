@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unperturb.attacks.base import IterativeAttack, attacks
+from unperturb.attacks.base import attacks
+from unperturb.attacks.kinds import IterativeAttack
 
 
 @attacks.register("mim")

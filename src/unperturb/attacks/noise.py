@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import BallAttack, Best, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext
+from unperturb.attacks.kinds import BallAttack, Best
 from unperturb.attacks.losses import attack_loss
 from unperturb.attacks.projections import l2_norm
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unperturb import per_image_rng
-from unperturb.attacks.base import Attack, Best, attacks
+from unperturb.attacks.base import Attack, attacks
 from unperturb.attacks.context import AttackContext
+from unperturb.attacks.kinds import Best
 from unperturb.attacks.losses import LossFunction, attack_loss, checked_loss
 
 _MOMENTUM = 0.9

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from unperturb.attacks.base import IterativeAttack, attacks
+from unperturb.attacks.base import attacks
+from unperturb.attacks.kinds import IterativeAttack
 
 
 @attacks.register("pgd")

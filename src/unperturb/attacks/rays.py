@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import MinimalAttack, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import SHARED, AttackContext, PerImage
+from unperturb.attacks.kinds import MinimalAttack
 from unperturb.threat_models import budget
 
 _CORNERS = 64

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unperturb.attacks.base import Look, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext
+from unperturb.attacks.kinds import Look
 from unperturb.attacks.losses import LossFunction
 from unperturb.attacks.nifgsm import NIFGSM
 

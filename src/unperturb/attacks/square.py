@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from unperturb import per_image_rng
-from unperturb.attacks.base import BallAttack, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext, PerImage
+from unperturb.attacks.kinds import BallAttack
 from unperturb.attacks.losses import margin
 from unperturb.attacks.projections import l2_norm
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unperturb.attacks.base import Look, attacks
+from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext
+from unperturb.attacks.kinds import Look
 from unperturb.attacks.losses import LossFunction
 from unperturb.attacks.mim import MIM
 
