@@ -75,11 +75,12 @@ class Certificates:
         axes.fill_between(at, found[:, 1], found[:, 2], color="#2a6f97", alpha=0.18, linewidth=0)
         axes.plot(at, found[:, 0], color="#2a6f97", linewidth=2)
         axes.set_xlim(0, float(at[-1]))
-        axes.set_xlabel("L2 radius")
+        axes.set_xlabel("L2 radius, pixels in [0, 1]")
+        axes.set_ylabel("certified accuracy, %")
         percent_axis(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(
-            f"{self.system}: certified accuracy, sigma {self.settings['sigma']:g}, {len(self.rows):,} images",
+            f"{self.system}: sigma {self.settings['sigma']:g}, {len(self.rows):,} images of {self.settings['data']}",
             loc="left",
             fontsize=11,
         )

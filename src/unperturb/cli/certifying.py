@@ -32,6 +32,7 @@ def certify(
     resume: Resume = False,
 ) -> None:
     """Prove an L2 radius around each image in which no attacker changes the answer of the smoothed model."""
+    from unperturb import zoo
     from unperturb.benchmarking import model_from
     from unperturb.certifying import certify as run_certify
     from unperturb.data import load_dataset
@@ -40,7 +41,7 @@ def certify(
     images = getattr(load_dataset(data, size=size), split)
     own = {"weights": weights, "mean": numbers(mean, "--mean"), "std": numbers(std, "--std")}
     judged = model_from(model, images, defense=defense, **own)  # type: ignore[arg-type]
-    name = Path(defense or model).name.replace(":", "-")
+    name = Path((defense or model).removeprefix(zoo.PREFIX)).name.replace(":", "-")
     out = out or Path("runs") / f"certify-{name}"
     with progress_bar("certifying") as update:
         found = run_certify(
