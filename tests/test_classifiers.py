@@ -31,6 +31,7 @@ MADE_FOR = {
     "resnet8": (1, 28, 10, 80),
     "resnet14": (1, 28, 21, 180),
     "resnet20": (3, 32, 42, 280),
+    "small_cnn": (1, 28, 10.5, 320),
     "vgg": (3, 32, 40, 300),
     "airbench": (3, 32, 55, 1150),
     "mobilenet": (3, 32, 52, 650),
@@ -199,7 +200,9 @@ def test_shapes_and_statistics_that_cannot_be(change: dict[str, object], message
         create_classifier("lenet5", **given)
 
 
-@pytest.mark.parametrize(("name", "size"), [("airbench", 8), ("vgg", 4), ("convnext", 8), ("convnet", 3)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("airbench", 8), ("vgg", 4), ("convnext", 8), ("convnet", 3), ("small_cnn", 15)]
+)
 def test_images_too_small_for_a_net(name: str, size: int) -> None:
     with pytest.raises(ValueError, match="pixels or more; got"):
         make(name, size)

@@ -21,6 +21,7 @@ NORMS = {
     "resnet14": 15,
     "resnet18": 20,
     "resnet20": 21,
+    "small_cnn": 0,
     "vgg": 6,
 }
 

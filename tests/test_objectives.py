@@ -24,6 +24,7 @@ from unperturb.training.objectives import (
     DistilledClassifier,
     NFGSMClassifier,
     PlainClassifier,
+    TradesClassifier,
 )
 
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "digits")
@@ -181,6 +182,38 @@ def test_perturbations_grow_along_the_ramp(data: Splits) -> None:
         torch.testing.assert_close(grown, part * full)
 
 
+# TRADES --------------------------------------------------------------------------------------------------------------
+
+
+def test_trades_by_hand(data: Splits) -> None:
+    attacks = [{"name": "pgd", "eps": 0.1, "steps": 2}]
+    task = TradesClassifier(net(), sampler(data), attacks=attacks, beta=3.0)
+    images, labels = task.batch(1)
+    clean, _, _ = sampler(data).images(1)
+    attacked, same = AdversarialClassifier(net(), sampler(data), attacks=attacks).batch(1)
+    assert torch.equal(same, labels)
+    assert len(images) == 2 * len(labels)
+    torch.testing.assert_close(images, torch.cat([clean, attacked]))
+    ((name, terms),) = task.losses((images, labels), {"classifier": task.classifier})
+    p, q = task.classifier(clean).softmax(1), task.classifier(attacked).softmax(1)
+    assert name == "classifier"
+    torch.testing.assert_close(terms["cross_entropy"], F.cross_entropy(task.classifier(clean), labels))
+    torch.testing.assert_close(terms["divergence"], 3 * (p * (p / q).log()).sum(1).mean())
+    # Nothing is to be gained where the two are one image.
+    ((_, still),) = task.losses((torch.cat([clean, clean]), labels), {"classifier": task.classifier})
+    assert float(still["divergence"].detach()) == pytest.approx(0, abs=1e-6)
+
+
+def test_trades_perturbations_grow_and_a_beta_below_nothing_is_refused(data: Splits) -> None:
+    attacks = [{"name": "fgsm", "eps": 0.2}]
+    images, _ = TradesClassifier(net(), sampler(data), attacks=attacks, ramp=10).batch(4)
+    whole, _ = TradesClassifier(net(), sampler(data), attacks=attacks).batch(4)
+    (clean, grown), (_, full) = images.chunk(2), whole.chunk(2)
+    torch.testing.assert_close(grown - clean, 0.5 * (full - clean))
+    with pytest.raises(ValueError, match="beta must not be below 0, not -1"):
+        TradesClassifier(net(), sampler(data), attacks=attacks, beta=-1)
+
+
 # What is kept --------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +235,7 @@ def test_the_val_attack_is_pgd_20_at_the_highest_budget(data: Splits) -> None:
     "objective",
     [
         {"name": "adversarial", "attacks": [{"name": "pgd", "eps": 0.1, "steps": 2}]},
+        {"name": "trades", "beta": 2.0, "attacks": [{"name": "pgd", "eps": 0.1, "steps": 2}]},
         {"name": "nfgsm", "eps": 0.1},
     ],
     ids=lambda o: o["name"],

@@ -386,16 +386,3 @@ def test_folders_that_hold_no_defense(tmp_path: Path) -> None:
     weights.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
     with pytest.raises(RunError, match=r"does not hold the weights of .*defense\.json"):
         load_defense(tmp_path)
-
-
-def test_contrast_takes_a_budget_off_black_and_off_white_and_keeps_a_gradient() -> None:
-    images = torch.tensor([0.0, 0.3, 0.5, 0.7, 1.0]).expand(1, 1, 5, 5).clone().requires_grad_()
-    shown = UNet(1, width=4, contrast=(0.3, 0.7))(images)
-    torch.testing.assert_close(shown[0, 0, 0], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]), atol=1e-6, rtol=0)
-    soft = UNet(1, width=4, contrast=(0.3, 0.7), output="threshold")(images)
-    stretched = torch.tensor([-0.015, 0.0, 0.5, 1.0, 1.015])
-    torch.testing.assert_close(soft[0, 0, 0], torch.sigmoid(8 * (stretched - 0.5)), atol=1e-6, rtol=0)
-    (slope,) = torch.autograd.grad(soft.sum(), images)
-    assert float(slope.min()) > 1e-3
-    with pytest.raises(ValueError, match=r"contrast goes from a low to a higher value, not from 0.7 to 0.3"):
-        UNet(1, width=4, contrast=(0.7, 0.3))

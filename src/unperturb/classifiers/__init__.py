@@ -1,6 +1,6 @@
 """Classifiers. A new family is one file and one line here."""
 
-from unperturb.classifiers import airbench, convnet, convnext, lenet, mobilenet, resnet, vgg
+from unperturb.classifiers import airbench, convnet, convnext, lenet, mobilenet, resnet, small_cnn, vgg
 from unperturb.classifiers.base import (
     Classifier,
     Normalize,
@@ -31,6 +31,7 @@ __all__ = [
     "mobilenet",
     "resnet",
     "save_classifier",
+    "small_cnn",
     "vgg",
     "wrap",
 ]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb.registry import Registry
+from unperturb.threat_models import budget
 
 generators: Registry[nn.Module] = Registry("generator")
 discriminators: Registry[nn.Module] = Registry("discriminator")
@@ -109,8 +110,8 @@ class UNet(nn.Module):
     `"residual"`: x + d, clipped: the identity. `"threshold"`: sigmoid(k (x - 1/2 + d)), k = sharpness: a soft
     threshold, for images that are nearly black and white. gate: d is multiplied by one number of each image, in (0, 2)
     and 1 at first, read off the mean of the coarsest features: a clean image can be left alone as a whole.
-    contrast: (low, high), which everything begins with: pixels are stretched so that low becomes black and high white,
-    and what lies beyond is nearly lost; both are learned. (0.3, 0.7) takes a budget of 0.3 off black and off white.
+    limit: d is cut softly to [-limit, limit], limit * tanh(d / limit); a budget as an attack's eps. guide: planes of
+    the image's height and width that are read beside it.
     """
 
     def __init__(
@@ -123,33 +124,35 @@ class UNet(nn.Module):
         output: Literal["residual", "threshold"] = "residual",
         sharpness: float = 8.0,
         gate: bool = False,
-        contrast: tuple[float, float] | None = None,
+        limit: float | str | None = None,
+        guide: int = 0,
     ) -> None:
         super().__init__()
-        if contrast is not None and not contrast[0] < contrast[1]:
-            raise ValueError(f"contrast goes from a low to a higher value, not from {contrast[0]} to {contrast[1]}")
         if output not in ("residual", "threshold"):
             raise ValueError(f"output must be 'residual' or 'threshold', not {output!r}")
         self.squeeze, self.output, self.sharpness = squeeze, output, sharpness
+        self.limit = None if limit is None else budget(limit)
         self.stride = squeeze * 2 ** (scales - 1)
         widths = [width * min(2**s, 4) for s in range(scales)]
         inside = channels * squeeze**2
-        self.stem = nn.Conv2d(inside, width, 3, padding=1)
+        self.stem = nn.Conv2d(inside + guide * squeeze**2, width, 3, padding=1)
         self.down = nn.ModuleList(nn.Sequential(*(Block(w) for _ in range(blocks))) for w in widths)
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
         self.grow = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in pairwise(widths))
         self.up = nn.ModuleList(nn.Sequential(*(Block(w) for _ in range(blocks))) for w in widths[:-1])
         self.head = nn.Conv2d(width, inside, 3, padding=1)
         self.gate = nn.Linear(widths[-1], 1) if gate else None
-        self.contrast = None if contrast is None else nn.Parameter(torch.tensor(contrast, dtype=torch.float32))
         for module in filter(None, (self.head, self.gate)):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, guide: Tensor | None = None) -> Tensor:
         height, width = images.shape[-2:]
-        padded = self._stretched(pad_to(images, self.stride))
-        x = self.stem(F.pixel_unshuffle(padded - 0.5, self.squeeze) if self.squeeze > 1 else padded - 0.5)
+        padded = pad_to(images, self.stride)
+        seen = padded - 0.5
+        if guide is not None:
+            seen = torch.cat([seen, pad_to(guide.to(seen.dtype), self.stride)], 1)
+        x = self.stem(F.pixel_unshuffle(seen, self.squeeze) if self.squeeze > 1 else seen)
         skips = []
         for level, blocks in enumerate(self.down):
             x = blocks(x)
@@ -164,16 +167,10 @@ class UNet(nn.Module):
         if self.gate is not None:
             d = d * (2 * self.gate(F.relu(coarsest).mean((2, 3))).sigmoid()).to(images.dtype)[..., None, None]
         d = F.pixel_shuffle(d, self.squeeze) if self.squeeze > 1 else d
+        if self.limit is not None:
+            d = self.limit * torch.tanh(d / self.limit)
         if self.output == "threshold":
             out = torch.sigmoid(self.sharpness * (padded - 0.5 + d))
         else:
             out = (padded + d).clamp(0, 1)
         return out[..., :height, :width]
-
-    def _stretched(self, images: Tensor) -> Tensor:
-        if self.contrast is None:
-            return images
-        low, high = self.contrast
-        stretched = (images - low) / (high - low).clamp(min=0.05)
-        inside = stretched.clamp(0, 1)
-        return inside + 0.02 * (stretched - inside)  # a little is left of it, so that there is always a gradient

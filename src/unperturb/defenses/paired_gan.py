@@ -95,6 +95,7 @@ class PairedGAN(Defense):
         self.generator_updates = generator_updates
         self.clean_share = clean_share
         self.generator = generators.create(**{"channels": channels, **generator})
+        self.size = getattr(self.generator, "size", None)
         self.discriminator: nn.Module | None = None
         if discriminator is not None:
             self.discriminator = discriminators.create(**{"channels": channels, **discriminator})

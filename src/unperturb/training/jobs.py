@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from unperturb import runs, screen
+from unperturb import runs, screen, zoo
 from unperturb.attackers import Attacker
 from unperturb.attacks.base import attacks
 from unperturb.classifiers import Classifier, create_classifier, fused_copy, load_classifier, save_classifier
@@ -283,12 +283,18 @@ def defense_task(
 
 def begin_with(defense: Defense, folder: str) -> None:
     """Give `defense` the weights of the run in `folder`. A part that the run has not must be zero yet, as a fresh gate
-    is: it adds nothing. Raises `RunError` where the networks differ otherwise."""
-    fresh = defense.state_dict()
-    given = load_defense(folder).state_dict()
+    is: it adds nothing. A run that holds a classifier gives the weights of the defense's encoder. Raises `RunError`
+    where the networks differ otherwise."""
+    part: nn.Module = defense
+    encoder = getattr(getattr(defense, "generator", None), "encoder", None)
+    if isinstance(encoder, Classifier) and (Path(zoo.find(folder)) / "classifier.json").exists():
+        part, given = encoder, load_classifier(folder).state_dict()
+    else:
+        given = load_defense(folder).state_dict()
+    fresh = part.state_dict()
     begun = {name: tensor for name, tensor in fresh.items() if name not in given and not tensor.any()}
     try:
-        defense.load_state_dict(begun | given)
+        part.load_state_dict(begun | given)
     except RuntimeError as error:
         raise runs.RunError(
             f"training cannot start with {folder}: its networks are not those of this recipe ({error})"

@@ -174,6 +174,56 @@ class AdversarialClassifier(PlainClassifier):
         return x_adv, labels
 
 
+@objectives.register("trades")
+class TradesClassifier(AdversarialClassifier):
+    """A classifier learns its labels on clean images, and to say the same of the attacked ones: cross-entropy + beta
+    KL(clean || attacked).
+
+    beta: what staying with one's answer is worth. The rest is as in `adversarial`.
+
+    Source: Zhang et al. 2019, "Theoretically principled trade-off between robustness and accuracy", equation (5). There
+    the attacker raises the divergence, here what the mixture's attacks raise: cross-entropy, if nothing else is said.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        sampler: Sampler,
+        *,
+        attacks: list[dict[str, Any]],
+        beta: float = 6.0,
+        val_attack: dict[str, Any] | None = None,
+        ramp: int = 0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(
+            classifier, sampler, attacks=attacks, val_attack=val_attack, ramp=ramp, label_smoothing=label_smoothing
+        )
+        if not beta >= 0:
+            raise ValueError(f"beta must not be below 0, not {beta}")
+        self.beta = beta
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """The clean images and behind them the attacked, `(2N, C, H, W)`; the labels `(N,)`."""
+        images, labels, index = self.sampler.images(step, rank, world)
+        x_adv = self.mixture(System("classifier", self.classifier), images, labels, index, step)
+        return torch.cat([images, ramped(images, x_adv, step, self.ramp)]), labels
+
+    def losses(
+        self, batch: tuple[Tensor, Tensor], networks: dict[str, nn.Module]
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        images, labels = batch
+        clean, attacked = networks["classifier"](images).float().chunk(2)
+        log_clean, log_attacked = clean.log_softmax(1), attacked.log_softmax(1)
+        yield (
+            "classifier",
+            {
+                "cross_entropy": F.cross_entropy(clean, labels, label_smoothing=self.label_smoothing),
+                "divergence": self.beta * F.kl_div(log_attacked, log_clean, reduction="batchmean", log_target=True),
+            },
+        )
+
+
 @objectives.register("nfgsm")
 class NFGSMClassifier(PlainClassifier):
     """A classifier learns its labels one signed step away from a noisy image; cheap adversarial training.
