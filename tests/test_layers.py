@@ -82,6 +82,7 @@ ORDER = {
         "measure",
         "grid",
         "cascade",
+        "engine",
         "costs",
         "behavior",
         "probe",
