@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import signal
 import socket
@@ -203,9 +204,10 @@ def _tasks(job: _Job, parts: list[Part]) -> Iterator[tuple[int, int]]:
     of, running = dict(zip(started, parts)), list(started)
     try:
         while running:
-            (stream,), running = ray.wait(running)
+            ready, running = ray.wait(running)
+            stream: Any = ready[0]
             try:
-                place = ray.get(next(stream))
+                place: int = ray.get(next(stream))
             except StopIteration:
                 continue
             running.append(stream)
@@ -234,9 +236,15 @@ def _connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet: dict[str, Any] = {"logging_level": "warning", "include_dashboard": False}
-    with _own_signals():
-        ray.init(address, **(quiet if address is None else {"logging_level": "warning"}))
+    try:
+        with _own_signals():
+            ray.init(address, logging_level=logging.WARNING)
+    except Exception as error:  # Ray has no class of its own for this
+        ray.shutdown()
+        raise runs.RunError(
+            f"Ray did not start, or was not reached: {runs.shortened(str(error), 200)} The run folder is kept; go on "
+            "with --resume, here without --engine ray"
+        ) from error
     try:
         yield
     finally:
