@@ -285,12 +285,12 @@ def fit_weights(
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for writing; raises `RunError` that says who has it where another process does, or why it cannot be
-    written."""
+def lock(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
+    """Hold `folder` for writing by its file `name`; raises `RunError` that says who has it where another process does,
+    unless it is to `wait` for that one, or why it cannot be written."""
     import fcntl
 
-    path = folder / ".lock"
+    path = folder / name
     with contextlib.ExitStack() as stack:
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -298,7 +298,7 @@ def lock(folder: Path) -> Iterator[None]:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             file = stack.enter_context(os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace"))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 owner = file.read().strip() or "another process"
                 raise RunError(

@@ -28,6 +28,12 @@ def _harmless(c: str) -> bool:
     return c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") and c not in _TURNS)
 
 
+def is_first() -> bool:
+    """Whether this is the first of the processes that train together: it speaks, keeps the folder, and decides for
+    all."""
+    return not int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
 def log_line(record: Mapping[str, Any]) -> str:
     """A record of a training's log for people; `log.jsonl` keeps the whole."""
     if "validation" in record:
@@ -61,7 +67,6 @@ def bar(what: str, console: Console | None = None) -> Iterator[Callable[..., Non
     from rich.table import Column
 
     console = console or Console(stderr=True)
-    first = not int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     progress = Progress(
         TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         BarColumn(bar_width=20),
@@ -72,7 +77,7 @@ def bar(what: str, console: Console | None = None) -> Iterator[Callable[..., Non
         console=console,
         transient=True,
         expand=True,
-        disable=not (first and console.is_terminal),
+        disable=not (is_first() and console.is_terminal),
     )
     task = progress.add_task(clean(what), total=None)
 

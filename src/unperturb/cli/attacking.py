@@ -94,6 +94,12 @@ def evaluate(
     attack: Cells = None,
     knowledge: Cells = None,
     device: Device = "auto",
+    engine: Annotated[
+        str, typer.Option(help="local: this process; ray: all cores and GPUs here, or of a cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster, such as auto or ray://HOST:10001; $RAY_ADDRESS is one too.")
+    ] = None,
     threads: Threads = None,
     resume: Resume = False,
     dry_run: DryRun = False,
@@ -101,6 +107,7 @@ def evaluate(
     """Attack undefended and protected models as each attacker would; keep a row per image."""
     from unperturb.data import load_dataset
     from unperturb.evaluation.costs import estimate
+    from unperturb.evaluation.engine import Ray
     from unperturb.evaluation.plan import plan_of
     from unperturb.evaluation.run import only, run_evaluation
     from unperturb.evaluation.surrogates import is_retrain
@@ -109,6 +116,9 @@ def evaluate(
     from unperturb.unsaved import stand_ins
 
     use_threads(threads)
+    if address is not None and engine != "ray":
+        raise ValueError("--address names a Ray cluster: add --engine ray")
+    where: Any = Ray(address=address, threads=threads or 1) if engine == "ray" else engine
     changes = [
         *(overrides or []),
         *(f"{k}={v}" for k, v in {"n": n, "eot_samples": eot_samples, "size": size}.items() if v),
@@ -133,7 +143,7 @@ def evaluate(
     if is_retrain(resolved.surrogate_defense):
         say(f"cost: {estimate(plan_of(resolved, device, own))}")
     with progress_bar("evaluating") as update:
-        rows = run_evaluation(resolved, out, device=device, resume=resume, models=own, progress=update)
+        rows = run_evaluation(resolved, out, device=device, engine=where, resume=resume, models=own, progress=update)
     say(table(rows))
     say(f"\nrows: {out}. Tables, figures and a page: unperturb report {shlex.quote(str(out))}")
 

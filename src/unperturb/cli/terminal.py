@@ -13,10 +13,12 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(text: object = "") -> None:
-    """A line for people; what is in it from outside can neither style nor steer the terminal."""
-    from unperturb.screen import clean
+    """A line for people, once where several processes train together; what is in it from outside can neither style nor
+    steer the terminal."""
+    from unperturb.screen import clean, is_first
 
-    console.print(clean(text), markup=False)
+    if is_first():
+        console.print(clean(text), markup=False)
 
 
 def complain(text: object, style: str = "red") -> None:

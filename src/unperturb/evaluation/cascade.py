@@ -63,6 +63,12 @@ class Standing:
         mine.which = mine.which | new
 
 
+def is_whole(cell: Cell, cascade: Cascade) -> bool:
+    """Whether the attack of `cell` is made on every image, whatever others have broken."""
+    shared = cell.attacker.knowledge in SHARED and not cell.system.undefended
+    return shared or cell.label in cascade.whole
+
+
 def cascading(cascade: Cascade) -> Each:
     """What writes the cells of a plan one after the other, as `run_grid` asks it to: of each system every attacker on
     what those before have left."""
@@ -82,8 +88,7 @@ def cascading(cascade: Cascade) -> Each:
 def _go_on(work: Work, cell: Cell, shard: Shard, cascade: Cascade, standing: Standing) -> None:
     """Write one shard of `cell`, its attack made on what is `standing`, and take from that what it breaks."""
     knowledge = cell.attacker.knowledge
-    shared = knowledge in SHARED and not cell.system.undefended
-    whole = shared or cell.label in cascade.whole
+    whole = is_whole(cell, cascade)
     doubted = shard.rows < cascade.doubted
     attacked = torch.ones_like(doubted)
     before, made_by = shard.images.clone(), [("", "")] * len(doubted)

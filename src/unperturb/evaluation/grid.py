@@ -114,15 +114,20 @@ def run_grid(plan: Plan, out: Path, progress: Progress | None = None, each: Each
     Raises `RunError` where what is there is damaged, or of another cell; `ModelError` where a model fails.
     """
     cells = plan.cells()
-    total, done = len(cells) * len(range(0, len(plan.data), plan.shard)), 0
+    total, done = len(cells) * len(list(shards(plan))), 0
     with at_work(plan, out) as work:
         for shard in shards(plan):
             for cell in cells:
-                with named(f"{cell.system.name!r}, under {cell.label} with knowledge {cell.attacker.knowledge},"):
-                    (each or run_cell)(work, cell, shard)
+                run_named(work, cell, shard, each)
                 done += 1
                 if progress:
                     progress(done, total, str(cell))
+
+
+def run_named(work: Work, cell: Cell, shard: Shard, each: Each | None = None) -> None:
+    """Write one shard of `cell` as `each` does (default: `run_cell`); a `ModelError` says of which cell it is."""
+    with named(f"{cell.system.name!r}, under {cell.label} with knowledge {cell.attacker.knowledge},"):
+        (each or run_cell)(work, cell, shard)
 
 
 def run_cell(
@@ -162,9 +167,10 @@ def run_cell(
     if len(lacking):  # before the rows: where these are there, so are its samples
         plan = work.plan
         shown = _shown(lacking - int(shard.rows[0]), views, columns)
-        tensors = _in_order(work.samples_of(cell), shown, plan.data.index[work.shown])
         about = plan.about(cell) | {"class_names": plan.data.class_names}
-        samples.write_samples(work.samples_path(cell), tensors, about)
+        with runs.lock(work.out, ".samples.lock", wait=True):  # all shards of a cell share a file
+            tensors = _in_order(work.samples_of(cell), shown, plan.data.index[work.shown])
+            samples.write_samples(work.samples_path(cell), tensors, about)
     schema.write_rows(work.rows_path(cell, shard), columns)
 
 

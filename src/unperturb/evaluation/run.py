@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -22,10 +22,10 @@ from unperturb.defenses.base import Defense
 from unperturb.devices import pick_device
 from unperturb.evaluation import training_cost
 from unperturb.evaluation.behavior import recognize
-from unperturb.evaluation.cascade import cascading
 from unperturb.evaluation.checks import attackers_of, check_data, check_number, subset, systems_of
 from unperturb.evaluation.costs import training_costs
-from unperturb.evaluation.grid import Progress, run_grid
+from unperturb.evaluation.engine import Make, Ray, engine_of, local
+from unperturb.evaluation.grid import Progress
 from unperturb.evaluation.identity import identify
 from unperturb.evaluation.measure import predictions
 from unperturb.evaluation.plan import UNDEFENDED, Plan, by_name, defense_of, entries_in, plan_of
@@ -93,6 +93,7 @@ def run_evaluation(
     *,
     overrides: Sequence[str] = (),
     device: str = "auto",
+    engine: Ray | Literal["local", "ray"] = "local",
     resume: bool = False,
     models: Mapping[str, nn.Module] | None = None,
     progress: Progress | None = None,
@@ -100,21 +101,24 @@ def run_evaluation(
 ) -> pd.DataFrame:
     """Make the rows that `recipe` describes, in the run folder `out`, and return them.
 
-    models: what stands in for an entry of the recipe that names no run folder. progress: gets (done, total, cell) in
-    place of the bar that is shown unless `quiet`.
+    engine: where its cells are made: `"local"` in this process, `"ray"` in those of Ray on this machine, or a
+    `unperturb.evaluation.engine.Ray`. The rows are the same, and one may go on where another stopped. models: what
+    stands in for an entry of the recipe that names no run folder. progress: gets (done, total, cell) in place of the
+    bar that is shown unless `quiet`.
 
     Raises `RecipeError`, `RunError`, `UnknownNameError` or `ValueError` before anything is computed where the recipe,
     a run folder, an attack or the folder `out` cannot be used.
     """
     recipe = read_recipe(recipe, overrides, "evaluation") if isinstance(recipe, str) else recipe
-    plan = plan_of(recipe, device, models)
     folders = by_name(recipe.systems, recipe.dataset)
-    about = {
-        s.name: training_cost.about(plan.data.source, s, training_cost.of_folder(folders[s.name]), folders[s.name])
-        for s in plan.systems
-    }
-    with screen.shown("evaluating", progress, quiet) as update:
-        return run_plan(plan, Path(out), snapshot(recipe), about, resume, update)
+    with engine_of(engine, recipe, models) as make, screen.shown("evaluating", progress, quiet) as update:
+        plan = plan_of(recipe, device, models)
+        source = plan.data.source
+        about = {
+            s.name: training_cost.about(source, s, training_cost.of_folder(folders[s.name]), folders[s.name])
+            for s in plan.systems
+        }
+        return run_plan(plan, Path(out), snapshot(recipe), about, resume, update, make)
 
 
 # From models in hand ------------------------------------------------------------------------------------------------
@@ -229,8 +233,9 @@ def run_plan(
     about: Mapping[str, Any],
     resume: bool,
     progress: Progress | None,
+    make: Make = local,
 ) -> pd.DataFrame:
-    """The rows of `plan`, made in the run folder `out`; the rest as for `opened`."""
+    """The rows of `plan`, written by `make` in the run folder `out`; the rest as for `opened`."""
     plan.check()
     trainings = training_costs(plan)
     try:
@@ -239,7 +244,7 @@ def run_plan(
         with opened(plan, out, recipe, about, resume=resume):
             if trainings:
                 plan = replace(plan, retrained=_trained(plan, trainings, out, progress))
-            run_grid(plan, out, progress, cascading(plan.cascade) if plan.cascade else None)
+            make(plan, out, progress)
     except ModelError as error:
         error.add_note("What was finished is kept in the folder `out`, if you gave one: resume=True goes on there.")
         raise
@@ -264,8 +269,7 @@ def _trained(
                 progress(step, steps, said)
 
         with plan.at_work(), plan.drawing(plan.seed):
-            folder = out / "surrogates" / schema.file_stem(name)
-            found[name] = untrained.trained(folder, str(plan.device), report)
+            found[name] = untrained.trained(out, str(plan.device), report)
     keys, kept = {name: identify(one.model).key for name, one in found.items()}, out / "surrogates.json"
     if kept.exists() and runs.read_json(kept, dict[str, str]) != keys:
         raise runs.RunError(

@@ -17,6 +17,7 @@ from unperturb.config import DefenseRecipe, resolve, snapshot
 from unperturb.data import ImageSet, Splits, load_dataset
 from unperturb.defenses.base import Defense, create_defense, load_defense
 from unperturb.evaluation.training_cost import earlier_folder
+from unperturb.results.schema import file_stem
 from unperturb.systems import System
 from unperturb.training import jobs
 from unperturb.training.loop import total_steps
@@ -112,20 +113,26 @@ class Retrained(Surrogate):
         """What fixes it beside the classifiers, for the recipe of a run."""
         return {str(k): snapshot(recipe) for k, (recipe, _) in enumerate(self.trainings)}
 
-    def trained(self, folder: Path, device: str, progress: Callable[[int, int], None]) -> Surrogate:
-        """Trained in `folder`: what is there already is not trained again, what was stopped goes on. progress: gets
-        (step, steps) of each training."""
+    def trained(self, run: Path, device: str, progress: Callable[[int, int], None]) -> Surrogate:
+        """Trained in the run folder `run`: what is there already is not trained again, what was stopped goes on.
+        progress: gets (step, steps) of each training."""
         start: str | None = None
         for number, (recipe, data) in enumerate(self.trainings):
-            out = folder / str(number)
+            out = self._folder(run, number)
             if not (out / "defense.json").exists():
                 begun = recipe.model_copy(update={"start": start})
                 jobs.train_defense(
                     begun, self.classifiers, data, out=out, device=device, resume=True, progress=progress
                 )
             start = str(out)
-        assert start is not None
-        return Surrogate(self.name, load_defense(start))
+        return self.in_run(run)
+
+    def in_run(self, run: Path) -> Surrogate:
+        """As it was trained in the run folder `run`; raises `RunError` where it is not there."""
+        return Surrogate(self.name, load_defense(self._folder(run, len(self.trainings) - 1)))
+
+    def _folder(self, run: Path, number: int) -> Path:
+        return run / "surrogates" / file_stem(self.system) / str(number)
 
 
 def retrained(

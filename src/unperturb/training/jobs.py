@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -62,15 +61,10 @@ FREE = {"training.checkpoint_seconds", "training.log_every", "used", "changes"}
 SLOWER = {"training.lr", "training.clip"}
 
 
-def _first() -> bool:
-    """Whether this is the first of the processes that train together: it keeps the folder and decides for all."""
-    return not int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-
-
 @contextlib.contextmanager
 def _run_folder(out: Path, recipe: Any, used: dict[str, Any], resume: bool) -> Iterator[None]:
     """The folder of the run that `recipe` and what it was given, `used`, fix."""
-    if not _first():
+    if not screen.is_first():
         yield
         return
     asked = {**snapshot(recipe), "used": used}
@@ -103,7 +97,7 @@ def decided(recipe: Any, task: Task, out: Path, show: Show | None = None) -> Any
     settings, path = recipe.training, out / "recipe.json"
     precision, layout = settings.precision, settings.memory_format
     if "auto" in (precision, layout):
-        if not _first() or not task.networks():  # the first process decides for the others
+        if not screen.is_first() or not task.networks():  # the first process decides for the others
             kept = _Chosen(precision="float32", memory_format="contiguous")
         else:
             kept = runs.read_json(path, _Kept).training if path.exists() else _Chosen()
@@ -226,7 +220,7 @@ def train_classifier(
         outcome = replace(outcome, test={"accuracy": round(right, 5), "n": len(data.test)})
         about = {"dataset": data.source, "fingerprint": data.train.fingerprint, "outcome": asdict(outcome)}
         assert isinstance(task.classifier, Classifier)
-        if _first():
+        if screen.is_first():
             runs.write_json(out / "training.json", asdict(outcome))
             save_classifier(out, task.classifier, about)
     return task.classifier.eval(), outcome
@@ -350,7 +344,7 @@ def train_defense(
             outcome = _untrained(validate, out)
         _calibrate(task, data.val, plan.seed, pick_device(device))
         about = {"dataset": data.source, "fingerprint": data.train.fingerprint, "classifiers": names}
-        if _first():
+        if screen.is_first():
             save_defense(out, task.defense, {**about, "outcome": asdict(outcome)})
     defense = task.defense.eval()
     defense.outcome, defense.folder = outcome, out
@@ -376,7 +370,7 @@ def _untrained(validate: Validate, out: Path) -> Outcome:
     """The outcome of a defense that has nothing to learn: what it is worth on validation images, at no cost."""
     figures = {k: round(float(v), 5) for k, v in validate().items()}
     outcome = Outcome(pflop=0.0, seconds=0.0, validation=figures)
-    if _first():
+    if screen.is_first():
         runs.write_json(out / "training.json", asdict(outcome))
     return outcome
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,18 +115,21 @@ def train(
     validate: figures on validation images, by name; `"score"` is what keep = "best" looks at. show: gets each log line.
     progress: gets (step, steps).
 
-    Raises `DivergedError` where a loss is not a number, or the weights are not sound where a checkpoint of them is due:
-    it names the step, what is wrong and the last good checkpoint.
+    Raises `ValueError` for a batch that the devices cannot share evenly; `DivergedError` where a loss is not a number,
+    or the weights are not sound where a checkpoint of them is due: it names the step, what is wrong and the last good
+    checkpoint.
     """
     # Set-up: devices, precision, memory format, one optimizer a network.
     fabric = _launched(device, devices)
     rank, world, kind = fabric.global_rank, fabric.world_size, fabric.device.type
     precision, layout = fabric.broadcast((settings.precision, settings.memory_format))
     settings = settings.model_copy(update={"precision": precision, "memory_format": layout})
+    if settings.batch % world:  # the mean of their gradients would not be that of the images
+        raise ValueError(f"{world} devices cannot share a batch of {settings.batch} evenly; set training.batch")
     n, keep_best = len(task.sampler.data), settings.keep == "best"
     steps, every = total_steps(settings, n), max(1, round((settings.validate_every or 0) * n / settings.batch))
     torch.manual_seed(seed)
-    cost = _Cost(kind, settings, flop_per_image(task))
+    cost = _Cost(kind, settings, flop_per_image(task), world)
     networks = task.networks()
     wrapped, optimizers = _set_up(fabric, networks, settings)
 
@@ -140,12 +144,12 @@ def train(
     with _diverging(folder, state, rank):
         while state.step < steps:
             started = time.perf_counter()
-            torch.manual_seed(seed * 1_000_003 + state.step)  # dropout and the like: fixed by the step alone
+            # Dropout and the like: fixed by the step alone, on each device another.
+            torch.manual_seed(seed * 1_000_003 + state.step + (rank << 40))
             rate = learning_rate(settings, state.step, steps)
             with _autocast(kind, precision):
                 for name, terms in task.losses(task.batch(state.step, rank, world), wrapped):
-                    _update(fabric, wrapped[name], optimizers[name], terms, rate, settings.clip)
-                    state.add(terms)
+                    state.add(_update(fabric, wrapped[name], optimizers[name], terms, rate, settings.clip))
             state.advance(settings.ema, time.perf_counter() - started)
             last = state.step == steps
             if last or state.step % settings.log_every == 0:
@@ -172,10 +176,12 @@ def train(
 def _launched(device: str, devices: int) -> Fabric:
     from lightning_fabric import Fabric
 
+    hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))  # torchrun's word for its --nnodes
     fabric = Fabric(
         accelerator="cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda",
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        num_nodes=hosts,
+        strategy="ddp" if devices * hosts > 1 else "auto",
         precision="32-true",  # autocast is the loop's own, so that it also covers the frozen classifier in a loss
     )
     fabric.launch()
@@ -201,11 +207,14 @@ def _autocast(device: str, precision: str) -> torch.autocast:
 
 def _update(
     fabric: Fabric, network: Any, optimizer: Any, terms: Mapping[str, Tensor], rate: float, clip: float | None
-) -> None:
-    """One step of one network down the sum of its loss terms; raises `DivergedError` where that is not a number."""
-    loss = torch.stack(list(terms.values())).sum()
-    if not bool(torch.isfinite(loss)):
-        listed = ", ".join(f"{k} = {float(v.detach()):.4g}" for k, v in terms.items())
+) -> dict[str, Tensor]:
+    """One step of one network down the sum of its loss terms; returns their means over all devices. Raises
+    `DivergedError`, on every device, where the sum of these is not a number."""
+    each = torch.stack(list(terms.values()))
+    loss = each.sum()
+    means = cast(Tensor, fabric.all_reduce(each.detach().clone(), reduce_op="mean"))
+    if not bool(torch.isfinite(means.sum())):
+        listed = ", ".join(f"{k} = {float(v):.4g}" for k, v in zip(terms, means))
         raise DivergedError(f"a loss is not a number, {listed}")
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
@@ -214,6 +223,7 @@ def _update(
     if clip is not None:
         fabric.clip_gradients(network, optimizer, max_norm=clip, error_if_nonfinite=False)
     optimizer.step()
+    return dict(zip(terms, means))
 
 
 @contextlib.contextmanager
@@ -233,14 +243,15 @@ def _diverging(folder: Path, state: TrainingState, rank: int) -> Iterator[None]:
 
 
 class _Cost:
-    """What the steps of a run cost, beside what a plain convolution reaches on the same machine."""
+    """What the steps of a run cost, beside what plain convolutions reach on the same devices."""
 
-    def __init__(self, device: str, settings: Training, flop_per_image: float) -> None:
-        self.device, self.settings, self.flop = device, settings, flop_per_image * settings.batch
+    def __init__(self, device: str, settings: Training, flop_per_image: float, devices: int) -> None:
+        self.device, self.devices, self.settings = device, devices, settings
+        self.flop = flop_per_image * settings.batch
         self.convolution = self._rate(probe)
 
     def _rate(self, probe: Callable[[str], Speed]) -> float:
-        return probe(self.device).rates[self.settings.precision, self.settings.memory_format]
+        return self.devices * probe(self.device).rates[self.settings.precision, self.settings.memory_format]
 
     def record(self, state: TrainingState, rate: float, n: int) -> dict[str, Any]:
         """The log line of a step: what has been done since the last one."""
