@@ -61,7 +61,7 @@ def test_away_from_a_clone_the_zoo_may_be_named(away: Path, monkeypatch: pytest.
     assert zoo.find("zoo:mnist-lenet5") == ROOT / "zoo" / "mnist-lenet5"
     # A mistake in it is not passed over in silence.
     monkeypatch.setenv("UNPERTURB_ZOO", str(away / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="UNPERTURB_ZOO is .*nowhere, where there are no trained models"):
+    with pytest.raises(FileNotFoundError, match=r"UNPERTURB_ZOO is .*nowhere, where there are no trained models"):
         zoo.find("zoo:mnist-lenet5")
 
 
