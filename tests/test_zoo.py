@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from unperturb import zoo
+from unperturb import cli, zoo
 from unperturb.classifiers import classifiers, load_classifier
 from unperturb.defenses import load_defense
 from unperturb.evaluation import training_cost
@@ -47,6 +48,9 @@ def test_away_from_a_clone_the_error_says_where_to_get_it(away: Path) -> None:
             FileNotFoundError, match=r"zoo:mnist-lenet5: there is no zoo here\. .* inside a clone, .* in UNPERTURB_ZOO$"
         ):
             load("zoo:mnist-lenet5")
+    listed = CliRunner().invoke(cli.app, ["list", "zoo"])
+    assert listed.exit_code == 0
+    assert "there is no zoo here" in listed.output
     (away / "zoo").symlink_to(ROOT / "zoo")
     assert load_classifier("zoo:mnist-lenet5").spec
 

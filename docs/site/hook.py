@@ -64,7 +64,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def folder_page(folder: Path) -> str:
     """Markdown that shows all files of a folder: pictures, tables, code; a link to each of the others."""
     shown, listed = [], []
-    for path in sorted(path for path in folder.rglob("*.*") if path.is_file()):
+    files = sorted(
+        folder.rglob("*.*"), key=lambda path: (len(path.parts), path)
+    )  # its own before those of folders in it
+    for path in filter(Path.is_file, files):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".png":
             shown.append(f"![{path.stem}]({name})")
@@ -75,8 +78,8 @@ def folder_page(folder: Path) -> str:
         else:
             listed.append(f"- [{name}]({name})")
     shown.sort(key=lambda part: not part.startswith("!["))  # pictures first
-    files = ["## Files", "\n".join(listed)] if listed else []
-    return "\n\n".join([f"# {folder.name}", *shown, *files]) + "\n"
+    others = ["## Files", "\n".join(listed)] if listed else []
+    return "\n\n".join([f"# {folder.name}", *shown, *others]) + "\n"
 
 
 def leaves(nav: Any) -> list[str]:

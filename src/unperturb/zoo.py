@@ -12,6 +12,11 @@ from unperturb.registry import unknown
 
 PREFIX = "zoo:"
 VARIABLE = "UNPERTURB_ZOO"  # a folder, for who has no clone
+NONE_HERE = (
+    "there is no zoo here. Its weights come with the repository and with the source distribution (unperturb-*.tar.gz), "
+    "not with the installed package: start inside a clone, or take the folder zoo/ from either and name it in "
+    + VARIABLE
+)
 # By kind, what is written last: where it is, a training is whole.
 SAVED = {"classifier": "classifier.json", "defense": "defense.json"}
 _PASSED = {
@@ -56,11 +61,7 @@ def find(source: str | Path) -> str | Path:
         return source
     there = folders()
     if not there:
-        raise FileNotFoundError(
-            f"{text}: there is no zoo here. Its weights come with the repository and with the source distribution "
-            f"(unperturb-*.tar.gz), not with the installed package: start inside a clone, or take the folder zoo/ from "
-            f"either and name it in {VARIABLE}"
-        )
+        raise FileNotFoundError(f"{text}: {NONE_HERE}")
     name = text.removeprefix(PREFIX)
     if name not in there:
         raise unknown("net of the zoo", name, there)
@@ -120,4 +121,14 @@ def how_to_make(folder: str | Path, families: Container[str], verb: str = "train
     return f"{said}; or take {PREFIX}{path.name}" if path.name in folders() else said
 
 
-__all__ = ["PREFIX", "VARIABLE", "find", "folders", "how_to_make", "kind_of", "of_another_kind", "recipe_for"]
+__all__ = [
+    "NONE_HERE",
+    "PREFIX",
+    "VARIABLE",
+    "find",
+    "folders",
+    "how_to_make",
+    "kind_of",
+    "of_another_kind",
+    "recipe_for",
+]
