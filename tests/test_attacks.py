@@ -418,7 +418,8 @@ def test_a_success_that_was_met_is_returned_and_no_other_is_claimed(
 
     for method, position in (("logits", -1), ("gradient", 2), ("forward", 1)):
         watch(method, position)
-    more = {"noise": {"num_trials": 3}, "apgd": {"steps": 12}, "apgd-t": {"steps": 12}}.get(name, {})
+    tries = {"num_trials": 3}
+    more = {"noise": tries, "occlusion": tries, "apgd": {"steps": 12}, "apgd-t": {"steps": 12}}.get(name, {})
     attack = of(name, norm, **more, **options)
     fell = 0
     for seed in range(3):
@@ -532,9 +533,7 @@ def test_what_falls_at_a_random_model_falls_again(name: str, options: dict[str, 
 
 # What a model may do inside, and what an attacker may put around it --------------------------------------------------
 
-BY_GRADIENT = [
-    (name, norm) for name, norm in CASES if name not in ("hop_skip_jump", "noise", "rays", "sparse_rs", "square")
-]
+BY_GRADIENT = [(name, norm) for name, norm in CASES if attacks[name].needs_gradient]  # type: ignore[attr-defined]
 every_gradient_attack = pytest.mark.parametrize(
     ("name", "norm"), BY_GRADIENT, ids=[f"{name}-{norm}" if norm else name for name, norm in BY_GRADIENT]
 )

@@ -492,3 +492,36 @@ def test_a_tensor_of_another_length_is_an_error() -> None:
 
     with pytest.raises(ValueError, match="value has 4 entries, the tensors beside it 5"):
         State(torch.zeros(5), torch.zeros(4)).select(torch.tensor([0]))
+
+
+# Occlusion -----------------------------------------------------------------------------------------------------------
+
+
+def test_occlusion_covers_squares_of_its_area_and_nothing_else() -> None:
+    model, images = Bent(), some_images()
+    labels = model(images).argmax(1)
+    for count, area, side in ((1, 0.15, 3), (2, 0.15, 3), (1, 1.0, 8), (3, 0.001, 1)):
+        attack = create_attack("occlusion", area=area, count=count, fill=0.25)
+        found = attack(model, images, labels, seed=1)
+        changed = (found != images).any(1)
+        assert bool((found[changed[:, None].expand_as(found)] == 0.25).all())
+        sizes = changed.flatten(1).sum(1)
+        assert int(sizes.max()) <= count * side**2
+        assert int(sizes.min()) >= side**2 - 1  # a pixel may have been of that grey
+        if count == 1:
+            for one in changed:
+                rows, columns = one.any(1).nonzero()[:, 0], one.any(0).nonzero()[:, 0]
+                assert len(rows) <= side
+                assert len(columns) <= side
+    first, second = (create_attack("occlusion")(model, images, labels, seed=s) for s in (0, 1))
+    assert not torch.equal(first, second)
+    tried = create_attack("occlusion", area=0.3, num_trials=20).run(model, images, labels)
+    assert int(tried.success.sum()) >= int(
+        create_attack("occlusion", area=0.3).run(model, images, labels).success.sum()
+    )
+
+
+@pytest.mark.parametrize(("wrong", "said"), [({"area": 0}, "area"), ({"count": 0}, "count"), ({"fill": 2}, "fill")])
+def test_an_occlusion_that_cannot_be(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        create_attack("occlusion", **wrong)

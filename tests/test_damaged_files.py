@@ -123,6 +123,7 @@ DEFENSES: dict[str, dict[str, Any]] = {
     "defense_gan": {"size": 8, "width": 2, "latent": 3},
     "pipeline": {"parts": [{"name": "bit_depth", "bits": 2}, {"name": "hgd", "denoiser": {"width": 2}}]},
     "jpeg": {"quality": 30},
+    "feature_squeezing": {"squeezers": [{"name": "bit_depth", "bits": 2}, {"name": "hgd", "denoiser": {"width": 2}}]},
 }
 
 

@@ -44,6 +44,11 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
             "weights": {"repair": 0.7, "label": 0.3, "recovery": 0.7, "isomorphic": 0.7},
         },
     },
+    "feature_squeezing": {
+        "filters": {},
+        "learned": {"squeezers": [{"name": "hgd", "denoiser": {"width": 4}}, {"name": "bit_depth"}]},
+        "alone": {"squeezers": [{"name": "jpeg"}], "purifies": False},
+    },
     "hgd": {"": {"denoiser": {"width": 4}}},
     "denoised_smoothing": {
         "": {"denoiser": {"width": 4}},

@@ -34,6 +34,7 @@ def generator(defense: PairedGAN) -> GuidedUNet:
 def steering(defense: PairedGAN) -> PairedGAN:
     """With a last layer that does something."""
     nn.init.normal_(generator(defense).unet.head.weight, std=0.3)
+    nn.init.normal_(generator(defense).nudges, std=0.1)
     return defense
 
 
@@ -54,7 +55,7 @@ def test_what_it_does_follows_the_decision() -> None:
             last = g.encoder.net[-1]
             last.weight.zero_()
             last.bias.copy_(50.0 * torch.eye(3)[decided])
-        by_hand = g.unet(images, g.planes[decided].expand(4, -1, -1, -1))
+        by_hand = g.unet(images, g.planes[decided].expand(4, -1, -1, -1), g.nudges[decided].expand(4, -1, -1, -1))
         torch.testing.assert_close(defense(images), by_hand.clamp(0, 1))
 
 
@@ -78,8 +79,10 @@ def test_an_attacker_meets_the_encoder_too() -> None:
     g = generator(defense)
     images = torch.rand(2, 1, 8, 8, requires_grad=True)
     (whole,) = torch.autograd.grad(defense(images).sum(), images)
-    guide = torch.einsum("nk,kchw->nchw", g.encoder(images).softmax(1), g.planes).detach()
-    (blind,) = torch.autograd.grad(g.unet(images, guide).clamp(0, 1).sum(), images)
+    guide, nudge = (
+        torch.einsum("nk,kchw->nchw", g.encoder(images).softmax(1), t).detach() for t in (g.planes, g.nudges)
+    )
+    (blind,) = torch.autograd.grad(g.unet(images, guide, nudge).clamp(0, 1).sum(), images)
     assert float((whole - blind).abs().max()) > 1e-6
 
 
@@ -93,7 +96,7 @@ def test_the_encoder_stays_as_it_is_unless_it_is_to_learn() -> None:
         g(torch.rand(4, 1, 8, 8)).square().sum().backward()
         optimizer.step()
         moved = {k.split(".")[0] for k, v in g.state_dict().items() if not torch.equal(v, before[k])}
-        assert moved == {"planes", "unet"} | ({"encoder"} if learns else set())
+        assert moved == {"nudges", "planes", "unet"} | ({"encoder"} if learns else set())
 
 
 def test_a_run_of_a_classifier_gives_its_weights_to_the_encoder(tmp_path: Path) -> None:

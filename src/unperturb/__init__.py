@@ -18,8 +18,10 @@ _WHERE = {
     "Certificates": "certifying",
     "Classifier": "classifiers",
     "Defense": "defenses",
+    "DoubleMasking": "certifying",
     "ImageSet": "data",
     "ModelError": "mistakes",
+    "PatchCertificates": "certifying",
     "Protected": "defenses",
     "Results": "results",
     "Splits": "data",
@@ -30,6 +32,7 @@ _WHERE = {
     "benchmark": "benchmarking",
     "budget": "attacks",
     "certify": "certifying",
+    "certify_patch": "certifying",
     "compare": "results",
     "comparison_table": "results",
     "create_attack": "attacks",
@@ -62,7 +65,7 @@ if TYPE_CHECKING:
     from unperturb.attacks import Attack, AttackResult, budget, create_attack, wrap_attack
     from unperturb.available import list_available
     from unperturb.benchmarking import Benchmark, benchmark
-    from unperturb.certifying import Certificates, certify
+    from unperturb.certifying import Certificates, DoubleMasking, PatchCertificates, certify, certify_patch
     from unperturb.classifiers import Classifier, create_classifier, load_classifier, wrap
     from unperturb.data import ImageSet, Splits, as_image_set, known_copy_note, load_dataset
     from unperturb.data.prepare import prepare

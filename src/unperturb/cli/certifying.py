@@ -16,6 +16,9 @@ def certify(
     data: Annotated[str, typer.Option(help="A data set: digits, mnist, folder:PATH, ... (see: list datasets)")],
     defense: Annotated[str | None, typer.Option(help="A purifier before it: a run folder, zoo:NAME or a name.")] = None,
     sigma: Annotated[float | None, typer.Option(help="Of the noise; denoised_smoothing brings its own.")] = None,
+    patch: Annotated[int | None, typer.Option(min=1, help="Prove a square patch of so many pixels a side.")] = None,
+    masks: Annotated[int, typer.Option(min=1, help="With --patch: masks along each axis.")] = 6,
+    fill: Annotated[float, typer.Option(help="With --patch: what a mask shows, in [0, 1].")] = 0.5,
     n: Annotated[int | None, typer.Option("--n", min=1, help="A fixed random subset (default: 500).")] = None,
     draws: Annotated[int, typer.Option(min=1, help="Noisy copies of each image.")] = 10_000,
     alpha: Annotated[float, typer.Option(help="How likely a certificate may be wrong.")] = 0.001,
@@ -31,9 +34,11 @@ def certify(
     threads: Threads = None,
     resume: Resume = False,
 ) -> None:
-    """Prove an L2 radius around each image in which no attacker changes the answer of the smoothed model."""
+    """Prove where no attacker changes the answer: an L2 radius around each image, by smoothing; with --patch a patch
+    that may lie anywhere and show anything, by double masking."""
     from unperturb import zoo
     from unperturb.benchmarking import model_from
+    from unperturb.certifying import Certificates, PatchCertificates, certify_patch
     from unperturb.certifying import certify as run_certify
     from unperturb.data import load_dataset
 
@@ -42,11 +47,20 @@ def certify(
     own = {"weights": weights, "mean": numbers(mean, "--mean"), "std": numbers(std, "--std")}
     judged = model_from(model, images, defense=defense, **own)  # type: ignore[arg-type]
     name = Path((defense or model).removeprefix(zoo.PREFIX)).name.replace(":", "-")
-    out = out or Path("runs") / f"certify-{name}"
+    out = out or Path("runs") / (f"certify-{name}" if patch is None else f"certify-{name}-patch{patch}")
+    if patch is not None and sigma is not None:
+        raise typer.BadParameter("a patch is proved by masks, not by noise: leave --sigma out", param_hint="--patch")
+    proved: Certificates | PatchCertificates
     with progress_bar("certifying") as update:
-        found = run_certify(
-            judged, images, sigma=sigma, n=n, draws=draws, alpha=alpha, batch=batch, seed=seed, name=name, out=out,
-            resume=resume, device=device, progress=update,
-        )  # fmt: skip
-    say(found)
-    say(f"\ntable, curve and rows: {found.write(out / 'card')['md'].parent}")
+        if patch is not None:
+            proved = certify_patch(
+                judged, images, patch=patch, masks=masks, fill=fill, n=n, batch=batch, name=name, out=out,
+                resume=resume, device=device, progress=update,
+            )  # fmt: skip
+        else:
+            proved = run_certify(
+                judged, images, sigma=sigma, n=n, draws=draws, alpha=alpha, batch=batch, seed=seed, name=name, out=out,
+                resume=resume, device=device, progress=update,
+            )  # fmt: skip
+    say(proved)
+    say(f"\ntable and rows: {proved.write(out / 'card')['md'].parent}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from unperturb import runs, zoo
 from unperturb.devices import SizeLimit, check_options
 from unperturb.hub import Pretrained
+from unperturb.metrics import moved
 from unperturb.modules import ask, evaluating
 from unperturb.registry import Registry
 from unperturb.validation import check_form, check_images
@@ -152,6 +153,8 @@ class Protected(nn.Module, Pretrained):
 
     classifier: any module from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`. Neither it nor the defense is
     changed: both work in eval mode, whatever mode they or this module are in, and are then back in their own.
+    reject_above: an image is rejected if its `suspicion` is higher, in [0, 1]; the defense then becomes the detector
+    `feature_squeezing` around it. Not for one that has detectors of its own.
 
     Images that are not float `(N, C, H, W)`, or of channels that the defense does not purify, are refused. So are those
     that are not in [0, 1] or NaN: at the first call, and at each one without gradients (`torch.no_grad`).
@@ -160,7 +163,7 @@ class Protected(nn.Module, Pretrained):
     kind = "Protected"
     _written = ("classifier", "defense")
 
-    def __init__(self, classifier: nn.Module, defense: Defense) -> None:
+    def __init__(self, classifier: nn.Module, defense: Defense, reject_above: float | None = None) -> None:
         super().__init__()
         if isinstance(classifier, Defense) and not isinstance(defense, Defense):
             raise TypeError("the classifier comes first: Protected(classifier, defense)")
@@ -174,7 +177,7 @@ class Protected(nn.Module, Pretrained):
                 f"purify) as defense, not {_kind(defense)}"
             )
         self.classifier = classifier
-        self.defense = defense
+        self.defense = defense if reject_above is None else _watched(defense, reject_above)
         self.met_images = False
 
     def train(self, mode: bool = True) -> Protected:
@@ -200,6 +203,14 @@ class Protected(nn.Module, Pretrained):
             scores = self.defense.scores(images.clone(), lambda x: ask(self.classifier, x))
         return (scores > self.defense.thresholds.to(scores)).any(1)
 
+    @torch.no_grad()
+    def suspicion(self, images: Tensor) -> Tensor:
+        """`(N,)` in [0, 1]: how far the classifier's answer moves when an image is purified (`metrics.moved`); of an
+        attack that did not look it is high, who looks can keep it low."""
+        images = check_images(images)
+        with evaluating(self.modules()):
+            return moved(ask(self.classifier, images), ask(self.classifier, ask(self.defense, images)))
+
     def _save(self, folder: Path) -> None:
         if not isinstance(self.classifier, Pretrained):
             raise runs.RunError(
@@ -208,6 +219,16 @@ class Protected(nn.Module, Pretrained):
             )
         self.classifier.save_pretrained(folder / "classifier")
         self.defense.save_pretrained(folder / "defense")
+
+
+def _watched(defense: Defense, reject_above: float) -> Defense:
+    if not 0 <= reject_above <= 1:
+        raise ValueError(f"reject_above is a suspicion in [0, 1], not {reject_above}")
+    if len(defense.thresholds):
+        raise ValueError(f"{_kind(defense)} has detectors of its own: calibrate those, and leave reject_above out")
+    detector = create_defense("feature_squeezing", squeezers=[defense], channels=defense.channels)
+    detector.thresholds.fill_(reject_above)
+    return detector
 
 
 def _kind(thing: object) -> str:

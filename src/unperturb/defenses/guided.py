@@ -17,8 +17,8 @@ class GuidedUNet(nn.Module):
 
     `(N, C, size, size)` in [0, 1] to the same. The encoder is a classifier that was trained against attacks on itself;
     the purifier as a whole stands about as long as it does, for a standard classifier follows a small nudge that knows
-    where to go as readily as it follows an attacker's. Each class has planes of its own, learned; the U-Net reads the
-    image beside these planes, mixed by the encoder's probabilities.
+    where to go as readily as it follows an attacker's. Each class has a nudge of its own, learned, which is zero at
+    first, and planes that the U-Net reads beside the image; both are mixed by the encoder's probabilities.
 
     encoder: `{"name": ..., options}` of a classifier family; `start` in a recipe gives it the weights of a run.
     classes: that it tells apart. planes: of each class. train_encoder: it learns on, too; else it stays as it is. What
@@ -47,10 +47,11 @@ class GuidedUNet(nn.Module):
         if not train_encoder:
             self.encoder.freeze()
         self.size = size
+        self.nudges = nn.Parameter(torch.zeros(classes, channels, size, size))
         self.planes = nn.Parameter(0.5 * torch.randn(classes, planes, size, size))
         self.unet = UNet(channels, guide=planes, **unet)
 
     def forward(self, images: Tensor) -> Tensor:
         decided = self.encoder(images).float().softmax(1)
-        guide = (decided @ self.planes.flatten(1)).view(-1, *self.planes.shape[1:])
-        return self.unet(images, guide)
+        nudge, guide = ((decided @ t.flatten(1)).view(-1, *t.shape[1:]) for t in (self.nudges, self.planes))
+        return self.unet(images, guide, nudge)

@@ -111,7 +111,7 @@ class UNet(nn.Module):
     threshold, for images that are nearly black and white. gate: d is multiplied by one number of each image, in (0, 2)
     and 1 at first, read off the mean of the coarsest features: a clean image can be left alone as a whole.
     limit: d is cut softly to [-limit, limit], limit * tanh(d / limit); a budget as an attack's eps. guide: planes of
-    the image's height and width that are read beside it.
+    the image's height and width that are read beside it. A nudge that a call brings is added to d.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class UNet(nn.Module):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, images: Tensor, guide: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, guide: Tensor | None = None, nudge: Tensor | None = None) -> Tensor:
         height, width = images.shape[-2:]
         padded = pad_to(images, self.stride)
         seen = padded - 0.5
@@ -167,6 +167,8 @@ class UNet(nn.Module):
         if self.gate is not None:
             d = d * (2 * self.gate(F.relu(coarsest).mean((2, 3))).sigmoid()).to(images.dtype)[..., None, None]
         d = F.pixel_shuffle(d, self.squeeze) if self.squeeze > 1 else d
+        if nudge is not None:
+            d = d + pad_to(nudge.to(d.dtype), self.stride)
         if self.limit is not None:
             d = self.limit * torch.tanh(d / self.limit)
         if self.output == "threshold":

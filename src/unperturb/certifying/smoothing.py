@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from unperturb.data import ImageSet
     from unperturb.systems import System
 
-IMAGES = 500  # that are certified where nobody says how many
-ROWS = "certificates"  # the folder of a run that holds them, a file a shard
 ABSTAINS = -1
 
 
@@ -145,56 +143,26 @@ def certify(
 
     Source: Cohen, Rosenfeld and Kolter 2019, "Certified adversarial robustness via randomized smoothing", CERTIFY.
     """
-    import contextlib
+    from unperturb.certifying.shards import in_shards, plan_for
+    from unperturb.evaluation.checks import check_number
 
-    import pandas as pd
-    import torch
-
-    from unperturb import runs, screen
-    from unperturb.data import as_image_set
-    from unperturb.devices import pick_device
-    from unperturb.evaluation.behavior import recognize
-    from unperturb.evaluation.checks import check_number, subset, system_of
-    from unperturb.evaluation.plan import Plan
-    from unperturb.evaluation.run import fingerprints
-
-    images = as_image_set(data)
-    images = subset(images, min(IMAGES, len(images)) if n is None else n)
-    system = system_of(model, name)
+    plan = plan_for(model, data, n, name, device)
+    (system,), images = plan.systems, plan.data
     noise = noise_of(system, sigma)
-    for what, number in (("draws", draws), ("selection", selection), ("batch", batch)):
+    for what, number in (("draws", draws), ("selection", selection)):
         check_number(what, number, 1)
-    check_number("seed", seed, 0)
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha must lie between 0 and 0.5, such as 0.001, not {alpha}")
-    plan = Plan(images, [system], {}, device=pick_device(device))
-    plan.check()
     settings = {
         "kind": "certificates", "data": images.source, "split": images.name, "n": len(images), "sigma": noise,
         "draws": draws, "selection": selection, "alpha": alpha, "batch": batch, "seed": seed,
     }  # fmt: skip
-    answer, found = smoothed(system, noise), []
-    parts = torch.arange(len(images)).split(batch)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(plan.at_work())
-        if out is not None:
-            out = Path(out)
-            stack.enter_context(runs.lock(out))
-            runs.open_run(out, {**settings, "fingerprints": fingerprints(plan)}, resume=resume)
-            recognize(plan, out)
-        update = stack.enter_context(screen.shown("certifying", progress, quiet))
-        for number, rows in enumerate(parts):
-            path = None if out is None else out / ROWS / f"{number:04d}.parquet"
-            if path is not None and path.exists():
-                found.append(pd.read_parquet(path))
-            else:
-                with plan.drawing(seed * 1_000_003 + number):
-                    found.append(_certified(answer, images, rows, plan.device, draws, selection, alpha, noise))
-                if path is not None:
-                    runs.write_atomically(path, found[-1].to_parquet)
-            if update is not None:
-                update(number + 1, len(parts))
-    return Certificates(system.name, pd.concat(found, ignore_index=True), settings)
+    answer = smoothed(system, noise)
+    rows = in_shards(
+        plan, lambda at: _certified(answer, images, at, plan.device, draws, selection, alpha, noise), settings,
+        batch=batch, seed=seed, out=out, resume=resume, progress=progress, quiet=quiet,
+    )  # fmt: skip
+    return Certificates(system.name, rows, settings)
 
 
 def noise_of(system: System, sigma: float | None) -> float:
