@@ -96,13 +96,12 @@ def filled(nav: Any, pages: list[str]) -> Any:
     def fill(item: Any) -> Any:
         if isinstance(item, dict):
             return {title: fill(value) for title, value in item.items()}
-        whole = []
-        for part in item:
-            if isinstance(part, str) and "*" in part:
-                pattern = re.compile(re.escape(part).replace(r"\*", "[^/]*"))
-                whole += sorted(page for page in pages if pattern.fullmatch(page) and page not in named)
-            else:
-                whole.append(part if isinstance(part, str) else fill(part))
-        return whole
+        if isinstance(item, list):
+            return [page for part in item for page in (matching(part) if "*" in part else [fill(part)])]
+        return item
+
+    def matching(pattern: str) -> list[str]:
+        shape = re.compile(re.escape(pattern).replace(r"\*", "[^/]*"))
+        return sorted(page for page in pages if shape.fullmatch(page) and page not in named)
 
     return fill(nav)
