@@ -10,7 +10,7 @@ KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,attack_faults attack_fol
 	blackbox ead fmn hopskipjump sparse_rs transfer_attacks jsma patch attackers fused_copy models_at_the_door evaluation grid cascade ladder benchmarking identity door \
 	own_parts))
 
-.PHONY: demo reproduce test test-kernels lint bench clean
+.PHONY: demo reproduce test test-kernels lint bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/unperturb demo
@@ -34,16 +34,25 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/training.py
 
+# The documentation site, in site/. A broken link or anchor, or a page that stands nowhere, is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Open site/index.html. While you write: $(BIN)/mkdocs serve"
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt -e .
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e ".[dev,onnx,serve,ray]"
+	$(PIP) install -q -c constraints.txt -e ".[dev,docs,onnx,serve,ray]"
 	# Without its dependencies: torchattacks 3.5.1 pins old versions of packages that `datasets` needs newer.
 	$(PIP) install -q --no-deps torchattacks==3.5.1
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache

@@ -19,7 +19,13 @@ from unperturb.runs import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted((ROOT / "docs" / "defenses").glob("*.md"))
-PAGES = ["README.md", "docs/results.md", "docs/table2.md", *(f"docs/defenses/{card.name}" for card in CARDS)]
+PAGES = [
+    "README.md",
+    "docs/faq.md",
+    "docs/results.md",
+    "docs/table2.md",
+    *(f"docs/defenses/{card.name}" for card in CARDS),
+]
 
 Line = dict[str, str]
 Table = dict[str, Line]

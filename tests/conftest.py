@@ -19,6 +19,7 @@ os.environ.update(
         "COLUMNS": "100",  # of a terminal: what is printed must not hang on the one that the tests run in
     }
 )
+os.environ.pop("UNPERTURB_ZOO", None)  # the tests' zoo is that of the clone
 
 import functools
 

@@ -30,6 +30,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 USAGE = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
 BENCHMARK = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
 CERTIFY = (ROOT / "docs" / "certify.md").read_text(encoding="utf-8")
+# Pages whose code stands by itself: nothing is trained, and what takes long is asked for by these words.
+ALONE = ["docs/quickstart.md", "docs/concepts.md", "docs/faq.md", "docs/api/README.md"]
+SHORT = {
+    'load_dataset("mnist")': 'load_dataset("digits")',
+    "steps=40": "steps=2",
+    "steps=100": "steps=2",
+    "n=200": "n=2",
+}
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -39,7 +47,8 @@ def blocks(language: str, text: str) -> list[str]:
 
 def commands() -> list[str]:
     """Every `unperturb ...` line in the code blocks."""
-    text = "\n".join(blocks("bash|sh|console", README + USAGE + BENCHMARK + CERTIFY))
+    pages = [README, USAGE, BENCHMARK, CERTIFY, *((ROOT / page).read_text(encoding="utf-8") for page in ALONE)]
+    text = "\n".join(blocks("bash|sh|console", "".join(pages)))
     lines = text.replace("\\\n", " ").splitlines()
     found = [line.split("  #")[0].strip() for line in lines if line.strip().startswith("unperturb ")]
     return list(dict.fromkeys(found))
@@ -83,6 +92,8 @@ def small(line: str) -> list[str]:
     _, verb, *words = shlex.split(line)
     if verb == "prepare":
         words[0] = "digits"
+    if verb == "demo":
+        words += ["--help"]  # its words are read; it would take minutes
     if verb in ("train", "train-classifier"):
         keys = [*TRAINING, *(['adversarial_batches.attacks=[{ name = "fgsm", eps = 0.3 }]'] if verb == "train" else [])]
         words += DIGITS + [word for key in keys for word in ("--set", key)] + ["--threads", "1", "--dry-run"]
@@ -166,6 +177,15 @@ def test_the_python_of_the_page_on_certificates_runs() -> None:
     assert Path("report/certify/certificates.md").exists()
 
 
+@pytest.mark.parametrize("page", [page for page in ALONE if "```python" in (ROOT / page).read_text(encoding="utf-8")])
+@pytest.mark.usefixtures("clone")
+def test_the_python_of_a_page_runs_by_itself(page: str) -> None:
+    code = "".join(blocks("python", (ROOT / page).read_text(encoding="utf-8")))
+    for whole, part in SHORT.items():
+        code = code.replace(whole, part)
+    exec(code, {})
+
+
 def test_the_readme_shows_every_verb() -> None:
     assert commands()
     for command in cli.app.registered_commands:
@@ -204,7 +224,7 @@ def table2() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "benchmarks" / "table2.py"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/table2.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/faq.md", "docs/results.md", "docs/table2.md"])
 def test_the_tables_on_a_page_are_those_of_the_results(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert "<!-- table: " in text

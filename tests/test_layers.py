@@ -30,7 +30,7 @@ LAYERS = {
     "hub": 5,
     "metrics": 5,
     "intervals": 5,
-    "attacks": 6,
+    "attacks": 7,
     "defenses": 7,
     "manifest": 6,
     "classifiers": 6,
@@ -307,8 +307,8 @@ PACKAGE = {
             "def f():\n    from unperturb.attacks import base",
             "runs.py:2 imports attacks.base: up, from layer 5",
         ),
-        ("runs.py", "import unperturb.training.loop", "runs.py:1 imports training.loop: up, from layer 5 to 9"),
-        ("defenses/base.py", "from unperturb import attacks", "defenses/base.py:1 imports attacks: across layer 6"),
+        ("runs.py", "import unperturb.training.loop", "runs.py:1 imports training.loop: up, from layer 5 to 10"),
+        ("defenses/base.py", "from unperturb import attacks", "defenses/base.py:1 imports attacks: across layer 7"),
         ("per_image_rng.py", "from unperturb import registry", "per_image_rng.py:1 imports registry: across layer 1"),
         ("attacks/pgd.py", "from unperturb.attacks import Attack", "imports attacks: its own `__init__`"),
         ("attacks/pgd.py", "from unperturb import Attack", "imports the package: nobody imports its `__init__`"),
@@ -325,7 +325,7 @@ PACKAGE = {
         (
             "training/adversarial_batches.py",
             "from unperturb.evaluation import grid",
-            "imports evaluation: up, from layer 9 to 10",
+            "imports evaluation: up, from layer 10 to 11",
         ),
         (
             "cli/stock.py",

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from unperturb import zoo
+from unperturb import cli, zoo
 from unperturb.classifiers import classifiers, load_classifier
 from unperturb.defenses import load_defense
 from unperturb.evaluation import training_cost
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder outside every clone, with the package installed elsewhere."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("UNPERTURB_ZOO", raising=False)
     monkeypatch.setattr(zoo, "__file__", str(tmp_path / "lib" / "python3" / "unperturb" / "zoo.py"))
     return tmp_path
 
@@ -43,11 +45,28 @@ def test_the_zoo_is_found_from_inside_a_clone_and_by_a_package_that_runs_from_on
 def test_away_from_a_clone_the_error_says_where_to_get_it(away: Path) -> None:
     for load in (load_classifier, load_defense):
         with pytest.raises(
-            FileNotFoundError, match=r"zoo:mnist-lenet5: there is no zoo here\. .* inside a clone, or copy"
+            FileNotFoundError, match=r"zoo:mnist-lenet5: there is no zoo here\. .* inside a clone, .* in UNPERTURB_ZOO$"
         ):
             load("zoo:mnist-lenet5")
+    listed = CliRunner().invoke(cli.app, ["list", "zoo"])
+    assert listed.exit_code == 0
+    assert "there is no zoo here" in listed.output
     (away / "zoo").symlink_to(ROOT / "zoo")
     assert load_classifier("zoo:mnist-lenet5").spec
+
+
+def test_away_from_a_clone_the_zoo_may_be_named(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNPERTURB_ZOO", str(ROOT / "zoo"))
+    assert zoo.find("zoo:mnist-lenet5") == ROOT / "zoo" / "mnist-lenet5"
+    assert load_classifier("zoo:mnist-lenet5").spec == load_classifier(ROOT / "zoo" / "mnist-lenet5").spec
+    # It comes before a zoo that lies here.
+    (away / "zoo" / "mnist-lenet5").mkdir(parents=True)
+    (away / "zoo" / "mnist-lenet5" / "classifier.json").write_text("{}")
+    assert zoo.find("zoo:mnist-lenet5") == ROOT / "zoo" / "mnist-lenet5"
+    # A mistake in it is not passed over in silence.
+    monkeypatch.setenv("UNPERTURB_ZOO", str(away / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"UNPERTURB_ZOO is .*nowhere, where there are no trained models"):
+        zoo.find("zoo:mnist-lenet5")
 
 
 def test_a_name_that_the_zoo_has_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Container
 from pathlib import Path
@@ -10,6 +11,12 @@ from unperturb.recipe_files import read_recipe, recipe_names
 from unperturb.registry import unknown
 
 PREFIX = "zoo:"
+VARIABLE = "UNPERTURB_ZOO"  # a folder, for who has no clone
+NONE_HERE = (
+    "there is no zoo here. Its weights come with the repository and with the source distribution (unperturb-*.tar.gz), "
+    "not with the installed package: start inside a clone, or take the folder zoo/ from either and name it in "
+    + VARIABLE
+)
 # By kind, what is written last: where it is, a training is whole.
 SAVED = {"classifier": "classifier.json", "defense": "defense.json"}
 _PASSED = {
@@ -22,17 +29,26 @@ _VERBS = {"classifier": "train-classifier", "defense": "train"}
 
 
 def folders() -> dict[str, Path]:
-    """The folders of the zoo by name: of the nearest `zoo/` here or above, else of the clone that this package is in.
+    """The folders of the zoo by name: those in `$UNPERTURB_ZOO`; where it is not set, of the nearest `zoo/` here or
+    above, else of the clone that this package is in.
 
-    Empty where there is neither: an installed package brings none along.
+    Empty where there is none: an installed package brings none along. Raises `FileNotFoundError` where the variable
+    names a folder without any.
     """
-    for place in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2]):
-        found = {
-            f.parent.name: f.parent for saved in SAVED.values() for f in sorted((place / "zoo").glob(f"*/{saved}"))
-        }
-        if found:
-            return dict(sorted(found.items()))
-    return {}
+    if named := os.environ.get(VARIABLE):
+        if found := _in(Path(named).expanduser()):
+            return found
+        raise FileNotFoundError(
+            f"{VARIABLE} is {named}, where there are no trained models; expected a folder like the repository's zoo/, "
+            "which holds a folder for each"
+        )
+    places = (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2])
+    return next((found for place in places if (found := _in(place / "zoo"))), {})
+
+
+def _in(zoo: Path) -> dict[str, Path]:
+    """The models in this folder, by name."""
+    return dict(sorted((f.parent.name, f.parent) for saved in SAVED.values() for f in zoo.glob(f"*/{saved}")))
 
 
 def find(source: str | Path) -> str | Path:
@@ -45,10 +61,7 @@ def find(source: str | Path) -> str | Path:
         return source
     there = folders()
     if not there:
-        raise FileNotFoundError(
-            f"{text}: there is no zoo here. Its weights come with the repository: start inside a clone, or copy the "
-            f"clone's zoo/ folder to {Path.cwd() / 'zoo'}"
-        )
+        raise FileNotFoundError(f"{text}: {NONE_HERE}")
     name = text.removeprefix(PREFIX)
     if name not in there:
         raise unknown("net of the zoo", name, there)
@@ -108,4 +121,14 @@ def how_to_make(folder: str | Path, families: Container[str], verb: str = "train
     return f"{said}; or take {PREFIX}{path.name}" if path.name in folders() else said
 
 
-__all__ = ["PREFIX", "find", "folders", "how_to_make", "kind_of", "of_another_kind", "recipe_for"]
+__all__ = [
+    "NONE_HERE",
+    "PREFIX",
+    "VARIABLE",
+    "find",
+    "folders",
+    "how_to_make",
+    "kind_of",
+    "of_another_kind",
+    "recipe_for",
+]

@@ -35,13 +35,14 @@ def list_things(
     from unperturb.available import list_available
     from unperturb.registry import unknown
     from unperturb.screen import width
+    from unperturb.zoo import NONE_HERE
 
     found = list_available()
     if what is not None and what not in found:
         raise unknown("thing to list", what, found)
     for kind, names in found.items():
         if what in (None, kind):
-            say(kind)
+            say(kind if names else f"{kind}: {NONE_HERE}")  # the zoo alone may be empty
             column = max((len(name) for name in names), default=0) + 4
             # Whole lines where a program reads them.
             room = max(width() - column, 24) if console.is_terminal else 10_000
