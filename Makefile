@@ -40,7 +40,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e ".[dev,onnx,serve]"
+	$(PIP) install -q -c constraints.txt -e ".[dev,onnx,serve,app]"
 	# Without its dependencies: torchattacks 3.5.1 pins old versions of packages that `datasets` needs newer.
 	$(PIP) install -q --no-deps torchattacks==3.5.1
 	touch $@
