@@ -1,11 +1,12 @@
 """What each widget of the page does: values of the widgets in, values or updates of others out."""
 
-# Annotations are left as they are: Gradio reads them.
+from __future__ import annotations
+
 import functools
 import html
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -18,9 +19,6 @@ from unperturb.evaluation.grid import shown_rows
 from unperturb.mistakes import sentence
 from unperturb.systems import System
 from unperturb.threat_models import KNOWLEDGE, ThreatModel
-
-if TYPE_CHECKING:
-    import gradio as gr
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -77,13 +75,14 @@ def gallery(dataset: str, turn: int) -> list[tuple[Any, str]]:
 
 @told
 def other_set(dataset: str, norm: str) -> list[Any]:
-    """-> turn, gallery, tab to draw, class, classifier, purifier, budget, chosen image."""
+    """-> turn, gallery, where one draws, or why one cannot, class, classifier, purifier, budget, chosen image."""
     nets = choices.offered()[choices.check_offered("data set", dataset, choices.offered())]
     data = choices.test_images(dataset)
     return [
         0,
         _update(value=gallery(dataset, 0), selected_index=None),
         _update(visible=data.shape[0] == 1),
+        _update(visible=data.shape[0] != 1),
         _update(choices=[UNKNOWN, *data.class_names], value=UNKNOWN, visible=False),
         _update(choices=list(nets.classifiers), value=nets.classifiers[0]),
         _update(choices=list(nets.purifiers), value=nets.purifiers[0]),
@@ -99,9 +98,9 @@ def others(dataset: str, turn: int) -> tuple[int, Any]:
 
 
 @told
-def pick(dataset: str, turn: int, event: "gr.SelectData") -> tuple[Chosen, Any]:
-    """-> chosen image, class."""
-    return from_set(choices.test_images(dataset), page_of(dataset, turn)[event.index]), _update(visible=False)
+def pick(dataset: str, turn: int, place: int) -> tuple[Chosen, Any]:
+    """place: among the pictures that are offered. -> chosen image, class."""
+    return from_set(choices.test_images(dataset), page_of(dataset, turn)[place]), _update(visible=False)
 
 
 @told

@@ -1,7 +1,6 @@
 """The page: its widgets, and which of them calls which handler."""
 
-from __future__ import annotations
-
+# Annotations are left as they are: Gradio reads those of functions that stand inside another one.
 from functools import partial
 from typing import Any
 
@@ -52,21 +51,24 @@ def build(device: str = "cpu") -> Any:
                             elem_classes="pixels",
                         )
                         more = gr.Button("Others", size="sm")
-                    with gr.Tab("Draw", visible=data0.shape[0] == 1) as drawing:
-                        canvas = gr.Sketchpad(
-                            canvas_size=(280, 280),
-                            height=340,
-                            fixed_canvas=True,
-                            image_mode="L",
-                            brush=gr.Brush(default_size=22, colors=["#000000"], color_mode="fixed"),
-                            layers=False,
-                            transforms=(),
-                            buttons=[],
-                            show_label=False,
-                            placeholder="Take the brush and draw a digit.",
-                            elem_id="canvas",
-                        )
-                        use = gr.Button("Use the drawing", size="sm")
+                    with gr.Tab("Draw"):
+                        no_drawing = gr.Markdown("These images have colors.", visible=data0.shape[0] != 1)
+                        drawing = gr.Column(visible=data0.shape[0] == 1)
+                        with drawing:
+                            canvas = gr.Sketchpad(
+                                canvas_size=(280, 280),
+                                height=340,
+                                fixed_canvas=True,
+                                image_mode="L",
+                                brush=gr.Brush(default_size=22, colors=["#000000"], color_mode="fixed"),
+                                layers=False,
+                                transforms=(),
+                                buttons=[],
+                                show_label=False,
+                                placeholder="Take the brush and draw a digit.",
+                                elem_id="canvas",
+                            )
+                            use = gr.Button("Use the drawing", size="sm")
                     with gr.Tab("Upload"):
                         upload = gr.UploadButton("A PNG or JPEG", file_types=[".png", ".jpg", ".jpeg"], size="sm")
                         gr.Markdown("It is resized and cropped to the size that the classifier takes.")
@@ -107,10 +109,14 @@ def build(device: str = "cpu") -> Any:
         show = {"fn": partial(handlers.look_at, device), "inputs": image, "outputs": [title, *tiles, said, steps]}
         # Who attacks a model holds it still: one at a time.
         show |= (busy := {"concurrency_id": "models", "concurrency_limit": 1})
-        own = [turn, pictures, drawing, given, classifier, purifier, eps, chosen]
+
+        def picked(dataset: str, turn: int, event: gr.SelectData) -> Any:
+            return handlers.pick(dataset, turn, event.index)
+
+        own = [turn, pictures, drawing, no_drawing, given, classifier, purifier, eps, chosen]
         dataset.input(handlers.other_set, [dataset, norm], own).success(**show)
         more.click(handlers.others, [dataset, turn], [turn, pictures])
-        pictures.select(handlers.pick, [dataset, turn], [chosen, given]).success(**show)
+        pictures.select(picked, [dataset, turn], [chosen, given]).success(**show)
         use.click(handlers.draw, [dataset, canvas], [chosen, given]).success(**show)
         upload.upload(handlers.take, [dataset, upload], [chosen, given]).success(**show)
         for widget in (given, classifier, purifier):

@@ -27,10 +27,11 @@ def verdict(found: Attacked, names: Sequence[str]) -> str:
         wrong = behind.wrong(found.label)
         lines.append(f"The purifier draws at random: {wrong} of {draws} draws are wrong. The first is shown.")
     lines.append(
-        f"`{who.attack}`, {KNOWLEDGE[who.knowledge].title}. It moved the image by {far['linf']:.3g} in "
-        f"Linf and {far['l2']:.3g} in L2, with {found.forwards:,} forward and {found.backwards:,} backward passes in "
+        f"The attacker ({KNOWLEDGE[who.knowledge].title}) moved the image by {far['linf']:.3g} in Linf and "
+        f"{far['l2']:.3g} in L2, with {found.forwards:,} forward and {found.backwards:,} backward passes in "
         f"{found.seconds:.1f} s."
     )
+    lines.append(f"`{who.attack}`")
     return "\n\n".join(lines)
 
 
