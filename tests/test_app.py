@@ -199,6 +199,7 @@ def test_pixels_are_enlarged_whole() -> None:
     assert shown.shape == (224, 224, 3)
     assert np.array_equal(shown[::8, ::8], (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
     assert images.enlarged(torch.rand(1, 300, 300)).shape == (300, 300)
+    assert images.enlarged(torch.rand(1, 128, 128)).shape == (256, 256)
 
 
 # The attacker ---------------------------------------------------------------------------------------------------------
@@ -296,7 +297,9 @@ def test_the_ladder_is_climbed_one_by_one_and_goes_on_after_who_took_too_long() 
     broken = [rung for rung, found in zip(attackers, climbed) if found is not None and found.broken]
     assert f"{len(broken)} of 3 attackers break it" in table or (not broken and "stands against 3" in table)
     assert "1 took too long" in table
-    assert "Attacker 3 of 4 is at work" in says.ladder(climbed[:2], attackers[:4], names, threat)
+    half = says.ladder(climbed[:2], attackers[:4], names, threat)
+    assert "Attacker 3 of 4 is at work" in half
+    assert "Attacker 3 of 4 was stopped" in says.stopped(half)
 
 
 # What is said ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from unperturb.registry import unknown
 from unperturb.runs import read_json
 
 NO_PURIFIER = "none"
-FILTERS = ("bit_depth", "gaussian_blur", "jpeg", "median", "total_variation")  # have nothing to learn
+FILTERS = ("jpeg", "median", "gaussian_blur", "bit_depth", "total_variation")  # have nothing to learn
 MADE_LIKE = {"digits": "mnist"}  # always here, and without nets of its own: those of MNIST read it
 # What the page begins with, where the zoo has it; else with the first.
 FIRST = {"mnist-resnet8", "fashion_mnist-resnet8", "cifar10-airbench", "cifar100-airbench", "imagenette-resnet18"}

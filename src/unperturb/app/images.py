@@ -17,7 +17,7 @@ from unperturb.data.sets import DataError
 from unperturb.serving.limits import Limits
 
 LIMITS = Limits()  # those of `unperturb serve`
-SHOWN = 224  # pixels of a side that an image is enlarged to, at least half of it
+SHOWN = 224  # pixels of a side that an image is enlarged to, at least
 _DRAWN = 20 / 28  # of the side: what MNIST's digits fill
 
 
@@ -100,8 +100,8 @@ def from_drawing(drawn: NDArray[np.uint8], data: ImageSet) -> Chosen:
 
 
 def enlarged(image: Tensor) -> NDArray[Any]:
-    """`(C, H, W)` in [0, 1] -> uint8 `(H', W')` or `(H', W', 3)`, whole pixels enlarged to about `SHOWN`."""
-    times = max(1, SHOWN // max(image.shape[1:]))
+    """`(C, H, W)` in [0, 1] -> uint8 `(H', W')` or `(H', W', 3)`, whole pixels enlarged to `SHOWN` or more."""
+    times = -(-SHOWN // max(image.shape[1:]))
     pixels = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels.repeat_interleave(times, 1).repeat_interleave(times, 2)
     return (pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy()

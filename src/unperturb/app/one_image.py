@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from unperturb.threat_models import ThreatModel
 SECONDS = 120.0  # that one attack may take
 DRAWS = 10  # of a random purifier: it falls to an image that it gets wrong in each, as in an evaluation
 BUDGET = "quick"  # of the ladder
+# Who attacks a model holds it still, and draws from torch's generator: one at a time, also after "Stop".
+_turn = threading.Lock()
 
 
 class TooLongError(RuntimeError):
@@ -138,6 +141,11 @@ def label_of(one: System, chosen: Chosen) -> int:
 def attacked(one: System, who: Attacker, chosen: Chosen, seconds: float = SECONDS) -> Attacked:
     """The image under one attacker. Raises `TooLongError` after `seconds`, `ValueError` for one who cannot attack
     it."""
+    with _turn:
+        return _attacked(one, who, chosen, seconds)
+
+
+def _attacked(one: System, who: Attacker, chosen: Chosen, seconds: float) -> Attacked:
     device = _device(one)
     images, label = chosen.batch.to(device), label_of(one, chosen)
     start = time.perf_counter()

@@ -4,7 +4,7 @@
 from functools import partial
 from typing import Any
 
-from unperturb.app import choices, handlers
+from unperturb.app import choices, handlers, says
 from unperturb.app.images import from_set
 from unperturb.data.sets import DataError
 
@@ -52,7 +52,10 @@ def build(device: str = "cpu") -> Any:
                         )
                         more = gr.Button("Others", size="sm")
                     with gr.Tab("Draw"):
-                        no_drawing = gr.Markdown("These images have colors.", visible=data0.shape[0] != 1)
+                        no_drawing = gr.Markdown(
+                            "A drawing is grey, and these images have colors. Choose mnist or digits.",
+                            visible=data0.shape[0] != 1,
+                        )
                         drawing = gr.Column(visible=data0.shape[0] == 1)
                         with drawing:
                             canvas = gr.Sketchpad(
@@ -103,7 +106,7 @@ def build(device: str = "cpu") -> Any:
                         tiles += [_picture("Difference"), gr.Markdown(elem_id="amplified")]
                 said = gr.Markdown(handlers.ATTACK_IT, elem_id="verdict")
                 steps = gr.Markdown(elem_id="ladder")
-                stop = gr.Button("Stop after this attacker", size="sm", visible=False)
+                stop = gr.Button("Stop", size="sm", visible=False)
 
         image = [dataset, classifier, purifier, chosen, given]
         show = {"fn": partial(handlers.look_at, device), "inputs": image, "outputs": [title, *tiles, said, steps]}
@@ -128,7 +131,7 @@ def build(device: str = "cpu") -> Any:
         asked = [*image, attack, norm, eps, effort, knows]
         go.click(partial(handlers.strike, device), asked, [*tiles, said], **busy)
         climbing = up.click(partial(handlers.up_the_ladder, device), [*image, norm, eps], [steps, stop], **busy)
-        stop.click(lambda: gr.update(visible=False), None, stop, cancels=climbing)
+        stop.click(lambda text: (says.stopped(text), gr.update(visible=False)), steps, [steps, stop], cancels=climbing)
     return page
 
 

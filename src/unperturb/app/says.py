@@ -9,6 +9,8 @@ from unperturb.results.names import budget_name, norm_name
 from unperturb.results.sheet import Sheet, as_markdown, in_markdown
 from unperturb.threat_models import KNOWLEDGE, ThreatModel
 
+AT_WORK = "is at work"
+
 
 def verdict(found: Attacked, names: Sequence[str]) -> str:
     """What one attacker did to one image. names: of the classes."""
@@ -48,17 +50,17 @@ def ladder(
 ) -> str:
     """The ladder as far as it was climbed. climbed: what the first of `attackers` did, None where one took too long."""
     defended = any(found is not None and found.defended for found in climbed)
-    heads = ["attack", "knows", "classifier alone", *(["purified"] if defended else []), "outcome", "seconds"]
+    heads = ["attack", "knows", "outcome", "classifier alone", *(["purified"] if defended else []), "seconds"]
     lines = []
     for rung, found in zip(attackers, climbed):
         line = [rung.label, KNOWLEDGE[rung.knowledge].title]
         if found is None:
-            lines.append([*line, *[""] * (len(heads) - 4), "too long", ""])
+            lines.append([*line, "too long", *[""] * (len(heads) - 3)])
             continue
-        line += [_plain(view, names) for view in (found.adversarial, *([found.restored] if defended else []))]
+        views = [_plain(view, names) for view in (found.adversarial, *([found.restored] if defended else []))]
         draws = len(found.restored.classes)
         of = f", {found.restored.wrong(found.label)} of {draws} draws wrong" if draws > 1 else ""
-        lines.append([*line, ("broken" if found.broken else "stands") + of, f"{found.seconds:.1f}"])
+        lines.append([*line, ("broken" if found.broken else "stands") + of, *views, f"{found.seconds:.1f}"])
     head = f"### This image against the quick ladder, {norm_name(threat.norm)} {budget_name(float(threat.eps))}"
     table = as_markdown(Sheet("", "", [""] * len(heads), heads, lines)) if lines else ""
     return f"{head}\n\n{_summary(climbed, attackers)}\n\n{table}"
@@ -66,16 +68,22 @@ def ladder(
 
 def _summary(climbed: Sequence[Attacked | None], attackers: Sequence[Rung]) -> str:
     if len(climbed) < len(attackers):
-        rung = attackers[len(climbed)]
-        known = KNOWLEDGE[rung.knowledge].title
-        return f"Attacker {len(climbed) + 1} of {len(attackers)} is at work: {rung.label}, {known}."
+        return f"Attacker {len(climbed) + 1} of {len(attackers)} {AT_WORK}: {_who(attackers[len(climbed)])}."
     done = [(rung, found) for rung, found in zip(attackers, climbed) if found is not None]
     broken = [rung for rung, found in done if found.broken]
     late = f" {len(climbed) - len(done)} took too long." if len(done) < len(climbed) else ""
     if not broken:
         return f"It stands against {len(done)} attackers.{late}"
-    first = f"{broken[0].label}, {KNOWLEDGE[broken[0].knowledge].title}"
-    return f"{len(broken)} of {len(done)} attackers break it. The weakest of them: {first}.{late}"
+    return f"{len(broken)} of {len(done)} attackers break it. The weakest of them: {_who(broken[0])}.{late}"
+
+
+def stopped(text: str) -> str:
+    """What `ladder` said, once nobody waits for the attacker that was at work."""
+    return text.replace(AT_WORK, "was stopped")
+
+
+def _who(rung: Rung) -> str:
+    return ", ".join(dict.fromkeys((rung.label, KNOWLEDGE[rung.knowledge].title)))
 
 
 def _says(view: View, names: Sequence[str]) -> str:
