@@ -49,7 +49,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e ".[dev,docs,onnx,serve,ray]"
+	$(PIP) install -q -c constraints.txt -e ".[dev,docs,onnx,serve,app,ray]"
 	# Without its dependencies: torchattacks 3.5.1 pins old versions of packages that `datasets` needs newer.
 	$(PIP) install -q --no-deps torchattacks==3.5.1
 	touch $@

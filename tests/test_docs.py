@@ -105,7 +105,7 @@ def small(line: str) -> list[str]:
         words += [word for key in ZOO if not words[0].startswith("zoo-") for word in ("--set", key)]
     if verb == "export":
         words += ["--data", "digits", "--n", "2", "--threads", "1"]
-    if verb == "serve":
+    if verb in ("serve", "app"):
         words += ["--help"]  # its words are read; it would not end
     if verb in ("attack", "benchmark"):
         words += ["--data", "digits", "--n", "2", "--threads", "1", *(["--dry-run"] if verb == "benchmark" else [])]

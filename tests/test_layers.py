@@ -88,6 +88,7 @@ ORDER = {
         "probe",
         "run",
     ],
+    "app": ["choices", "images", "one_image", "says", "handlers", "page", "server"],
     "serving": ["limits", "batching", "inference", "app", "server"],
 }
 # An arrow from one sibling to another: a cascade is made of its members, and what is wrapped may be a file.

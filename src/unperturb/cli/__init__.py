@@ -17,7 +17,7 @@ import typer
 from unperturb.cli.attacking import attack, benchmark, evaluate
 from unperturb.cli.certifying import certify
 from unperturb.cli.reporting import compare, export, report, reproduce
-from unperturb.cli.serving import serve
+from unperturb.cli.serving import playground, serve
 from unperturb.cli.stock import cache, demo, list_things, prepare, show
 from unperturb.cli.terminal import complain, say
 from unperturb.cli.training import train, train_classifier
@@ -59,6 +59,8 @@ app.command()(demo)
 app.command(name="list")(list_things)  # `list` itself is Python's
 for _verb in _VERBS:
     app.command()(_verb)
+    if _verb is serve:
+        app.command(name="app")(playground)  # `app` is the command line itself
 
 
 def _again() -> str:

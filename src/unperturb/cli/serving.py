@@ -1,4 +1,4 @@
-"""The verb that serves."""
+"""The verbs that listen on a port: serve, app."""
 
 from __future__ import annotations
 
@@ -49,3 +49,19 @@ def serve(
     where: dict[str, object] = {"host": host, "port": port, "device": device, "size": size, "channels": channels}
     protected = load_protected(model, classifier, size=size, channels=channels)
     run(protected, name=name, limits=limits, token=read_token(token_file), show=say, **where)  # type: ignore[arg-type]
+
+
+def playground(
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0 is all of this machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes a free one.")] = 7860,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """The playground in the browser: attack one image, and watch a purifier restore it, or fail to."""
+    from unperturb.app import run_app
+
+    use_threads(threads)
+    run_app(host=host, port=port, open_browser=open_browser, device=device, show=say)

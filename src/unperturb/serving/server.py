@@ -56,7 +56,7 @@ def serve(
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         _log.addHandler(handler)
         _log.setLevel(logging.INFO)
-    if token is None and not _loopback(host):
+    if token is None and not is_loopback(host):
         show(f"note: whoever reaches {host} may use this service; --token-file asks for a token")
     show(f"{name} at {url}; what it takes: {url}/docs. Stop it with Ctrl-C")
     with warnings.catch_warnings():
@@ -78,6 +78,14 @@ def running(
     """Inside: `model` is served by a thread of this program, on a free port of 127.0.0.1; yields the URL. After: all
     that was taken is answered, and the service has ended. Arguments and errors are those of `serve`."""
     server, listening, url = _prepared(model, name, size, channels, "127.0.0.1", 0, limits, token, device)
+    with in_background(server, listening, url):
+        yield url
+
+
+@contextlib.contextmanager
+def in_background(server: uvicorn.Server, listening: socket.socket, url: str) -> Iterator[None]:
+    """Inside: `server` answers, by a thread of this program, on the socket `listening`, which is at `url`. After: it
+    has ended. Raises `RuntimeError` where it does not start."""
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="unperturb-server", daemon=True)
     thread.start()
     while not server.started and thread.is_alive():
@@ -85,7 +93,7 @@ def running(
     if not server.started:
         raise RuntimeError(f"the service at {url} did not start; the log says why")
     try:
-        yield url
+        yield
     finally:
         server.should_exit = True
         thread.join()
@@ -144,7 +152,7 @@ def _prepared(
         # Each request ends within its timeout; what the model is busy with then is not waited for.
         timeout_graceful_shutdown=math.ceil(limits.timeout) + 5,
     )
-    listening, url = _listen(host, port)
+    listening, url = listen(host, port)
     return uvicorn.Server(config), listening, url
 
 
@@ -159,7 +167,8 @@ def _uvicorn() -> Any:
     return uvicorn
 
 
-def _listen(host: str, port: int) -> tuple[socket.socket, str]:
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """(a socket that listens there, its URL). port: 0 takes a free one. Raises `ValueError` where it cannot be had."""
     if not 0 <= port <= 65_535:
         raise ValueError(f"port must be from 0 (a free one) to 65535, not {port}")
     listening = None
@@ -181,7 +190,8 @@ def _listen(host: str, port: int) -> tuple[socket.socket, str]:
     return listening, f"http://{place}:{listening.getsockname()[1]}"
 
 
-def _loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only programs on this machine reach `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
