@@ -40,6 +40,7 @@ SYSTEMS += [
     "paper",
     "protect",
     "finetune",
+    "harden",
 ]
 CLASSIFIERS = ("undefended", "distilled", "adversarial", "adversarial_large")  # no image comes back from these
 OBLIVIOUS = {
@@ -60,7 +61,7 @@ COLUMNS = {
     "robust: white_box": "adaptive",
 }
 SUMMARY = ("clean", "robust: oblivious", "robust: white_box")
-OURS = ("undefended", "paper", "protect", "finetune", "adversarial")
+OURS = ("undefended", "paper", "protect", "finetune", "harden", "adversarial")
 
 
 class Block(NamedTuple):
