@@ -55,6 +55,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hop_skip_jump": ({"queries": 100, "evaluations": 10}, {"queries": 200}),
     "patch": ({"steps": 3}, {"steps": 6}),
     "noise": ({"eps": 0.1, "num_trials": 2}, {"num_trials": 4}),
+    "occlusion": ({"num_trials": 2}, {"num_trials": 4}),
 }
 
 
