@@ -211,6 +211,7 @@ import torch
 from unperturb.config import resolve, snapshot
 from unperturb.evaluation import run
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 run.probe = lambda *_, **__: {}
 
 
