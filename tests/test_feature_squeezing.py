@@ -38,9 +38,9 @@ IMAGES = torch.tensor([0.2, 0.5, 0.8]).view(3, 1, 1, 1).expand(3, 1, 4, 4).conti
 
 def test_how_far_an_answer_moves() -> None:
     p, q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.1, 0.2, 0.7]])
-    assert float(metrics.moved(p.log(), q.log())) == pytest.approx(0.6)
-    assert float(metrics.moved(p.log(), p.log())) == 0
-    assert float(metrics.moved(torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]]))) == pytest.approx(1)
+    assert float(metrics.moved(p, q)) == pytest.approx(0.6)
+    assert float(metrics.moved(p, p)) == 0
+    assert float(metrics.moved(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))) == pytest.approx(1)
 
 
 def test_the_score_is_that_of_the_squeezer_that_moves_it_furthest() -> None:

@@ -64,7 +64,8 @@ def _check(x: Tensor, reference: Tensor) -> None:
 
 
 def moved(before: Tensor, after: Tensor) -> Tensor:
-    """`(N,)` in [0, 1]: the probability that moved from some classes to others between two answers, logits `(N, K)`
-    each: their total variation distance, half of the L1 distance of Xu et al. 2018, "Feature squeezing", section III.
+    """`(N,)` in [0, 1]: the probability that moved from some classes to others between two answers, class probabilities
+    `(N, K)` each: their total variation distance, half of the L1 distance of Xu et al. 2018, "Feature squeezing",
+    section III.
     """
-    return (before.float().softmax(1) - after.float().softmax(1)).abs().sum(1).mul(0.5).clamp(max=1)
+    return (before - after).abs().sum(1).mul(0.5).clamp(max=1)

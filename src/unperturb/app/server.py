@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from unperturb.serving.limits import Limits
-from unperturb.serving.server import in_background, is_loopback, listen
+from unperturb.serving.server import in_background, is_loopback, server_for
 
 if TYPE_CHECKING:
     import socket
@@ -61,20 +61,11 @@ def running(*, device: str = "auto") -> Iterator[str]:
 def _prepared(host: str, port: int, device: str) -> Iterator[tuple[uvicorn.Server, socket.socket, str]]:
     """(a server that has not begun, the socket that it is to listen on, its URL); what was uploaded goes with it."""
     with tempfile.TemporaryDirectory(prefix="unperturb-app-") as folder, _environment(folder):
-        uvicorn = _libraries()
+        _libraries()
         from unperturb.devices import pick_device
 
-        app = create_app(str(pick_device(device)))
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=2,  # an open page holds its connection for as long as it is open
-        )
-        listening, url = listen(host, port)
-        yield uvicorn.Server(config), listening, url
+        # An open page holds its connection for as long as it is open.
+        yield server_for(create_app(str(pick_device(device))), host, port, patience=2)
 
 
 def create_app(device: str = "cpu", limits: Limits | None = None) -> Callable[..., Any]:
@@ -136,10 +127,9 @@ def _environment(folder: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _libraries() -> Any:
+def _libraries() -> None:
     try:
         import gradio  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError(f'{error.name} is not installed; for the playground: pip install "unperturb[app]"') from error
-    return uvicorn

@@ -177,3 +177,15 @@ class Best(PerImage):
     def merge(self, other: Best, rows: Tensor | None = None) -> None:
         """Keep what `other` met, its images at `rows` among these, where that is better."""
         self.update(other.images, other.value, fooled=other.fooled, rows=rows)
+
+
+def best_of(context: AttackContext, draw: Callable[[int], Tensor], trials: int, loss: LossFunction) -> Tensor:
+    """The best of what `draw` gives for 0, 1, ..., one pass each; of a single one, without a pass, that one."""
+    if trials == 1:
+        return draw(0)
+    best = Best(context.images)
+    for number in range(trials):
+        x = draw(number)
+        logits = context.logits(x)
+        best.update(x, context.value(logits, loss), fooled=context.fooled(logits))
+    return best.images

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unperturb.attacks.base import attacks
 from unperturb.attacks.context import AttackContext
-from unperturb.attacks.kinds import BallAttack, Best
+from unperturb.attacks.kinds import BallAttack, best_of
 from unperturb.attacks.losses import attack_loss
 from unperturb.attacks.projections import l2_norm
 
@@ -38,14 +38,8 @@ class Noise(BallAttack):
             raise ValueError("num_trials must be at least 1")
 
     def perturb(self, context: AttackContext) -> Tensor:
-        if self.num_trials == 1:
-            return self._draw(context, 0)
-        best, loss = Best(context.images), attack_loss(self.loss, targeted=context.targeted)
-        for draw in range(self.num_trials):
-            x = self._draw(context, draw)
-            logits = context.logits(x)
-            best.update(x, context.value(logits, loss), fooled=context.fooled(logits))
-        return best.images
+        loss = attack_loss(self.loss, targeted=context.targeted)
+        return best_of(context, lambda draw: self._draw(context, draw), self.num_trials, loss)
 
     def _draw(self, context: AttackContext, draw: int) -> Tensor:
         noise = context.uniform(draw) if self.kind == "uniform" else context.normal(draw)

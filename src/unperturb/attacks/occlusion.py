@@ -12,7 +12,7 @@ from torch import Tensor
 from unperturb import per_image_rng
 from unperturb.attacks.base import Attack, attacks
 from unperturb.attacks.context import AttackContext
-from unperturb.attacks.kinds import Best
+from unperturb.attacks.kinds import best_of
 from unperturb.attacks.losses import attack_loss
 
 
@@ -44,14 +44,8 @@ class Occlusion(Attack):
             raise ValueError(f"fill lies in [0, 1], not {self.fill}")
 
     def perturb(self, context: AttackContext) -> Tensor:
-        if self.num_trials == 1:
-            return self._covered(context, 0)
-        best, loss = Best(context.images), attack_loss("margin", targeted=context.targeted)
-        for draw in range(self.num_trials):
-            x = self._covered(context, draw)
-            logits = context.logits(x)
-            best.update(x, context.value(logits, loss), fooled=context.fooled(logits))
-        return best.images
+        loss = attack_loss("margin", targeted=context.targeted)
+        return best_of(context, lambda draw: self._covered(context, draw), self.num_trials, loss)
 
     def _covered(self, context: AttackContext, draw: int) -> Tensor:
         x = context.images

@@ -209,7 +209,8 @@ class Protected(nn.Module, Pretrained):
         attack that did not look it is high, who looks can keep it low."""
         images = check_images(images)
         with evaluating(self.modules()):
-            return moved(ask(self.classifier, images), ask(self.classifier, ask(self.defense, images)))
+            answers = (ask(self.classifier, x).float().softmax(1) for x in (images, ask(self.defense, images)))
+            return moved(*answers)
 
     def _save(self, folder: Path) -> None:
         if not isinstance(self.classifier, Pretrained):

@@ -20,7 +20,8 @@ class FeatureSqueezing(Defense):
     squeezers: purifiers, each a defense in hand, `{"name": ..., options}`, or the name or run folder of one
     (`load_defense`), which is then copied. channels: of the images, for those that ask. purifies: whether the first
     squeezer's image goes on to the classifier; else, as in the source, the image itself. drop_rate: fraction of clean
-    validation images that may be turned away. They are used as they are, not trained.
+    validation images that may be turned away. They are used as they are, not trained, and
+    detectors of their own are not asked.
 
     Source: Xu, Evans and Qi 2018, "Feature squeezing", section III; with a learned purifier it is the reading of this
     project that what a purifier changed tells of an attack.
@@ -67,9 +68,9 @@ class FeatureSqueezing(Defense):
         return self._purify_and_score(images, logits_fn)[1]
 
     def _purify_and_score(self, images: Tensor, logits_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        before = logits_fn(images)
+        before = logits_fn(images).float().softmax(1)
         squeezed = [squeezer(images) for squeezer in self._all()]
-        found = torch.stack([moved(before, logits_fn(x)) for x in squeezed], 1)
+        found = torch.stack([moved(before, logits_fn(x).float().softmax(1)) for x in squeezed], 1)
         return squeezed[0] if self.purifies else images, found.amax(1, keepdim=True)
 
     def _all(self) -> list[Defense]:

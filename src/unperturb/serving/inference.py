@@ -13,6 +13,7 @@ from unperturb import zoo
 from unperturb.classifiers import Classifier, load_classifier, wrap
 from unperturb.data.sets import shape_words
 from unperturb.defenses import Protected, load_defense
+from unperturb.metrics import moved
 from unperturb.modules import ask, logits_of
 from unperturb.runs import RunError
 from unperturb.unsaved import import_object, is_import_path
@@ -42,7 +43,7 @@ class Answer:
     def suspicion(self) -> float:
         """Total variation distance of `before` and `after`, in [0, 1]: the probability that the purifier moved from
         some classes to others."""
-        return min(1.0, 0.5 * float((self.before - self.after).abs().sum()))
+        return float(moved(self.before[None], self.after[None]))
 
 
 @torch.no_grad()

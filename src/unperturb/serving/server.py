@@ -133,7 +133,7 @@ def _prepared(
     device: str,
 ) -> tuple[uvicorn.Server, socket.socket, str]:
     """(a server that has not begun, the socket that it is to listen on, its URL)."""
-    uvicorn = _uvicorn()
+    _libraries()
     from unperturb.serving.app import Served, create_app
 
     if not isinstance(model, Protected):
@@ -143,28 +143,37 @@ def _prepared(
     where = pick_device(device)
     token = None if token is None else _checked(token, "token")
     app = create_app(Served(model.to(where).eval(), name, shape, where, limits, token))
+    # Each request ends within its timeout; what the model is busy with then is not waited for.
+    return server_for(app, host, port, patience=math.ceil(limits.timeout) + 5)
+
+
+def server_for(app: Any, host: str, port: int, *, patience: int) -> tuple[uvicorn.Server, socket.socket, str]:
+    """(a server of the ASGI `app` that has not begun, the socket that it is to listen on, its URL).
+
+    patience: seconds that it waits for open connections when it ends. Raises as `listen` does.
+    """
+    import uvicorn
+
     config = uvicorn.Config(
         app,
         log_config=None,
         log_level="error",
         access_log=False,
         server_header=False,
-        # Each request ends within its timeout; what the model is busy with then is not waited for.
-        timeout_graceful_shutdown=math.ceil(limits.timeout) + 5,
+        timeout_graceful_shutdown=patience,
     )
     listening, url = listen(host, port)
     return uvicorn.Server(config), listening, url
 
 
-def _uvicorn() -> Any:
+def _libraries() -> None:
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError(f'{error.name} is not installed; to serve: pip install "unperturb[serve]"') from error
-    return uvicorn
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
