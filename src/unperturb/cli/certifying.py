@@ -63,4 +63,5 @@ def certify(
                 resume=resume, device=device, progress=update,
             )  # fmt: skip
     say(proved)
-    say(f"\ntable and rows: {proved.write(out / 'card')['md'].parent}")
+    written = proved.write(out / "card")
+    say(f"\n{', '.join(path.name for path in written.values())} in {out / 'card'}")

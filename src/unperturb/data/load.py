@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import collections
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from unperturb import per_image_rng, registry, screen
 from unperturb.data import store, tables
+from unperturb.data.decode import TEST_SEED, write_digits, write_source
 from unperturb.data.folders import find_folder
-from unperturb.data.pictures import MAX_PIXELS, Picture, Pixels, picture_size
-from unperturb.data.sets import IN_MEMORY, DataError, ImageSet, Splits, some
-from unperturb.data.sources import SOURCES, Found, Progress
+from unperturb.data.pictures import MAX_PIXELS
+from unperturb.data.sets import IN_MEMORY, DataError, ImageSet, Splits
+from unperturb.data.sources import SOURCES, Progress
 from unperturb.data.store import Stored
 
 NAMES = {
     "digits": "scikit-learn's 1,797 handwritten digits at 28x28, embedded",
     **{name: f"{source.hub} on the hub" for name, source in SOURCES.items()},
 }
-_DIGITS_TEST = 360
-_TEST_SEED = 0x74657374
 
 
 def load_dataset(
@@ -114,11 +109,11 @@ def _plan(
     kind, _, rest = str(name).partition(":")
     if name == "digits":
         folder = root / f"digits-{store.key('digits', size)}"
-        return folder, lambda: _write_digits(folder, size)
+        return folder, lambda: write_digits(folder, size)
     if kind == "folder" and rest:
         found = find_folder(Path(rest).expanduser().resolve(), progress)
         folder = root / f"folder-{store.key(found.where, found.stamp, size, skip_damaged)}"
-        return folder, lambda: _write(folder, name, found, size, None, skip_damaged, progress)
+        return folder, lambda: write_source(folder, name, found, size, None, skip_damaged, progress)
     if kind == "hub" and rest:
         known = None
         local, hub, config = rest, rest, None
@@ -136,7 +131,7 @@ def _plan(
         splits = tables.parquet_splits(files, test)
         state = tables.parquet_stamp(splits)
         folder = root / f"{file_name(name)}-{store.key(str(files[0].parent), state, size, skip_damaged)}"
-        return folder, lambda: _write(
+        return folder, lambda: write_source(
             folder, name, tables.find_parquet(name, splits, label), size, grey, skip_damaged, progress
         )
     folder = root / f"{file_name(name)}-{store.key(hub, config, size, skip_damaged)}"
@@ -148,7 +143,7 @@ def _plan(
 
     def make() -> None:
         found = tables.find_hub(hub, config, test, label, root / "hub", advice)
-        _write(folder, name, found, size, grey, skip_damaged, progress)
+        write_source(folder, name, found, size, grey, skip_damaged, progress)
 
     return folder, make
 
@@ -156,98 +151,6 @@ def _plan(
 def file_name(name: str) -> str:
     """A data set's name as that of a file, short enough for every disk."""
     return "".join(c if c.isalnum() or c in "._" else "-" for c in name)[-100:]
-
-
-def _write(
-    folder: Path,
-    name: str,
-    found: Found,
-    size: int | None,
-    grey: bool | None,
-    skip_damaged: bool,
-    progress: Progress | None,
-) -> None:
-    """Decode a source. grey: None finds out."""
-    names = found.class_names()
-    faults: list[str] = []
-    done = 0
-    shape, why, mixed = _choose_size(name, size, found, progress)
-    _check_room(folder, name, found.total * shape[0] * shape[1] * (1 if grey else 3))
-    total = max(map(sum, SOURCES[name].counts)) if name in SOURCES else found.total
-
-    def counted(split: str) -> Iterator[Picture]:
-        nonlocal done
-        for picture in found.splits[split]():
-            done += 1
-            if progress and done % 100 == 0:
-                progress(done, max(done, total), split)
-            yield picture
-
-    def chunks(split: str) -> Iterator[store.Chunk]:
-        for chunk in store.decode_all(counted(split), shape, bool(grey), faults):
-            if progress:
-                progress(done, max(done, total), split)
-            yield chunk
-
-    def about() -> dict[str, Any]:
-        if faults and not skip_damaged:
-            raise _damaged(name, faults, done)
-        left_out = [f"{len(faults):,} of {done:,} pictures left out: {some(faults, 3)}"] if faults else []
-        return {
-            "source": name,
-            "where": found.where,
-            "class_names": list(SOURCES[name].names if name in SOURCES else ()) or names,
-            "size": why,
-            "notes": [*([why] if mixed else []), *found.notes, *left_out],
-            "left_out": faults,
-        }
-
-    store.write(folder, {split: chunks(split) for split in found.splits}, about, keep_color=grey is not None)
-
-
-def _choose_size(
-    name: str, size: int | None, found: Found, progress: Progress | None
-) -> tuple[tuple[int, int], str, bool]:
-    """(H, W), why it is that, and whether pictures of several sizes were made one unasked."""
-    if size:
-        asked = name not in SOURCES or size != SOURCES[name].size
-        return (size, size), f"{size}x{size}, " + ("as asked" if asked else "the default of this set"), False
-    sizes: collections.Counter[tuple[int, int]] = collections.Counter()
-    faults: list[str] = []
-    for n, picture in enumerate(found.sample(), 1):
-        try:
-            sizes[picture_size(picture)] += 1
-        except DataError as error:
-            faults.append(str(error))
-        if progress and n % 100 == 0:
-            progress(n, n, "looking at sizes")
-    if not sizes:
-        if faults:
-            raise _damaged(name, faults, len(faults))
-        raise DataError(f"{name}: its train split holds no pictures")
-    (h, w), n = sizes.most_common(1)[0]
-    if len(sizes) == 1:
-        return (h, w), f"{h}x{w}, that of all {n:,} pictures looked at", False
-    why = f"{h}x{w}, that of {n:,} of {sizes.total():,} pictures looked at; the others were resized and cropped to it"
-    return (h, w), f"{why} (size=... or --size makes all of them square)", True
-
-
-def _damaged(name: str, faults: list[str], total: int) -> DataError:
-    return DataError(
-        f"{len(faults):,} of {total:,} pictures of {name} cannot be used: {some(faults, 5)}. "
-        "Mend or remove them, or leave them out with skip_damaged=True (--skip-damaged)"
-    )
-
-
-def _check_room(folder: Path, name: str, needed: int) -> None:
-    """Raise `DataError` where the disk has no room for what would be decoded: better now than in an hour."""
-    there = next(parent for parent in folder.parents if parent.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise DataError(
-            f"{name} decoded takes {needed / 1e9:,.1f} GB, and the disk of {there} has {free / 1e9:,.1f}: "
-            "take a smaller size (size=..., --size), or set UNPERTURB_CACHE to another folder"
-        )
 
 
 def _check_counts(name: str, found: dict[str, int], meta: dict[str, Any]) -> None:
@@ -284,7 +187,7 @@ def _split(name: str, meta: dict[str, Any], stored: dict[str, Stored], val: int 
     if "test" in stored:
         test = whole("test", "test")
     else:  # a seed of its own: the test images stay the same whatever `seed` is
-        order = per_image_rng.permutation(_TEST_SEED, 0, len(train))
+        order = per_image_rng.permutation(TEST_SEED, 0, len(train))
         n = max(1, len(train) // 10)
         test = train.take(order[:n].sort().values, split="test")
         train = train.take(order[n:].sort().values, split="train")
@@ -311,44 +214,3 @@ def _split(name: str, meta: dict[str, Any], stored: dict[str, Stored], val: int 
         notes=meta["notes"],
         left_out=len(meta["left_out"]),
     )
-
-
-# The embedded digits ------------------------------------------------------------------------------------------------
-
-
-def _write_digits(folder: Path, size: int | None) -> None:
-    """scikit-learn's 1,797 digits of 8x8, enlarged to 20x20 in the middle of 28x28, as MNIST's lie."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    values, labels = digits.images.astype(np.int64), torch.from_numpy(digits.target.astype(np.int64))
-    # Bilinear weights are tenths here, so whole numbers give the same bytes on every machine.
-    places = np.clip(4 * np.arange(20) - 3, 0, 70)
-    weights = np.zeros((20, 8), np.int64)
-    weights[np.arange(20), places // 10] += 10 - places % 10
-    weights[np.arange(20), np.minimum(places // 10 + 1, 7)] += places % 10
-    enlarged = (weights @ values @ weights.T * 255 + 800) // 1600
-    pixels: Pixels = np.pad(enlarged, ((0, 0), (4, 4), (4, 4))).astype(np.uint8)[:, None]
-    if size and size != 28:
-        floats = torch.from_numpy(pixels).float()
-        resized = torch.nn.functional.interpolate(floats, (size, size), mode="bilinear", antialias=True)
-        pixels = resized.round().clamp(0, 255).to(torch.uint8).numpy()
-
-    # The same 36 of each class to test, whatever `seed` is.
-    order = per_image_rng.permutation(_TEST_SEED, 0, len(labels))
-    test = torch.cat([order[labels[order] == k][: _DIGITS_TEST // 10] for k in range(10)]).sort().values
-    rest = torch.ones(len(labels), dtype=torch.bool)
-    rest[test] = False
-
-    def chunk(rows: Tensor) -> list[store.Chunk]:
-        return [(pixels[rows.numpy()], labels[rows].tolist(), True)]
-
-    meta = {
-        "source": "digits",
-        "where": "scikit-learn",
-        "class_names": [str(i) for i in range(10)],
-        "size": f"{size}x{size}, as asked" if size else "28x28, the default of this set",
-        "notes": [],
-        "left_out": [],
-    }
-    store.write(folder, {"train": chunk(rest.nonzero()[:, 0]), "test": chunk(test)}, lambda: meta)
